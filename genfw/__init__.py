@@ -1,0 +1,116 @@
+"""genfw: likelihood-based latent-variable models under one evidence lower bound.
+
+`import genfw` loads nothing; touching a name loads what it needs (torch, never Lightning or Hydra).
+
+    >>> import genfw
+    >>> genfw.Cosine(log_snr_max=7.9, log_snr_min=-10.0)
+    Cosine(log_snr: 7.9 -> -10)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genfw.diffusion.denoiser import Denoiser as Denoiser
+    from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
+    from genfw.diffusion.denoising import Denoising as Denoising
+    from genfw.diffusion.process import marginal as marginal
+    from genfw.diffusion.process import posterior as posterior
+    from genfw.diffusion.process import transition as transition
+    from genfw.diffusion.sampler import Ancestral as Ancestral
+    from genfw.diffusion.sampler import Sampler as Sampler
+    from genfw.distributions import Bernoulli as Bernoulli
+    from genfw.distributions import BinSoftmax as BinSoftmax
+    from genfw.distributions import Categorical as Categorical
+    from genfw.distributions import DiscretizedNormal as DiscretizedNormal
+    from genfw.distributions import Distribution as Distribution
+    from genfw.distributions import Normal as Normal
+    from genfw.elbo import ELBO as ELBO
+    from genfw.elbo import bits_per_dim as bits_per_dim
+    from genfw.estimators.bound import Bound as Bound
+    from genfw.estimators.estimator import Estimate as Estimate
+    from genfw.estimators.estimator import Estimator as Estimator
+    from genfw.likelihood import BernoulliLikelihood as BernoulliLikelihood
+    from genfw.likelihood import BinsLikelihood as BinsLikelihood
+    from genfw.likelihood import CategoricalLikelihood as CategoricalLikelihood
+    from genfw.likelihood import DiscretizedGaussianLikelihood as DiscretizedGaussianLikelihood
+    from genfw.likelihood import GaussianLikelihood as GaussianLikelihood
+    from genfw.likelihood import Likelihood as Likelihood
+    from genfw.model import LatentModel as LatentModel
+    from genfw.model import MarkovianHierarchy as MarkovianHierarchy
+    from genfw.models.vae import VAE as VAE
+    from genfw.models.vdm import VDM as VDM
+    from genfw.noise import BatchNoise as BatchNoise
+    from genfw.noise import Draws as Draws
+    from genfw.noise import Noise as Noise
+    from genfw.objective import Elbo as Elbo
+    from genfw.objective import Objective as Objective
+    from genfw.objective import Simple as Simple
+    from genfw.parameterization import X0 as X0
+    from genfw.parameterization import Eps as Eps
+    from genfw.parameterization import LinearParameterization as LinearParameterization
+    from genfw.parameterization import Parameterization as Parameterization
+    from genfw.parameterization import Prediction as Prediction
+    from genfw.parameterization import Score as Score
+    from genfw.parameterization import V as V
+    from genfw.registry import Registered as Registered
+    from genfw.schedule import Cosine as Cosine
+    from genfw.schedule import Linear as Linear
+    from genfw.schedule import LogLinear as LogLinear
+    from genfw.schedule import NoiseSchedule as NoiseSchedule
+
+_HOMES = {
+    "genfw.diffusion.denoiser": ("Denoiser", "NetworkDenoiser"),
+    "genfw.diffusion.denoising": ("Denoising",),
+    "genfw.diffusion.process": ("marginal", "posterior", "transition"),
+    "genfw.diffusion.sampler": ("Ancestral", "Sampler"),
+    "genfw.distributions": (
+        "Bernoulli",
+        "BinSoftmax",
+        "Categorical",
+        "DiscretizedNormal",
+        "Distribution",
+        "Normal",
+    ),
+    "genfw.elbo": ("ELBO", "bits_per_dim"),
+    "genfw.estimators.bound": ("Bound",),
+    "genfw.estimators.estimator": ("Estimate", "Estimator"),
+    "genfw.likelihood": (
+        "BernoulliLikelihood",
+        "BinsLikelihood",
+        "CategoricalLikelihood",
+        "DiscretizedGaussianLikelihood",
+        "GaussianLikelihood",
+        "Likelihood",
+    ),
+    "genfw.model": ("LatentModel", "MarkovianHierarchy"),
+    "genfw.models.vae": ("VAE",),
+    "genfw.models.vdm": ("VDM",),
+    "genfw.noise": ("BatchNoise", "Draws", "Noise"),
+    "genfw.objective": ("Elbo", "Objective", "Simple"),
+    "genfw.parameterization": (
+        "Eps",
+        "LinearParameterization",
+        "Parameterization",
+        "Prediction",
+        "Score",
+        "V",
+        "X0",
+    ),
+    "genfw.registry": ("Registered",),
+    "genfw.schedule": ("Cosine", "Linear", "LogLinear", "NoiseSchedule"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'genfw' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

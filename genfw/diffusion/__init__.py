@@ -1,0 +1,1 @@
+"""The diffusion process, its denoisers and its samplers."""

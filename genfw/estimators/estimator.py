@@ -1,0 +1,55 @@
+"""Estimators of the negative log-likelihood: what is reported. They know models and bounds, never objectives."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from genfw.elbo import ELBO
+from genfw.model import LatentModel
+from genfw.noise import Noise
+from genfw.registry import Registered
+from genfw.types import Image, Labels, Nats
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A negative log-likelihood per example, and how sure it is.
+
+    Attributes:
+        nats: (b,) float64, positive for masses: -log p(x), or an upper bound on it.
+        variance: (b,) float64, the Monte-Carlo variance of `nats`: of this number around its own mean over draws,
+            not of images around each other.
+        elbo: the terms of the bound averaged over draws, where the estimator is made of them.
+    """
+
+    nats: Nats
+    variance: Nats
+    elbo: ELBO | None = None
+
+
+class Estimator(Registered, nn.Module, ABC, group="estimator"):
+    """A way to measure the negative log-likelihood of a model.
+
+    Attributes:
+        kind: what `nats` is in the mean: "upper bound on -log p(x)", "unbiased", ...
+    """
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
+    ) -> Estimate:
+        """Args: x (b, *shape) integers; noise keys every draw by example, None takes a random seed."""
+
+
+def keyed(noise: Noise | None, x: Tensor) -> Noise:
+    """`noise`, or a fresh seed for this batch."""
+    if noise is not None:
+        return noise
+    return Noise(int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device))

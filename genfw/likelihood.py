@@ -1,0 +1,219 @@
+r"""p(x | z): from a model's last numbers to a distribution over data.
+
+Data are integers 0..K-1. `normalize` is the only map from them to real numbers: the bin centres
+:math:`2(x + 1/2)/K - 1`, inside (-1, 1), bin width 2/K. Every likelihood but `gaussian` is a probability *mass*, so
+that log-likelihoods of different models compare; `gaussian` is a density, for data that are real numbers.
+
+What a likelihood is given, h, is one of two things:
+
+* the output of a network, (b, outputs * C, ...): `outputs` numbers per data dimension, read as (b, outputs, C, ...);
+* the pair (z_0 / alpha_0, sigma_0 / alpha_0) of a diffusion model: where the first latent says the data lie, and how
+  sure it is. `bins`, `discretized_gaussian` and `gaussian` take it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from genfw.distributions import (
+    Bernoulli,
+    BinSoftmax,
+    Categorical,
+    DiscretizedNormal,
+    Distribution,
+    Normal,
+    normal_head,
+)
+from genfw.registry import Registered
+from genfw.types import Data, Image
+
+Head: TypeAlias = "Data | tuple[Tensor, Tensor]"
+
+
+class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
+    """A family p(x | h).
+
+    Attributes:
+        bins: K, the number of values of a data dimension; None for a density.
+        outputs: how many numbers per data dimension a network must give.
+        density: True where `log_prob` is a density, not a mass. A density is never quoted as bits/dim of images.
+    """
+
+    density: ClassVar[bool] = False
+    bins: int | None
+    outputs: int
+
+    @abstractmethod
+    def forward(self, h: Head) -> Distribution:
+        """The distribution of x given h; its log_prob is (b,) nats."""
+
+    def normalize(self, x: Image) -> Data:
+        """Bin centres 2 (x + 1/2) / K - 1 in torch's default dtype.
+
+        Raises:
+            TypeError: x is not integer.
+            ValueError: a value outside 0..K-1 (checked where that costs no device synchronisation).
+        """
+        assert self.bins is not None
+        check_integers(x, self.bins)
+        return (2 * x.to(torch.get_default_dtype()) + 1) / self.bins - 1
+
+    def centres(self) -> Tensor:
+        """The K normalized values, (K,) float64."""
+        assert self.bins is not None
+        return (2 * torch.arange(self.bins, dtype=torch.float64) + 1) / self.bins - 1
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}"
+
+
+class CategoricalLikelihood(Likelihood, name="categorical"):
+    """K free logits per dimension: the most general mass. From a network only."""
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins, self.outputs = check_bins(bins), bins
+
+    def forward(self, h: Head) -> Categorical:
+        return Categorical(_split(h, self.outputs, "categorical"))
+
+
+class BernoulliLikelihood(Likelihood, name="bernoulli"):
+    """One logit per binary dimension. From a network only.
+
+    Raises:
+        ValueError: bins other than 2.
+    """
+
+    def __init__(self, bins: int = 2):
+        super().__init__()
+        if bins != 2:
+            raise ValueError(
+                f"bernoulli has 2 values, the data have bins={bins}: "
+                "use likelihood=categorical, or binarize the data (data.binarize=dynamic)"
+            )
+        self.bins, self.outputs = 2, 1
+
+    def forward(self, h: Head) -> Bernoulli:
+        return Bernoulli(_split(h, 1, "bernoulli").squeeze(1))
+
+
+class BinsLikelihood(Likelihood, name="bins"):
+    r"""Softmax over the K bin centres v_k, from the pair of a diffusion model.
+
+    .. math:: p(x = k \mid z_0) \propto \exp(-\tfrac12 (z_0/\alpha_0 - v_k)^2 / (\sigma_0/\alpha_0)^2)
+
+    Exact Bayes for z_0 under a uniform prior over values.
+
+    References:
+        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins, self.outputs = check_bins(bins), 1
+
+    def forward(self, h: Head) -> BinSoftmax:
+        where, width = _pair(h, "bins")
+        assert self.bins is not None
+        return BinSoftmax(where, width, self.bins)
+
+
+class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
+    r"""The mass of a normal between the edges of a bin; the end bins reach to infinity (`DiscretizedNormal`).
+
+    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept in [-9, 3].
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins, self.outputs = check_bins(bins), 2
+
+    def forward(self, h: Head) -> DiscretizedNormal:
+        assert self.bins is not None
+        return DiscretizedNormal(*_location_scale(h), self.bins)
+
+
+class GaussianLikelihood(Likelihood, name="gaussian"):
+    """A normal DENSITY, for real-valued data, which it leaves as they are (`normalize` is the identity).
+
+    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept in [-9, 3].
+    """
+
+    density = True
+
+    def __init__(self):
+        super().__init__()
+        self.bins, self.outputs = None, 2
+
+    def normalize(self, x: Image) -> Data:
+        """The identity on real numbers.
+
+        Raises:
+            TypeError: x is integer: a density of integers has no meaning.
+        """
+        if not x.is_floating_point():
+            raise TypeError(
+                f"gaussian is a density over real numbers, got {x.dtype}: "
+                "for integer images use discretized_gaussian, bins or categorical"
+            )
+        return x
+
+    def forward(self, h: Head) -> Normal:
+        return Normal(*_location_scale(h))
+
+
+def check_bins(bins: int) -> int:
+    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
+        raise ValueError(
+            f"bins: expected an integer of at least 2 (values 0..bins-1), got {bins!r}"
+        )
+    return bins
+
+
+def check_integers(x: Tensor, bins: int) -> None:
+    """Refuses what is not integers 0..bins-1. Values are looked at on the CPU only: elsewhere it would stall."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(
+            f"images: expected integers 0..{bins - 1}, got {x.dtype}: pass the raw values, "
+            "genfw normalizes them itself (likelihood.normalize)"
+        )
+    if x.device.type == "cpu" and x.numel() and not (0 <= x.min() and x.max() < bins):
+        raise ValueError(
+            f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}..{int(x.max())}: "
+            "set bins to the number of values of your data"
+        )
+
+
+def _split(h: Head, outputs: int, name: str) -> Tensor:
+    """Network output (b, outputs * C, ...) as (b, outputs, C, ...)."""
+    if isinstance(h, tuple):
+        raise TypeError(
+            f"likelihood {name} reads a network's output; a diffusion model gives (z_0/alpha_0, "
+            "sigma_0/alpha_0): use bins or discretized_gaussian there"
+        )
+    if h.shape[1] % outputs:
+        raise ValueError(
+            f"likelihood {name} needs {outputs} channels per data channel, got {h.shape[1]} in all"
+        )
+    return h.unflatten(1, (outputs, -1))
+
+
+def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
+    if not isinstance(h, tuple):
+        raise TypeError(
+            f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion model, "
+            "got a network's output: use categorical, bernoulli or discretized_gaussian there"
+        )
+    return h
+
+
+def _location_scale(h: Head) -> tuple[Tensor, Tensor]:
+    if isinstance(h, tuple):
+        return h
+    normal = normal_head(_split(h, 2, "gaussian").flatten(1, 2))
+    return normal.mean, normal.std

@@ -1,0 +1,1 @@
+"""The registered latent-variable models."""

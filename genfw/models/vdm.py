@@ -1,0 +1,173 @@
+r"""The variational diffusion model: a Markovian hierarchy whose encoder is fixed.
+
+The encoder adds noise, q(z_t | z_s) in closed form; the decoder is the posterior with the data replaced by a guess,
+p(z_s | z_t) = q(z_s | z_t, x = x_hat(z_t, t)), Luo (94). The bound, Luo (58), in T steps (s = (i-1)/T, t = i/T):
+
+    reconstruction   E_q(z_0|x) log p(x | z_0)
+    prior            KL(q(z_1 | x) || N(0, I))
+    denoising        sum_i E 1/2 expm1(lambda_s - lambda_t) ||eps - eps_hat||^2          Luo (92)
+                     -> 1/2 E_t[-lambda'(t) ||eps - eps_hat||^2]   as T -> infinity
+
+estimated with one random step (or time) per example. `steps=None` is the limit; `vdm.at(steps=T)` is the same model
+read as a hierarchy of T + 1 latents, latent j being z at time (j - 1) / T.
+
+References:
+    Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630;
+    Understanding Diffusion Models: A Unified Perspective, Luo, 2022, https://arxiv.org/abs/2208.11970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.denoising import Denoising
+from genfw.diffusion.process import marginal, posterior, transition
+from genfw.diffusion.sampler import Ancestral, Sampler
+from genfw.distributions import Distribution, Normal, per_example
+from genfw.elbo import ELBO
+from genfw.likelihood import Likelihood
+from genfw.model import MarkovianHierarchy
+from genfw.noise import Draws, draws
+from genfw.parameterization import broadcast
+from genfw.schedule import LogLinear, NoiseSchedule
+from genfw.types import Data, Image, Labels
+
+
+class VDM(MarkovianHierarchy, name="vdm"):
+    """A diffusion model judged by its bound.
+
+    Args:
+        denoiser: says what z_t is made of; owns the schedule.
+        likelihood: p(x | z_0), given (z_0 / alpha_0, sigma_0 / alpha_0).
+        steps: T, or None for continuous time.
+        shape: of the data, (C, H, W) or (D,); needed to sample.
+        sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        likelihood: Likelihood,
+        steps: int | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        sampler: Sampler | None = None,
+    ):
+        super().__init__()
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps: expected None (continuous time) or at least 1, got {steps}")
+        self.denoiser, self.likelihood, self.steps = denoiser, likelihood, steps
+        self.shape = None if shape is None else tuple(shape)
+        self.sampler = Ancestral(steps or 256) if sampler is None else sampler
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The denoiser's."""
+        return self.denoiser.schedule
+
+    def at(self, steps: int | None = None, *, schedule: NoiseSchedule | None = None) -> VDM:
+        """The same modules, read at T steps (None: continuous time), or along another schedule."""
+        denoiser = self.denoiser if schedule is None else self.denoiser.along(schedule)
+        sampler = self.sampler if steps is None else Ancestral(steps)
+        return VDM(denoiser, self.likelihood, steps, shape=self.shape, sampler=sampler)
+
+    def for_evaluation(self) -> VDM:
+        """Continuous time is read uniformly in log SNR: the bound depends on the schedule's end points only."""
+        if self.steps is not None:
+            return self
+        ends = float(self.schedule.log_snr_max), float(self.schedule.log_snr_min)
+        return self.at(schedule=LogLinear(*ends))
+
+    # The bound, by one random time per example.
+
+    def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
+        """Reconstruction, one entry of levels (T times a random denoising term), prior. Luo (58)."""
+        noise = draws(noise, x)
+        z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
+        return ELBO(
+            reconstruction=self.decode(z_0, 1, y).log_prob(x),
+            levels=(self.denoising(x, y, noise=noise).cost,),
+            prior=self._at_end(x).kl(self.prior(len(x), x.shape[1:])),
+        )
+
+    def denoising(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Denoising:
+        """The denoiser's error at one random time per example, stratified; every diffusion objective starts here."""
+        noise = draws(noise, x)
+        data = self._normalize(x)
+        u = noise.time().to(data.device)
+        if self.steps is None:
+            t, weight = u, 0.5 * self.schedule.slope(u)
+        else:
+            i = (u * self.steps).floor().clamp_max(self.steps - 1) + 1
+            t = i / self.steps
+            gained = self.schedule.log_snr((i - 1) / self.steps) - self.schedule.log_snr(t)
+            weight = 0.5 * self.steps * gained.expm1()
+        eps = noise.normal("eps", data)
+        alpha, sigma = (
+            broadcast(self.schedule.alpha(t), data),
+            broadcast(self.schedule.sigma(t), data),
+        )
+        prediction = self.denoiser(alpha * data + sigma * eps, t, y)
+        error = per_example((eps - prediction.eps).square())
+        return Denoising(t, self.schedule.log_snr(t), error, weight)
+
+    # The three conditionals of a hierarchy of T + 1 latents.
+
+    @property
+    def levels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.steps is None:
+            raise ValueError(
+                "in continuous time the hierarchy is infinite: read the model with vdm.at(steps=T)"
+            )
+        return self.steps + 1
+
+    def prior(self, n: int, shape: Sequence[int] | None = None) -> Normal:
+        shape = self.shape if shape is None else shape
+        if shape is None:
+            raise ValueError("to sample, a VDM must know its data: VDM(..., shape=(C, H, W))")
+        zero = torch.zeros(n, *shape, device=self.device, dtype=self.dtype)
+        return Normal(zero, torch.ones_like(zero))
+
+    def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
+        if t == 1:
+            return marginal(self._normalize(z), self._time(1), self.schedule)
+        return transition(z, self._time(t - 1), self._time(t), self.schedule)
+
+    def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
+        if t == 1:
+            alpha, sigma = self.schedule.alpha(self._time(1)), self.schedule.sigma(self._time(1))
+            return self.likelihood((z / broadcast(alpha, z), broadcast(sigma / alpha, z)))
+        prediction = self.denoiser(z, self._time(t), y)
+        return posterior(z, prediction.x, self._time(t - 1), self._time(t), self.schedule)
+
+    def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
+        """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
+        prior = self.prior(n)
+        noise = draws(noise, prior.mean)
+        z_1 = prior.sample(noise.fold(f"z{self.sampler.steps + 1}"))
+        z_0 = self.sampler(self.denoiser, z_1, y, noise=noise)
+        return self.decode(z_0, 1, y).sample(noise.fold("z0"))
+
+    def _time(self, level: int) -> Tensor:
+        """The time of latent `level`: (level - 1) / T."""
+        time = 0.0 if level == 1 else (level - 1) / (self.levels - 1)
+        return torch.tensor(time, dtype=torch.float64, device=self.device)
+
+    def _normalize(self, x: Image) -> Data:
+        data = self.likelihood.normalize(x)
+        return data.to(torch.promote_types(data.dtype, self.dtype))
+
+    def _at_end(self, x: Image) -> Normal:
+        return marginal(
+            self._normalize(x), torch.ones((), dtype=torch.float64, device=x.device), self.schedule
+        )
+
+    def extra_repr(self) -> str:
+        time = "continuous time" if self.steps is None else f"T = {self.steps}"
+        return f"log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I)), {time}"

@@ -1,0 +1,178 @@
+r"""Where random numbers come from.
+
+Every random draw in genfw is asked of a `Draws` object, one stream per example:
+
+* `Noise(seed, index)` for evaluation and sampling. A draw is a pure function of (seed, example index, purpose,
+  position), so an example's number does not depend on its batch, the chunk size, the number of ranks or the device.
+* `BatchNoise(size)` for training. It draws from torch's global generator, and stratifies time over the batch.
+
+Functions take `noise: Draws | None`; None means `BatchNoise`.
+
+References:
+    Fast Splittable Pseudorandom Number Generators, Steele, Lea, Flood, 2014 (the finalizer of splitmix64).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+def mix(*keys: int | str) -> int:
+    """A 63-bit seed from any number of keys; different keys, unrelated seeds.
+
+    Example:
+        >>> mix(0, "val", 7) == mix(0, "val", 7), mix(0, "val", 7) == mix(0, "val", 8)
+        (True, False)
+    """
+    text = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draws(ABC):
+    """Random draws for a batch of examples. `purpose` names the draw: one name, one draw."""
+
+    @abstractmethod
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        """Standard normal numbers with the shape, dtype and device of `like` (b, ...)."""
+
+    @abstractmethod
+    def uniform(self, purpose: str, like: Tensor) -> Tensor:
+        """Uniform numbers in (0, 1) with the shape, dtype and device of `like` (b, ...)."""
+
+    @abstractmethod
+    def time(self) -> Tensor:
+        """One uniform number in [0, 1) per example, (b,) float64, stratified."""
+
+    @abstractmethod
+    def fold(self, *keys: int | str) -> Draws:
+        """Draws for the same examples, independent of these and of those under other keys."""
+
+
+class BatchNoise(Draws):
+    """Draws from torch's global generator, for `size` examples at once.
+
+    `time` is stratified over a global batch of `chunks` batches of this size, of which this one is number `chunk`:
+    t = (u + position / N) mod 1, positions permuted. `u` and the permutation come from `seed` alone where it is given,
+    so that the chunks of one training step, on whatever ranks they run, cover [0, 1) together.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        device: torch.device | str = "cpu",
+        *,
+        seed: int | None = None,
+        chunk: int = 0,
+        chunks: int = 1,
+    ):
+        if seed is None and chunks > 1:
+            raise ValueError("chunks that stratify time together need a common seed=: none came")
+        self.size, self.device = size, device
+        self.seed, self.chunk, self.chunks = seed, chunk, chunks
+
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        return torch.randn_like(like)
+
+    def uniform(self, purpose: str, like: Tensor) -> Tensor:
+        tiny = torch.finfo(like.dtype).tiny
+        return torch.rand_like(like).clamp_min(tiny)
+
+    def time(self) -> Tensor:
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        n = self.size * self.chunks
+        offset = torch.rand((), generator=generator, dtype=torch.float64)
+        position = torch.randperm(n, generator=generator)[self.chunk * self.size :][: self.size]
+        return ((offset + position / n) % 1.0).to(self.device)
+
+    def fold(self, *keys: int | str) -> BatchNoise:
+        return self
+
+
+class Noise(Draws):
+    """Draws keyed by (seed, example index, purpose): the same wherever and beside whomever they are drawn.
+
+    Args:
+        seed: one for the whole evaluation or set of samples.
+        index: (b,) integers, the examples' indices in their data set (or the samples' numbers).
+        stratum: (j, m): this is draw j of m for these examples. The m times of an example are stratified,
+            t_j = (u + j / m) mod 1, and everything else is independent.
+
+    Example:
+        >>> a = Noise(0, torch.arange(4)).normal("eps", torch.empty(4, 2))
+        >>> b = Noise(0, torch.tensor([2])).normal("eps", torch.empty(1, 2))
+        >>> bool((a[2] == b[0]).all())
+        True
+    """
+
+    def __init__(self, seed: int, index: Tensor, stratum: tuple[int, int] = (0, 1)):
+        if index.ndim != 1 or index.is_floating_point():
+            raise ValueError(
+                f"index: expected integers of shape (b,), got {index.dtype} {tuple(index.shape)}"
+            )
+        j, m = stratum
+        if not 0 <= j < m:
+            raise ValueError(f"stratum: expected (j, m) with 0 <= j < m, got {stratum}")
+        self.seed, self.index, self.stratum = seed, index.long(), stratum
+
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        return torch.special.ndtri(self._uniform64(purpose, like)).to(like.dtype)
+
+    def uniform(self, purpose: str, like: Tensor) -> Tensor:
+        u = self._uniform64(purpose, like).to(like.dtype)
+        return u.clamp(torch.finfo(like.dtype).tiny, 1 - torch.finfo(like.dtype).eps / 2)
+
+    def time(self) -> Tensor:
+        j, m = self.stratum
+        start = _uniform(_stream(mix(self.seed, "time"), self.index))
+        return (start + j / m) % 1.0
+
+    def fold(self, *keys: int | str) -> Noise:
+        return Noise(mix(self.seed, *keys), self.index, self.stratum)
+
+    def stratified(self, j: int, m: int) -> Noise:
+        """Draw j of m for the same examples: stratified times, independent otherwise."""
+        return Noise(self.seed, self.index, (j, m))
+
+    def _uniform64(self, purpose: str, like: Tensor) -> Tensor:
+        if len(like) != len(self.index):
+            raise ValueError(f"noise is for {len(self.index)} examples, asked for {len(like)}")
+        key = _stream(mix(self.seed, purpose, *self.stratum), self.index.to(like.device))
+        count = torch.arange(like[0].numel(), device=like.device)
+        return _uniform(_splitmix(key[:, None] + count * _signed(_GAMMA))).reshape(like.shape)
+
+
+def draws(noise: Draws | None, like: Tensor) -> Draws:
+    """`noise`, or torch's global generator for the batch `like` where it is None."""
+    return BatchNoise(len(like), like.device) if noise is None else noise
+
+
+def _stream(seed: int, index: Tensor) -> Tensor:
+    """A 64-bit stream key per example."""
+    return _splitmix(_splitmix(index * _signed(_GAMMA) + seed) + seed)
+
+
+def _splitmix(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64 on int64 (arithmetic modulo 2^64)."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, n: int) -> Tensor:
+    """Logical right shift: torch's own repeats the sign bit."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """53 of 64 random bits as a number in (0, 1), float64, never 0 or 1."""
+    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 64) if x >= 1 << 63 else x
