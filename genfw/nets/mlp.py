@@ -1,0 +1,186 @@
+"""Fully connected networks: a denoiser for data of any shape, and the two halves of a VAE."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
+from genfw.nets.network import (
+    Decoder,
+    DenoisingNetwork,
+    Encoder,
+    Features,
+    Level,
+    example_shape,
+    multiple,
+)
+from genfw.types import Labels
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+}
+
+
+class MLP(DenoisingNetwork, name="mlp"):
+    """Residual blocks on the flattened data, the level added in each.
+
+    Args:
+        shape: (D,) or (C, *dims) of the data.
+        out_channels: a multiple of the first entry of `shape`; None is that entry.
+        classes: number of labels; None ignores labels.
+        bins: K, the number of values of the data; needed where fourier > 0.
+        fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
+        width: of every layer.
+        blocks: residual blocks.
+        dropout: in every block.
+
+    Raises:
+        ValueError: a size out of range, Fourier features without bins.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        out_channels: int | None = None,
+        classes: int | None = None,
+        bins: int | None = None,
+        fourier: int = 0,
+        width: int = 256,
+        blocks: int = 3,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.shape = example_shape(shape)
+        channels, dims = self.shape[0], math.prod(self.shape[1:])
+        outputs = multiple(out_channels, channels)
+        self.out_channels = outputs * channels
+        self.condition = Condition(width, classes)
+        self.fourier = Fourier(bins, fourier)
+        self.enter = nn.Linear(self.fourier.channels(channels) * dims, width)
+        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU())
+        self.output = Output(nn.Linear(width, self.out_channels * dims), width, outputs)
+
+    def forward(self, z: Features, level: Level, y: Labels | None = None) -> Features:
+        condition = self.condition(level, y)
+        h = self.enter(self.fourier(z, level).flatten(1))
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.output(self.leave(h), z, condition)
+
+
+class Block(nn.Module):
+    """h + linear(dropout(silu(FiLM(linear(silu(norm(h))))))), (b, width) to the same."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, width)
+        self.film = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, h: Features, condition: Features) -> Features:
+        scale, shift = self.film(nn.functional.silu(condition)).chunk(2, dim=1)
+        out = self.linear1(nn.functional.silu(self.norm(h))) * (1 + scale) + shift
+        return h + self.linear2(self.dropout(nn.functional.silu(out)))
+
+
+class MLPEncoder(Encoder, name="mlp_encoder"):
+    """Linear layers with activations between, (b, *shape) to (b, 2 * latents).
+
+    Args:
+        shape: of the data.
+        latents: dimensions of z.
+        classes: number of labels; None ignores labels.
+        hidden: widths of the layers between.
+        activation: one of silu, gelu, relu, leaky_relu, elu, tanh.
+        dropout: after every activation.
+
+    Raises:
+        ValueError: a size out of range, an unknown activation.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latents: int,
+        classes: int | None = None,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "silu",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.shape, self.latents = example_shape(shape), latents
+        dims = math.prod(self.shape)
+        self.label = None if classes is None else LabelEmbedding(classes, dims)
+        self.layers = layers([dims, *hidden, 2 * latents], activation, dropout)
+
+    def forward(self, x: Features, y: Labels | None = None) -> Features:
+        h = x.flatten(1)
+        return self.layers(h if self.label is None else h + self.label(y, len(x)))
+
+
+class MLPDecoder(Decoder, name="mlp_decoder"):
+    """Linear layers with activations between, (b, latents) to (b, outputs * C, *dims).
+
+    Args:
+        shape: (C, *dims) of the data.
+        latents: dimensions of z.
+        outputs: numbers per channel of the data that the likelihood reads: K for categorical,
+            1 for Bernoulli, 2 for a Gaussian.
+        classes: number of labels; None ignores labels.
+        hidden: widths of the layers between.
+        activation: one of silu, gelu, relu, leaky_relu, elu, tanh.
+        dropout: after every activation.
+
+    Raises:
+        ValueError: a size out of range, an unknown activation.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        latents: int,
+        outputs: int,
+        classes: int | None = None,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "silu",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.shape, self.latents, self.outputs = example_shape(shape), latents, outputs
+        dims = outputs * math.prod(self.shape)
+        self.label = None if classes is None else LabelEmbedding(classes, latents)
+        self.layers = layers([latents, *hidden, dims], activation, dropout)
+
+    def forward(self, z: Features, y: Labels | None = None) -> Features:
+        out = self.layers(z if self.label is None else z + self.label(y, len(z)))
+        return out.reshape(len(z), self.outputs * self.shape[0], *self.shape[1:])
+
+
+def layers(widths: Sequence[int], activation: str, dropout: float) -> nn.Sequential:
+    """Linear layers of these widths, activation and dropout between them.
+
+    Raises:
+        ValueError: a width below 1, or an unknown activation.
+    """
+    if min(widths) < 1:
+        raise ValueError(f"widths of the layers: expected positive numbers, got {list(widths)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+    stack: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        stack += [nn.Linear(before, after), ACTIVATIONS[activation](), nn.Dropout(dropout)]
+    return nn.Sequential(*stack[:-2])

@@ -1,0 +1,96 @@
+"""What a model may ask of a network, and nothing about how it answers.
+
+Three kinds share the registry `net`: a denoiser's network, and the two halves of a VAE. None knows
+what its output means: a parameterization, a posterior or a likelihood reads it. None mixes the
+examples of a batch. A network without classes takes labels and ignores them, so that every model
+can be called in one way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from genfw.registry import Registered
+from genfw.types import Labels
+
+Features = Float[Tensor, "b ..."]
+"""Whatever flows through a network: a row, or channels and an image, per example."""
+
+Level = Float[Tensor, " b"]
+"""log SNR normalized to [0, 1]: 0 is pure noise, 1 the data end."""
+
+
+class Network(Registered, nn.Module, ABC, group="net"):
+    """Base of all networks. `shape` is that of one example of the data, batch left out."""
+
+    shape: tuple[int, ...]
+
+
+class DenoisingNetwork(Network, ABC):
+    """Sees a noisy z and its noise level. Its output is zero before training."""
+
+    out_channels: int
+
+    @abstractmethod
+    def forward(self, z: Features, level: Level, y: Labels | None = None) -> Features:
+        """The raw output, (b, out_channels, *dims).
+
+        Args:
+            z: (b, C, *dims).
+            level: (b,) log SNR normalized to [0, 1]: 0 is pure noise, 1 the data end.
+            y: (b,) labels; `classes` itself, like None, means no label.
+        """
+
+
+class Encoder(Network, ABC):
+    """The half of a VAE that reads the data."""
+
+    latents: int
+
+    @abstractmethod
+    def forward(self, x: Features, y: Labels | None = None) -> Features:
+        """(b, C, *dims) to (b, 2 * latents)."""
+
+
+class Decoder(Network, ABC):
+    """The half of a VAE that writes the data."""
+
+    latents: int
+    outputs: int
+
+    @abstractmethod
+    def forward(self, z: Features, y: Labels | None = None) -> Features:
+        """(b, latents) to (b, outputs * C, *dims)."""
+
+
+def example_shape(shape: Sequence[int], rank: int | None = None) -> tuple[int, ...]:
+    """`shape` as a tuple of positive integers.
+
+    Raises:
+        ValueError: it is empty or not positive, or has another rank than asked for.
+    """
+    found = tuple(int(size) for size in shape)
+    if not found or min(found) < 1 or (rank is not None and len(found) != rank):
+        wanted = "(C, H, W)" if rank == 3 else "(D,) or (C, *dims)"
+        raise ValueError(f"shape: expected positive sizes {wanted}, got {found}")
+    return found
+
+
+def multiple(out_channels: int | None, channels: int) -> int:
+    """How many outputs there are per channel of the data.
+
+    Raises:
+        ValueError: the outputs cannot be shared out evenly.
+    """
+    if out_channels is None:
+        return 1
+    if out_channels < 1 or out_channels % channels:
+        raise ValueError(
+            f"out_channels: expected a multiple of the {channels} channels of the data, "
+            f"got {out_channels}"
+        )
+    return out_channels // channels
