@@ -1,0 +1,134 @@
+"""python -m genfw [group=option ...] [key=value ...]: trains a model, then tests it.
+
+The configuration is composed and checked first, in well under a second; torch is imported when it is right.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from genfw.train.errors import ConfigError, GenfwError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 1 (the run failed), 2 (the configuration is wrong), 130 (Ctrl-C)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # `_target_: my_file.Flow` may name a file beside the person
+    try:
+        return _command(arguments)
+    except GenfwError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        print(_short(str(error)), file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _command(arguments: Sequence[str]) -> int:
+    from genfw.train.config import conf_folder
+
+    if "--help" in arguments or "-h" in arguments:
+        from genfw.train import help, plugins
+
+        names = [f"{each.name} ({each.module})" for each in plugins.installed()]
+        print(help.text([conf_folder(), *plugins.conf_folders()], names), end="")
+        return 0
+
+    from genfw.train.compose import compose, jobs, session, typed
+    from genfw.train.compose import parse as parse_overrides
+    from genfw.train.jobs import own_folder, quoted, run_apart
+
+    flags = _parse(arguments)
+    name, overrides = flags.config_name or "config", list(flags.overrides)
+    if flags.config_dir:
+        overrides.append(f"hydra.searchpath=[{quoted(Path(flags.config_dir).absolute())}]")
+    folder = Path(flags.config_path) if flags.config_path else None
+    if flags.hydra_help or flags.info or flags.shell_completion:
+        return _hydra(arguments, folder or conf_folder(), name)
+
+    with session(folder) as hydra:
+        if flags.cfg:
+            compose(overrides, name)
+            hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
+            return 0
+        config = [compose(job, name) for job in (jobs(overrides) if flags.multirun else [overrides])][0]
+        trusted = [*config.trusted, *typed(parse_overrides(overrides))]
+        if trusted:
+            overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
+        if flags.multirun:
+            place = own_folder(config, "hydra.sweep.dir")
+            overrides += [f"hydra.sweep.dir={quoted(place)}", "hydra.mode=MULTIRUN"]
+            hydra.multirun(name, partial(run_apart, flags=_shared(flags)), overrides)
+        else:
+            place = own_folder(config, "hydra.run.dir")
+            overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
+            hydra.run(name, _run, overrides)
+    return 0
+
+
+def _run(config) -> float | None:
+    """One job, in this process. Heavy imports begin here."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from genfw.train.job import run
+
+    logging.getLogger("lightning").handlers.clear()  # its lines reach the root logger's handlers as well
+    results = run(config, Path(HydraConfig.get().runtime.output_dir))
+    return results.get(config.optimized)
+
+
+def _parse(arguments: Sequence[str]) -> Namespace:
+    """Hydra's own flags."""
+    from hydra._internal.utils import get_args_parser
+
+    def error(message: str) -> NoReturn:
+        raise ConfigError(f"{message}. See python -m genfw --help")
+
+    parser = get_args_parser()
+    parser.error = error
+    return parser.parse_args(arguments)
+
+
+def _shared(flags: Namespace) -> list[str]:
+    """The flags that the jobs of a sweep inherit."""
+    pairs = (
+        ("--config-path", flags.config_path),
+        ("--config-name", flags.config_name),
+        ("--config-dir", flags.config_dir),
+    )
+    return [each for flag, value in pairs if value for each in (flag, value)]
+
+
+def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
+    """Hydra's own questions: --info, --hydra-help, --shell-completion."""
+    import hydra
+
+    from genfw.train import resolvers
+
+    resolvers.register()
+    sys.argv[1:] = arguments
+    hydra.main(config_path=str(folder.absolute()), config_name=name, version_base="1.3")(_run)()
+    return 0
+
+
+def _short(message: str, lines: int = 8) -> str:
+    kept = message.splitlines()
+    return "\n".join(kept if len(kept) <= lines else [*kept[: lines - 1], "..."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

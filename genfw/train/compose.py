@@ -1,0 +1,238 @@
+"""From a command line to a checked configuration, and from a wrong one to a short answer.
+
+Hydra composes; this page says what was wrong in the words of the person who typed it: which name, which names there
+are, and which of them was probably meant.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.hydra import Hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from genfw.train import plugins, resolvers
+from genfw.train.config import check, conf_folder, keys, nearest, unknown_key
+from genfw.train.errors import ConfigError
+from genfw.train.help import defaults, options
+
+
+@contextmanager
+def session(folder: Path | None = None) -> Iterator[Hydra]:
+    """Hydra, looking into a conf folder (genfw's own by default) and those of plug-ins."""
+    resolvers.register()
+    folder = conf_folder() if folder is None else folder
+    if not folder.is_dir():
+        raise ConfigError(f"--config-path: there is no folder {folder}")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder.absolute()), job_name="genfw", version_base="1.3"):
+            yield cast(Hydra, GlobalHydra.instance().hydra)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
+    """The checked configuration of one job, Hydra's own part under `hydra`. Within a `session`.
+
+    Raises:
+        ConfigError: it is wrong, and how.
+    """
+    parsed = parse(overrides)
+    try:
+        try:
+            config = _compose(overrides, name)
+        except MissingConfigException:  # a name that no YAML knows: perhaps a plug-in does
+            plugins.load()
+            config = _compose(overrides, name)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, parsed, name) from error
+    with open_dict(config):
+        own = config.pop("hydra")
+        choices = own.runtime.choices
+        reference = _compose(
+            [f"{key}={value}" for key, value in choices.items() if _is_part(key, value)], name
+        )
+        reference.pop("hydra")
+        check(config, reference, _folders(), typed(parsed))
+        config.hydra = own
+    return config
+
+
+def typed(overrides: Sequence[Override]) -> list[str]:
+    """Every `_target_` that stands on this command line: its author trusts it."""
+    found = []
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, each in value.items():
+                visit(each, str(name))
+        elif isinstance(value, list):
+            for each in value:
+                visit(each, "")
+        elif key == "_target_":
+            found.append(value.text if isinstance(value, QuotedString) else str(value))
+
+    for override in overrides:
+        name = override.key_or_group.rpartition(".")[2]
+        values = override.sweep_iterator() if override.is_discrete_sweep() else [override.value()]
+        for value in values:
+            visit(value, name)
+    return list(dict.fromkeys(found))
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Raises:
+    ConfigError: one of them is not `key=value`.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise ConfigError(
+                f"{text}: not understood ({reason}).\n"
+                "Write key=value or group=option; a value with special characters in two pairs of quotes: "
+                """'key="a=b"'"""
+            ) from error
+    return parsed
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The command lines of a sweep, one per job: every combination of the listed values.
+
+    Values that only a sweeper can choose (intervals) are left out.
+    """
+    axes = []
+    for override in parse(overrides):
+        if override.is_discrete_sweep():
+            key = override.get_key_element()
+            axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():
+            axes.append([str(override.input_line)])
+    return [list(job) for job in itertools.product(*axes)]
+
+
+def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
+    """What was wrong with a command line that Hydra could not compose."""
+    groups = _groups()
+    valid = [
+        override.input_line
+        for override in overrides
+        if override.key_or_group in ("model", "experiment") and _has_option(override)
+    ]
+    try:
+        base = _compose([text for text in valid if text], name)
+    except (HydraException, OmegaConfBaseException):
+        return ConfigError(_short(error))
+    choices = base.hydra.runtime.choices
+    for override in overrides:
+        if override.is_hydra_override():
+            continue
+        key, text = override.key_or_group, override.input_line
+        if override.is_sweep_override():
+            return ConfigError(f"{text}: several values; add --multirun to try each of them")
+        if key in groups:
+            at = f"{key}@{override.package}" if override.package else key
+            if not _has_option(override):
+                return _no_option(at, str(override.value()), _options(key), groups)
+            if at not in choices and not override.is_add():
+                return _not_of_model(at, choices, name)
+        elif OmegaConf.select(base, key, throw_on_missing=False) is None and not override.is_add():
+            known = [each for each in keys(base) if not each.startswith("hydra")]
+            if key not in known:
+                near = nearest(key, groups) if "." not in key else None
+                return (
+                    ConfigError(
+                        f"{text}: there is no group or key {key}. Did you mean {near}?\n"
+                        f"Groups: {', '.join(groups)}"
+                    )
+                    if near
+                    else unknown_key(key, known)
+                )
+    return ConfigError(_short(error))
+
+
+def _compose(overrides: Sequence[str | None], name: str) -> DictConfig:
+    return hydra_compose(name, [each for each in overrides if each], return_hydra_config=True)
+
+
+def _folders() -> list[Path]:
+    return [conf_folder(), *plugins.conf_folders()]
+
+
+def _is_part(group: str, option: Any) -> bool:
+    return option is not None and group != "experiment" and not group.startswith("hydra/")
+
+
+def _groups() -> list[str]:
+    found = GlobalHydra.instance().config_loader().get_group_options("", ObjectType.GROUP)
+    return sorted(group for group in found if group != "hydra")
+
+
+def _options(group: str) -> list[str]:
+    return sorted(GlobalHydra.instance().config_loader().get_group_options(group))
+
+
+def _has_option(override: Override) -> bool:
+    if override.is_sweep_override():
+        return False
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
+    known = _options(override.key_or_group)
+    return override.is_delete() or value is None or all(str(each) in known for each in chosen)
+
+
+def _no_option(key: str, value: str, known: Sequence[str], groups: Sequence[str]) -> ConfigError:
+    lines = [f"{key}={value}: {key.split('@')[0]} has no option {value}."]
+    match = nearest(value, known)
+    if match:
+        lines.append(f"Did you mean {key}={match}?")
+    elif key in groups and any(value in _options(group) for group in groups):
+        home = next(group for group in groups if value in _options(group))
+        lines.append(f"Did you mean {home}={value}?")
+    lines.append(f"Options: {', '.join(known)}")
+    return ConfigError("\n".join(lines))
+
+
+def _not_of_model(key: str, choices: DictConfig, name: str) -> ConfigError:
+    folders = _folders()
+    model = choices.get("model")
+    others = [
+        option
+        for option in options("model", folders)
+        for folder in folders
+        if (folder / "model" / f"{option}.yaml").is_file()
+        and key in defaults(folder / "model" / f"{option}.yaml")
+    ]
+    shared = defaults(folders[0] / "config.yaml")
+    own = [
+        f"{group}={option}"
+        for group, option in choices.items()
+        if group not in shared and not group.startswith("hydra/")
+    ]
+    lines = [f"{key} does not belong to model={model}, which has {', '.join(own)}."]
+    if others:
+        lines.append(f"It belongs to {', '.join(f'model={other}' for other in others)}")
+    return ConfigError("\n".join(lines))
+
+
+def _short(error: Exception) -> str:
+    """Hydra's own words, without its advice to add keys."""
+    causes = [str(error), str(error.__cause__ or "")]
+    lines = [line for cause in causes for line in cause.splitlines() if line.strip()]
+    return "\n".join([line for line in lines if "To append" not in line][:6]) or repr(error)

@@ -1,0 +1,407 @@
+"""A composed configuration is checked before anything it names is imported, and then built.
+
+Every node with a `_target_` is held against what its class takes (`genfw.train.schema`): unknown, missing and mistyped
+keys are errors, wherever they come from. All other nodes are held against the same choice of groups composed without
+further settings. What may be imported at all is a short list: genfw's own classes, torch.optim, Lightning's callbacks
+and loggers, installed plug-ins, and what the person named in `trusted` or typed as a `_target_` of this very run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import genfw
+from genfw.train.errors import ConfigError
+from genfw.train.schema import (
+    RESERVED,
+    Argument,
+    ConfFiles,
+    Schema,
+    fits,
+    from_signature,
+    type_of,
+)
+
+PREFIXES = (
+    "genfw.",
+    "torch.optim.",
+    "lightning.pytorch.callbacks.",
+    "lightning.pytorch.loggers.",
+)
+NAMES = ("lightning.pytorch.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
+
+
+def conf_folder() -> Path:
+    """Where genfw's own conf/ lies: beside the package in a checkout, inside it once installed."""
+    package = Path(genfw.__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def check(
+    config: DictConfig,
+    reference: DictConfig,
+    conf_folders: Sequence[Path] | None = None,
+    trusted: Iterable[str] = (),
+) -> None:
+    """Refuses a configuration that cannot run.
+
+    Args:
+        config: as composed.
+        reference: the same choices of groups, composed without other settings: its keys and types are the known ones.
+        conf_folders: genfw's own conf/ and those of plug-ins.
+        trusted: what may be imported besides `config.trusted`.
+
+    Raises:
+        ConfigError: the first thing that is wrong, with what was expected.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise ConfigError(
+                f"{', '.join(missing)} must be given: add {missing[0]}=... to the command"
+            )
+        checker = _Checker(ConfFiles(conf_folders or [conf_folder()]), trusted_by(config, trusted))
+        checker.node(config, reference, "")
+        for rule in RULES:
+            rule(config)
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
+
+
+class _Checker:
+    def __init__(self, files: ConfFiles, trusted: Sequence[str]):
+        self.files, self.trusted = files, trusted
+
+    def node(self, node: Any, like: Any, path: str) -> None:
+        if isinstance(node, ListConfig):
+            for i in range(len(node)):
+                if not OmegaConf.is_interpolation(node, i):
+                    self.node(node[i], None, f"{path}[{i}]")
+        elif isinstance(node, DictConfig):
+            if "_target_" in node:
+                self.call(node, like, path)
+            else:
+                self.settings(node, like, path)
+
+    def settings(self, node: DictConfig, like: Any, path: str) -> None:
+        """A node that no class reads: a dictionary of settings or of nodes."""
+        known = like if isinstance(like, DictConfig) else None
+        if known is not None:
+            for key in map(str, known):
+                if key not in node and not _is_call(known.get(key)):
+                    raise ConfigError(f"{_join(path, key)} is missing: do not delete it")
+        for key, at, value, copied in _items(node, path):
+            if known is not None and key not in known and not _is_call(value):
+                raise unknown_key(at, keys(known, path))
+            before = known.get(key) if known is not None and key in known else None
+            if before is not None and not (value is None and isinstance(before, DictConfig)):
+                _fit(at, value, Argument(type_of(before)))
+            if not copied:
+                self.node(value, before, at)
+
+    def call(self, node: DictConfig, like: Any, path: str) -> None:
+        """A node that names a class: the keys are the class's arguments."""
+        target = node["_target_"]
+        at = _join(path, "_target_")
+        if not isinstance(target, str) or not allowed(target, self.trusted):
+            raise ConfigError(
+                f"{at}={target} is not among what a config may import: genfw's classes, torch.optim, "
+                "Lightning's callbacks and loggers, plug-ins.\n"
+                f"If you trust it, name it: 'trusted=[{target}]'"
+            )
+        schema = self.schema(target, at)
+        if not schema.complete and any(key not in schema.arguments for key in node):
+            schema = _inspected(target, at, self.trusted)
+        for key in map(str, node):
+            if key in RESERVED:
+                continue
+            if key not in schema.arguments and schema.complete:
+                inherited = isinstance(like, DictConfig) and like.get("_target_") != target
+                if inherited and key in like:
+                    raise ConfigError(
+                        f"{_join(path, key)} belongs to {like['_target_']}; {target} takes "
+                        f"{_listed(schema.arguments)}.\nAdd '~{_join(path, key)}' to leave it out"
+                    )
+                names = [_join(path, each) for each in schema.arguments]
+                raise unknown_key(_join(path, key), names, f"{target} takes")
+        if schema.complete and not node.get("_partial_"):
+            for key, argument in schema.arguments.items():
+                if argument.required and key not in node:
+                    raise ConfigError(f"{_join(path, key)} must be given: {target} needs it")
+        for key, where, value, copied in _items(node, path):
+            argument = schema.arguments.get(key, Argument())
+            before = like.get(key) if isinstance(like, DictConfig) and key in like else None
+            if key == "_partial_":
+                argument = Argument(frozenset({"bool"}))
+            elif argument.types is None and isinstance(before, DictConfig):
+                argument = Argument(frozenset({"dict"}))
+            if key != "_target_" and not _is_call(value):
+                _fit(where, value, argument)
+            if not copied:
+                self.node(value, argument.default if argument.default is not None else before, where)
+
+    def schema(self, target: str, at: str) -> Schema:
+        return self.files.schema(target) or _inspected(target, at, self.trusted)
+
+
+def _items(node: DictConfig, path: str) -> Iterator[tuple[str, str, Any, bool]]:
+    """(key, path, value, whether the value is a copy of another place in the config)."""
+    for key in map(str, node):
+        yield key, _join(path, key), node[key], OmegaConf.is_interpolation(node, key)
+
+
+def _is_call(value: Any) -> bool:
+    return isinstance(value, DictConfig) and "_target_" in value
+
+
+def _fit(path: str, value: Any, argument: Argument) -> None:
+    if not fits(value, argument.types):
+        raise ConfigError(f"{path}: expected {argument.expected()}, got {_shown(value)}")
+    if argument.elements and isinstance(value, ListConfig):
+        for i, each in enumerate(value):
+            if not fits(each, argument.elements):
+                expected = Argument(argument.elements).expected()
+                raise ConfigError(f"{path}[{i}]: expected {expected}, got {_shown(each)}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (DictConfig, ListConfig)):
+        value = OmegaConf.to_container(value)
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else (
+        "null" if value is None else repr(value)
+    )
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+
+def unknown_key(key: str, known: Iterable[str], taken: str | None = None) -> ConfigError:
+    """The error for a key that nothing reads, with the nearest one that something does."""
+    known = list(known)
+    parent, _, leaf = key.rpartition(".")
+    siblings = [each for each in known if each.rpartition(".")[0] == parent]
+    lines = [f"{key}: there is no such key."]
+    match = nearest(key, known)
+    if match:
+        lines.append(f"Did you mean {match}?")
+    if siblings:
+        names = [each.rpartition(".")[2] for each in siblings]
+        lines.append(f"{taken or (parent + ' has' if parent else 'Keys:')} {_listed(names)}")
+    elif taken:
+        lines.append(f"{taken} no arguments")
+    return ConfigError("\n".join(lines))
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that looks most like the word: among its siblings, then by its last part, then as a whole."""
+    known = list(known)
+    parent, _, leaf = word.rpartition(".")
+    by_leaf: dict[str, str] = {}
+    siblings: dict[str, str] = {}
+    for each in known:
+        above, _, name = each.rpartition(".")
+        by_leaf.setdefault(name, each)
+        if above == parent:
+            siblings[name] = each
+    for names, cutoff in ((siblings, 0.6), (by_leaf, 0.9), ({each: each for each in known}, 0.6)):
+        close = difflib.get_close_matches(leaf if names is not known else word, names, 1, cutoff)
+        if close:
+            return names[close[0]]
+    close = difflib.get_close_matches(word, known, 1, 0.6)
+    return close[0] if close else None
+
+
+def keys(config: Any, path: str = "") -> list[str]:
+    """All keys below a node, dotted."""
+    found = []
+    if isinstance(config, DictConfig):
+        for key in map(str, config):
+            if key not in RESERVED:
+                found.append(_join(path, key))
+                if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
+                    found += keys(config[key], _join(path, key))
+    return found
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "no arguments"
+
+
+# ---- what may be imported -------------------------------------------------------------------------------------------
+
+
+def trusted_by(config: DictConfig, more: Iterable[str] = ()) -> list[str]:
+    """The packages, modules and classes that a person or an installed plug-in vouches for."""
+    from genfw.train.plugins import packages
+
+    return [*packages(), *more, *map(str, config.get("trusted") or ())]
+
+
+def allowed(target: str, trusted: Sequence[str] = ()) -> bool:
+    """Whether a config may import this name."""
+    if not all(part.isidentifier() for part in target.split(".")) or "." not in target:
+        return False
+    return (
+        target in NAMES
+        or target.startswith(PREFIXES)
+        or any(target == name or target.startswith(f"{name}.") for name in trusted)
+    )
+
+
+def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """Imports what a `_target_` names.
+
+    Under genfw, torch.optim and Lightning it must be a class that is written there, so that no other module can be
+    reached through them (`genfw.train.config.importlib.import_module`), or a function that genfw's own conf/ names.
+
+    Raises:
+        ConfigError: it may not be imported, or is not there.
+    """
+    if not allowed(target, trusted):
+        raise ConfigError(f"{target} is not among what a config may import: see `trusted`")
+    found = _imported(target)
+    if any(target == name or target.startswith(f"{name}.") for name in trusted):
+        return found
+    home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', '')}"
+    is_own = isinstance(found, type) or target in ConfFiles([conf_folder()]).files
+    if not (is_own and allowed(home)):
+        raise ConfigError(f"{target} is not a class of {target.split('.')[0]}: it cannot be built from a config")
+    return found
+
+
+def _imported(target: str) -> Any:
+    parts = target.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        module = ".".join(parts[:depth])
+        try:
+            found: Any = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name and (module == error.name or module.startswith(f"{error.name}.")):
+                continue
+            raise
+        for name in parts[depth:]:
+            try:
+                found = getattr(found, name)
+            except AttributeError:
+                close = nearest(name, dir(found))
+                hint = f" Did you mean {close}?" if close else ""
+                raise ConfigError(f"{target}: {module} has no {name}.{hint}") from None
+        if not callable(found):
+            raise ConfigError(f"{target} is not a class")
+        return found
+    raise ConfigError(f"{target}: there is no module {parts[0]}, here or installed (looked in {Path.cwd()} too)")
+
+
+def _inspected(target: str, at: str, trusted: Sequence[str]) -> Schema:
+    try:
+        return from_signature(locate(target, trusted))
+    except ConfigError as error:
+        raise ConfigError(f"{at}: {error}") from error
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """The object that a node names, its arguments first; a dictionary or a list of nodes becomes one of objects.
+
+    `_partial_: true` gives a function that waits for the other arguments. Interpolations copy configurations, not
+    objects: a node interpolated in two places is built twice.
+
+    Args:
+        node: a config node, or a plain value, which is returned.
+        arguments: further arguments for the node itself, objects as they are.
+
+    Raises:
+        ConfigError: a target that may not be imported, or a value that a constructor refuses (its ValueError).
+    """
+    if not isinstance(node, (DictConfig, ListConfig)):
+        return node
+    root = node._get_root()
+    trusted = trusted_by(root if isinstance(root, DictConfig) else OmegaConf.create({}))
+    return _build(OmegaConf.to_container(node, resolve=True), node._get_full_key(None), trusted, arguments)
+
+
+def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_build(each, f"{path}[{i}]", trusted, {}) for i, each in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    built = {
+        key: _build(each, _join(path, str(key)), trusted, {})
+        for key, each in value.items()
+        if key not in RESERVED
+    }
+    if "_target_" not in value:
+        return built
+    made = locate(value["_target_"], trusted)
+    if value.get("_partial_"):
+        return functools.partial(made, **built, **more)
+    try:
+        return made(**built, **more)
+    except ValueError as error:
+        raise ConfigError(f"{path} ({value['_target_']}): {error}") from error
+
+
+# ---- combinations that cannot be right ------------------------------------------------------------------------------
+
+
+def _bins_agree(config: DictConfig) -> None:
+    told = OmegaConf.select(config, "likelihood.bins")
+    bins = OmegaConf.select(config, "data.bins")
+    if told is not None and bins is not None and told != bins:
+        raise ConfigError(
+            f"likelihood.bins={told}, but the data have {bins} values (data.bins): leave likelihood.bins alone"
+        )
+
+
+def _bernoulli_is_binary(config: DictConfig) -> None:
+    bins = OmegaConf.select(config, "data.bins")
+    if _target(config, "likelihood") == "genfw.BernoulliLikelihood" and bins not in (None, 2):
+        raise ConfigError(
+            f"likelihood=bernoulli has 2 values, but the data have {bins}: "
+            "use likelihood=categorical, or binarize the data: data.binarize=dynamic"
+        )
+
+
+def _likelihood_reads_model(config: DictConfig) -> None:
+    model, likelihood = _target(config, "model"), _target(config, "likelihood")
+    unreadable, others = {
+        "genfw.VAE": (("bins",), "categorical, bernoulli or discretized_gaussian"),
+        "genfw.VDM": (("categorical", "bernoulli"), "bins or discretized_gaussian"),
+    }.get(str(model), ((), ""))
+    for name in unreadable:
+        if likelihood == f"genfw.{name.capitalize()}Likelihood":
+            raise ConfigError(
+                f"likelihood={name} cannot read what {model} decodes: use likelihood={others}"
+            )
+
+
+def _simple_needs_noise(config: DictConfig) -> None:
+    if _target(config, "objective") == "genfw.Simple" and _target(config, "model") == "genfw.VAE":
+        raise ConfigError(
+            "objective=simple weighs noise levels, and model=vae has none: use objective=elbo"
+        )
+
+
+def _target(config: DictConfig, key: str) -> str | None:
+    return OmegaConf.select(config, f"{key}._target_")
+
+
+RULES: tuple[Callable[[DictConfig], None], ...] = (
+    _bins_agree,
+    _bernoulli_is_binary,
+    _likelihood_reads_model,
+    _simple_needs_noise,
+)
