@@ -246,6 +246,13 @@ def test_decoders_fit_odd_sizes(cls, size):
     assert net(torch.randn(2, 3)).shape == (2, 10, *size)
 
 
+def test_networks_print_what_they_map():
+    net = Conv((1, 8, 8), out_channels=17, width=8, blocks=1)
+    count = sum(p.numel() for p in net.parameters())
+    assert repr(net) == f"Conv(z 1x8x8, level -> 17x8x8, {count:,} parameters)"
+    assert repr(MLPDecoder((4,), 3, 5, hidden=[])) == "MLPDecoder(z 3 -> 20, 80 parameters)"
+
+
 def _unet(**options: Any) -> Callable[[], Network]:
     return lambda: UNet(**({"shape": (1, 8, 8), "width": 8} | options))
 
@@ -255,7 +262,8 @@ def _unet(**options: Any) -> Callable[[], Network]:
     [
         (_unet(shape=(1, 30, 30)), "3 resolutions need an image divisible by 4, got 30x30"),
         (_unet(shape=(64,)), r"shape: expected positive sizes \(C, H, W\), got \(64,\)"),
-        (_unet(fourier=2), "bins: 2 Fourier frequencies need"),
+        (_unet(fourier=-1), "fourier: expected a number of frequencies >= 0, got -1"),
+        (_unet(bins=1), "bins: expected at least 2 values, got 1"),
         (_unet(shape=(3, 8, 8), out_channels=4), "a multiple of the 3 channels"),
         (_unet(heads=3), "heads: expected a divisor of 8 channels, got 3"),
         (lambda: Conv((1, 8, 8), width=9), "width .* expected an even number >= 4, got 9"),

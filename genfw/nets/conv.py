@@ -29,7 +29,7 @@ class Conv(DenoisingNetwork, name="conv"):
         shape: (C, H, W) of the data.
         out_channels: a multiple of C; None is C.
         classes: number of labels; None ignores labels.
-        bins: K, the number of values of the data; needed where fourier > 0.
+        bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
         width: channels of every layer.
         blocks: residual blocks.
@@ -37,7 +37,7 @@ class Conv(DenoisingNetwork, name="conv"):
         dropout: in every block.
 
     Raises:
-        ValueError: a size out of range, Fourier features without bins.
+        ValueError: a size out of range.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Conv(DenoisingNetwork, name="conv"):
         out_channels: int | None = None,
         classes: int | None = None,
         bins: int | None = None,
-        fourier: int = 0,
+        fourier: int = 3,
         width: int = 64,
         blocks: int = 4,
         attention: bool = False,

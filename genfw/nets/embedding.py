@@ -81,13 +81,13 @@ class Fourier(nn.Module):
     leaves. A bin is 2 / K wide. For K = 256 and count = 2 the frequencies are VDM's.
 
     Args:
-        bins: K, the number of values of the data.
+        bins: K, the number of values of the data; None passes z on alone.
         count: number of frequencies; 0 passes z on alone.
         log_snr_min, log_snr_max: what levels 0 and 1 stand for; by default the end points of the
             schedules here, -10 and 2 log(3.02 K). Being a little off moves the fading, no more.
 
     Raises:
-        ValueError: frequencies are asked for and `bins` is not given.
+        ValueError: `bins` is below 2 or `count` below 0.
 
     References:
         Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630
@@ -104,15 +104,13 @@ class Fourier(nn.Module):
         super().__init__()
         if count < 0:
             raise ValueError(f"fourier: expected a number of frequencies >= 0, got {count}")
-        if count and (bins is None or bins < 2):
-            raise ValueError(
-                f"bins: {count} Fourier frequencies need the number of values of the data (>= 2), "
-                f"got {bins}; or set fourier=0"
-            )
+        if bins is not None and bins < 2:
+            raise ValueError(f"bins: expected at least 2 values, got {bins}")
+        bins, count = (1, 0) if bins is None else (bins, count)
         self.bins, self.count = bins, count
-        self.frequencies = [math.pi * (bins or 0) * 2.0**-n for n in range(count)]
+        self.frequencies = [math.pi * bins * 2.0**-n for n in range(count)]
         self.log_snr_min = log_snr_min
-        self.log_snr_max = 2 * math.log(3.02 * (bins or 1)) if log_snr_max is None else log_snr_max
+        self.log_snr_max = 2 * math.log(3.02 * bins) if log_snr_max is None else log_snr_max
 
     def channels(self, channels: int) -> int:
         """How many come out for `channels` of z."""
@@ -131,7 +129,8 @@ class Fourier(nn.Module):
         return torch.cat(features, dim=1)
 
     def extra_repr(self) -> str:
-        return f"bins={self.bins}, periods={[2**n for n in range(self.count)]} bins"
+        periods = ", ".join(str(2**n) for n in range(self.count))
+        return f"periods of {periods} bins, {self.bins} bins" if self.count else "none"
 
 
 class Output(nn.Module):

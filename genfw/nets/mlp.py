@@ -37,14 +37,14 @@ class MLP(DenoisingNetwork, name="mlp"):
         shape: (D,) or (C, *dims) of the data.
         out_channels: a multiple of the first entry of `shape`; None is that entry.
         classes: number of labels; None ignores labels.
-        bins: K, the number of values of the data; needed where fourier > 0.
+        bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
         width: of every layer.
         blocks: residual blocks.
         dropout: in every block.
 
     Raises:
-        ValueError: a size out of range, Fourier features without bins.
+        ValueError: a size out of range.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MLP(DenoisingNetwork, name="mlp"):
         out_channels: int | None = None,
         classes: int | None = None,
         bins: int | None = None,
-        fourier: int = 0,
+        fourier: int = 3,
         width: int = 256,
         blocks: int = 3,
         dropout: float = 0.0,

@@ -29,11 +29,18 @@ class Network(Registered, nn.Module, ABC, group="net"):
 
     shape: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        count = sum(parameter.numel() for parameter in self.parameters())
+        return f"{type(self).__name__}({self.extra_repr()}, {count:,} parameters)"
+
 
 class DenoisingNetwork(Network, ABC):
     """Sees a noisy z and its noise level. Its output is zero before training."""
 
     out_channels: int
+
+    def extra_repr(self) -> str:
+        return f"z {by(*self.shape)}, level -> {by(self.out_channels, *self.shape[1:])}"
 
     @abstractmethod
     def forward(self, z: Features, level: Level, y: Labels | None = None) -> Features:
@@ -51,6 +58,9 @@ class Encoder(Network, ABC):
 
     latents: int
 
+    def extra_repr(self) -> str:
+        return f"x {by(*self.shape)} -> {2 * self.latents}"
+
     @abstractmethod
     def forward(self, x: Features, y: Labels | None = None) -> Features:
         """(b, C, *dims) to (b, 2 * latents)."""
@@ -62,9 +72,18 @@ class Decoder(Network, ABC):
     latents: int
     outputs: int
 
+    def extra_repr(self) -> str:
+        channels, *dims = self.shape
+        return f"z {self.latents} -> {by(self.outputs * channels, *dims)}"
+
     @abstractmethod
     def forward(self, z: Features, y: Labels | None = None) -> Features:
         """(b, latents) to (b, outputs * C, *dims)."""
+
+
+def by(*sizes: int) -> str:
+    """(1, 8, 8) as 1x8x8."""
+    return "x".join(map(str, sizes))
 
 
 def example_shape(shape: Sequence[int], rank: int | None = None) -> tuple[int, ...]:

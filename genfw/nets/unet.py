@@ -24,7 +24,7 @@ class UNet(DenoisingNetwork, name="unet"):
         shape: (C, H, W) of the data; H and W are divisible by 2^(len(multipliers) - 1).
         out_channels: a multiple of C; None is C.
         classes: number of labels; None ignores labels.
-        bins: K, the number of values of the data; needed where fourier > 0.
+        bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
         width: channels at full resolution.
         multipliers: of `width` at each resolution, from the finest. (1,) keeps full resolution,
@@ -36,8 +36,7 @@ class UNet(DenoisingNetwork, name="unet"):
         dropout: in every block.
 
     Raises:
-        ValueError: a size out of range, an image that cannot be halved so often, Fourier features
-            without bins.
+        ValueError: a size out of range, an image that cannot be halved so often.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class UNet(DenoisingNetwork, name="unet"):
         out_channels: int | None = None,
         classes: int | None = None,
         bins: int | None = None,
-        fourier: int = 0,
+        fourier: int = 3,
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
