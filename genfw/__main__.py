@@ -1,6 +1,7 @@
 """python -m genfw [group=option ...] [key=value ...]: trains a model, then tests it.
 
-The configuration is composed and checked first, in well under a second; torch is imported when it is right.
+The configuration is composed and checked first, in well under a second; torch is imported when it
+is right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from genfw.train.errors import ConfigError, GenfwError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, 1 (the run failed), 2 (the configuration is wrong), 130 (Ctrl-C)."""
+    """The command line; returns the exit code.
+
+    0, or 1: the run failed, 2: the configuration is wrong, 130: Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # `_target_: my_file.Flow` may name a file beside the person
@@ -65,7 +69,8 @@ def _command(arguments: Sequence[str]) -> int:
             compose(overrides, name)
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
             return 0
-        config = [compose(job, name) for job in (jobs(overrides) if flags.multirun else [overrides])][0]
+        commands = jobs(overrides) if flags.multirun else [overrides]
+        config, *_ = [compose(command, name) for command in commands]  # all, before any starts
         trusted = [*config.trusted, *typed(parse_overrides(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
@@ -86,7 +91,9 @@ def _run(config) -> float | None:
 
     from genfw.train.job import run
 
-    logging.getLogger("lightning").handlers.clear()  # its lines reach the root logger's handlers as well
+    logging.getLogger(
+        "lightning"
+    ).handlers.clear()  # its lines reach the root logger's handlers as well
     results = run(config, Path(HydraConfig.get().runtime.output_dir))
     return results.get(config.optimized)
 

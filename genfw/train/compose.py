@@ -1,11 +1,12 @@
 """From a command line to a checked configuration, and from a wrong one to a short answer.
 
-Hydra composes; this page says what was wrong in the words of the person who typed it: which name, which names there
-are, and which of them was probably meant.
+Hydra composes; this page says what was wrong in the words of the person who typed it: which name,
+which names there are, and which of them was probably meant.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,17 +58,17 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
         except MissingConfigException:  # a name that no YAML knows: perhaps a plug-in does
             plugins.load()
             config = _compose(overrides, name)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error, parsed, name) from error
-    with open_dict(config):
-        own = config.pop("hydra")
-        choices = own.runtime.choices
-        reference = _compose(
-            [f"{key}={value}" for key, value in choices.items() if _is_part(key, value)], name
-        )
-        reference.pop("hydra")
-        check(config, reference, _folders(), typed(parsed))
-        config.hydra = own
+    reference = _compose(
+        [
+            f"{group}={option}"
+            for group, option in _choices(config).items()
+            if group != "experiment"
+        ],
+        name,
+    )
+    check(_job(config), _job(reference), _folders(), typed(parsed))
     return config
 
 
@@ -94,8 +95,10 @@ def typed(overrides: Sequence[Override]) -> list[str]:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Raises:
-    ConfigError: one of them is not `key=value`.
+    """The overrides of a command line.
+
+    Raises:
+        ConfigError: one of them is not `key=value`.
     """
     parser = OverridesParser.create()
     parsed = []
@@ -106,7 +109,7 @@ def parse(overrides: Sequence[str]) -> list[Override]:
             reason = str(error.__cause__ or error).splitlines()[0]
             raise ConfigError(
                 f"{text}: not understood ({reason}).\n"
-                "Write key=value or group=option; a value with special characters in two pairs of quotes: "
+                "Write key=value or group=option; quote a value with special characters twice: "
                 """'key="a=b"'"""
             ) from error
     return parsed
@@ -139,7 +142,7 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
         base = _compose([text for text in valid if text], name)
     except (HydraException, OmegaConfBaseException):
         return ConfigError(_short(error))
-    choices = base.hydra.runtime.choices
+    choices = _choices(base)
     for override in overrides:
         if override.is_hydra_override():
             continue
@@ -149,9 +152,9 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
         if key in groups:
             at = f"{key}@{override.package}" if override.package else key
             if not _has_option(override):
-                return _no_option(at, str(override.value()), _options(key), groups)
+                return _no_option(at, _shown(override), _options(key), groups)
             if at not in choices and not override.is_add():
-                return _not_of_model(at, choices, name)
+                return _not_of_model(at, choices)
         elif OmegaConf.select(base, key, throw_on_missing=False) is None and not override.is_add():
             known = [each for each in keys(base) if not each.startswith("hydra")]
             if key not in known:
@@ -171,12 +174,28 @@ def _compose(overrides: Sequence[str | None], name: str) -> DictConfig:
     return hydra_compose(name, [each for each in overrides if each], return_hydra_config=True)
 
 
+def _job(config: DictConfig) -> DictConfig:
+    """Without Hydra's own part."""
+    config = copy.copy(config)
+    with open_dict(config):
+        del config["hydra"]
+    return config
+
+
 def _folders() -> list[Path]:
-    return [conf_folder(), *plugins.conf_folders()]
+    """The conf folder of this session, and those of plug-ins."""
+    places = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    paths = [place.path.removeprefix("file://") for place in places]
+    return [Path(path) for path in paths if "://" not in path]
 
 
-def _is_part(group: str, option: Any) -> bool:
-    return option is not None and group != "experiment" and not group.startswith("hydra/")
+def _choices(config: DictConfig) -> dict[str, str]:
+    """{group: option} of a composed configuration, Hydra's own groups left out."""
+    return {
+        str(group): str(option)
+        for group, option in config.hydra.runtime.choices.items()
+        if option is not None and not str(group).startswith("hydra/")
+    }
 
 
 def _groups() -> list[str]:
@@ -194,7 +213,11 @@ def _has_option(override: Override) -> bool:
     value = override.value()
     chosen = value if isinstance(value, list) else [value]
     known = _options(override.key_or_group)
-    return override.is_delete() or value is None or all(str(each) in known for each in chosen)
+    return override.is_delete() or all(str(each) in known for each in chosen)
+
+
+def _shown(override: Override) -> str:
+    return "null" if override.value() is None else str(override.value())
 
 
 def _no_option(key: str, value: str, known: Sequence[str], groups: Sequence[str]) -> ConfigError:
@@ -209,7 +232,7 @@ def _no_option(key: str, value: str, known: Sequence[str], groups: Sequence[str]
     return ConfigError("\n".join(lines))
 
 
-def _not_of_model(key: str, choices: DictConfig, name: str) -> ConfigError:
+def _not_of_model(key: str, choices: dict[str, str]) -> ConfigError:
     folders = _folders()
     model = choices.get("model")
     others = [
@@ -220,11 +243,7 @@ def _not_of_model(key: str, choices: DictConfig, name: str) -> ConfigError:
         and key in defaults(folder / "model" / f"{option}.yaml")
     ]
     shared = defaults(folders[0] / "config.yaml")
-    own = [
-        f"{group}={option}"
-        for group, option in choices.items()
-        if group not in shared and not group.startswith("hydra/")
-    ]
+    own = [f"{group}={option}" for group, option in choices.items() if group not in shared]
     lines = [f"{key} does not belong to model={model}, which has {', '.join(own)}."]
     if others:
         lines.append(f"It belongs to {', '.join(f'model={other}' for other in others)}")
@@ -232,7 +251,10 @@ def _not_of_model(key: str, choices: DictConfig, name: str) -> ConfigError:
 
 
 def _short(error: Exception) -> str:
-    """Hydra's own words, without its advice to add keys."""
-    causes = [str(error), str(error.__cause__ or "")]
-    lines = [line for cause in causes for line in cause.splitlines() if line.strip()]
-    return "\n".join([line for line in lines if "To append" not in line][:6]) or repr(error)
+    """Hydra's own words, without its advice to add keys and its search path."""
+    said = "\n".join([str(error), str(error.__cause__ or "")]).split("Config search path:")[0]
+    noise = ("To append", "full_key", "reference_type", "object_type")
+    lines = [
+        line for line in said.splitlines() if line.strip() and not line.strip().startswith(noise)
+    ]
+    return "\n".join(lines[:6]) or repr(error)

@@ -1,9 +1,10 @@
 """A composed configuration is checked before anything it names is imported, and then built.
 
-Every node with a `_target_` is held against what its class takes (`genfw.train.schema`): unknown, missing and mistyped
-keys are errors, wherever they come from. All other nodes are held against the same choice of groups composed without
-further settings. What may be imported at all is a short list: genfw's own classes, torch.optim, Lightning's callbacks
-and loggers, installed plug-ins, and what the person named in `trusted` or typed as a `_target_` of this very run.
+Every node with a `_target_` is held against what its class takes (`genfw.train.schema`): unknown,
+missing and mistyped keys are errors, wherever they come from. All other nodes are held against the
+same choice of groups composed without further settings. What may be imported at all is a short
+list: genfw's own classes, torch.optim, Lightning's callbacks and loggers, installed plug-ins, and
+what the person named in `trusted` or typed as a `_target_` of this very run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,8 @@ def check(
 
     Args:
         config: as composed.
-        reference: the same choices of groups, composed without other settings: its keys and types are the known ones.
+        reference: the same choices of groups, composed without other settings: its keys and types
+            are the known ones.
         conf_folders: genfw's own conf/ and those of plug-ins.
         trusted: what may be imported besides `config.trusted`.
 
@@ -115,8 +118,8 @@ class _Checker:
         at = _join(path, "_target_")
         if not isinstance(target, str) or not allowed(target, self.trusted):
             raise ConfigError(
-                f"{at}={target} is not among what a config may import: genfw's classes, torch.optim, "
-                "Lightning's callbacks and loggers, plug-ins.\n"
+                f"{at}={target} is not among what a config may import: genfw's classes, "
+                "torch.optim, Lightning's callbacks and loggers, plug-ins.\n"
                 f"If you trust it, name it: 'trusted=[{target}]'"
             )
         schema = self.schema(target, at)
@@ -148,7 +151,7 @@ class _Checker:
             if key != "_target_" and not _is_call(value):
                 _fit(where, value, argument)
             if not copied:
-                self.node(value, argument.default if argument.default is not None else before, where)
+                self.node(value, before, where)
 
     def schema(self, target: str, at: str) -> Schema:
         return self.files.schema(target) or _inspected(target, at, self.trusted)
@@ -177,18 +180,20 @@ def _fit(path: str, value: Any, argument: Argument) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, (DictConfig, ListConfig)):
         value = OmegaConf.to_container(value)
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else (
-        "null" if value is None else repr(value)
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else ("null" if value is None else repr(value))
     )
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 def unknown_key(key: str, known: Iterable[str], taken: str | None = None) -> ConfigError:
     """The error for a key that nothing reads, with the nearest one that something does."""
     known = list(known)
-    parent, _, leaf = key.rpartition(".")
+    parent = key.rpartition(".")[0]
     siblings = [each for each in known if each.rpartition(".")[0] == parent]
     lines = [f"{key}: there is no such key."]
     match = nearest(key, known)
@@ -203,7 +208,7 @@ def unknown_key(key: str, known: Iterable[str], taken: str | None = None) -> Con
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like the word: among its siblings, then by its last part, then as a whole."""
+    """The known name most like it: of its siblings, then by the last part, then as a whole."""
     known = list(known)
     parent, _, leaf = word.rpartition(".")
     by_leaf: dict[str, str] = {}
@@ -213,11 +218,11 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         by_leaf.setdefault(name, each)
         if above == parent:
             siblings[name] = each
-    for names, cutoff in ((siblings, 0.6), (by_leaf, 0.9), ({each: each for each in known}, 0.6)):
-        close = difflib.get_close_matches(leaf if names is not known else word, names, 1, cutoff)
+    for names, cutoff in ((siblings, 0.6), (by_leaf, 0.9)):
+        close = difflib.get_close_matches(leaf, names, 1, cutoff)
         if close:
             return names[close[0]]
-    close = difflib.get_close_matches(word, known, 1, 0.6)
+    close = [] if siblings and parent else difflib.get_close_matches(word, known, 1, 0.6)
     return close[0] if close else None
 
 
@@ -228,7 +233,9 @@ def keys(config: Any, path: str = "") -> list[str]:
         for key in map(str, config):
             if key not in RESERVED:
                 found.append(_join(path, key))
-                if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
+                if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(
+                    config, key
+                ):
                     found += keys(config[key], _join(path, key))
     return found
 
@@ -238,17 +245,20 @@ def _join(path: str, key: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "no arguments"
+    return textwrap.shorten(", ".join(names), 240, placeholder=" ...") or "no arguments"
 
 
-# ---- what may be imported -------------------------------------------------------------------------------------------
+# ---- what may be imported ------------------------------------------------------------------------
 
 
 def trusted_by(config: DictConfig, more: Iterable[str] = ()) -> list[str]:
     """The packages, modules and classes that a person or an installed plug-in vouches for."""
     from genfw.train.plugins import packages
 
-    return [*packages(), *more, *map(str, config.get("trusted") or ())]
+    named = config.get("trusted") or []
+    if not isinstance(named, ListConfig | list):
+        raise ConfigError(f"trusted: expected list, got {_shown(named)}: write 'trusted=[{named}]'")
+    return [*packages(), *more, *map(str, named)]
 
 
 def allowed(target: str, trusted: Sequence[str] = ()) -> bool:
@@ -265,8 +275,9 @@ def allowed(target: str, trusted: Sequence[str] = ()) -> bool:
 def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """Imports what a `_target_` names.
 
-    Under genfw, torch.optim and Lightning it must be a class that is written there, so that no other module can be
-    reached through them (`genfw.train.config.importlib.import_module`), or a function that genfw's own conf/ names.
+    Under genfw, torch.optim and Lightning it must be a class that is written there, so that no
+    other module can be reached through them (`genfw.train.config.importlib.import_module`), or a
+    function that genfw's own conf/ names.
 
     Raises:
         ConfigError: it may not be imported, or is not there.
@@ -279,7 +290,9 @@ def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', '')}"
     is_own = isinstance(found, type) or target in ConfFiles([conf_folder()]).files
     if not (is_own and allowed(home)):
-        raise ConfigError(f"{target} is not a class of {target.split('.')[0]}: it cannot be built from a config")
+        raise ConfigError(
+            f"{target} is not a class of {target.split('.')[0]}: it cannot be built from a config"
+        )
     return found
 
 
@@ -303,7 +316,9 @@ def _imported(target: str) -> Any:
         if not callable(found):
             raise ConfigError(f"{target} is not a class")
         return found
-    raise ConfigError(f"{target}: there is no module {parts[0]}, here or installed (looked in {Path.cwd()} too)")
+    raise ConfigError(
+        f"{target}: there is no module {parts[0]}, here or installed (looked in {Path.cwd()} too)"
+    )
 
 
 def _inspected(target: str, at: str, trusted: Sequence[str]) -> Schema:
@@ -314,23 +329,27 @@ def _inspected(target: str, at: str, trusted: Sequence[str]) -> Schema:
 
 
 def build(node: Any, **arguments: Any) -> Any:
-    """The object that a node names, its arguments first; a dictionary or a list of nodes becomes one of objects.
+    """The object that a node names; a dictionary or a list of nodes becomes one of objects.
 
-    `_partial_: true` gives a function that waits for the other arguments. Interpolations copy configurations, not
-    objects: a node interpolated in two places is built twice.
+    `_partial_: true` gives a function that waits for the other arguments. Interpolations copy
+    configurations, not objects: a node interpolated in two places is built twice.
 
     Args:
         node: a config node, or a plain value, which is returned.
-        arguments: further arguments for the node itself, objects as they are.
+        arguments: further arguments for the node itself, objects as they are; they go before the
+            node's own.
 
     Raises:
-        ConfigError: a target that may not be imported, or a value that a constructor refuses (its ValueError).
+        ConfigError: a target that may not be imported, or a value that a constructor refuses (its
+            ValueError).
     """
     if not isinstance(node, (DictConfig, ListConfig)):
         return node
     root = node._get_root()
     trusted = trusted_by(root if isinstance(root, DictConfig) else OmegaConf.create({}))
-    return _build(OmegaConf.to_container(node, resolve=True), node._get_full_key(None), trusted, arguments)
+    return _build(
+        OmegaConf.to_container(node, resolve=True), node._get_full_key(None), trusted, arguments
+    )
 
 
 def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) -> Any:
@@ -346,15 +365,16 @@ def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) 
     if "_target_" not in value:
         return built
     made = locate(value["_target_"], trusted)
+    given = {**built, **more}
     if value.get("_partial_"):
-        return functools.partial(made, **built, **more)
+        return functools.partial(made, **given)
     try:
-        return made(**built, **more)
+        return made(**given)
     except ValueError as error:
         raise ConfigError(f"{path} ({value['_target_']}): {error}") from error
 
 
-# ---- combinations that cannot be right ------------------------------------------------------------------------------
+# ---- combinations that cannot be right -----------------------------------------------------------
 
 
 def _bins_agree(config: DictConfig) -> None:
@@ -362,7 +382,8 @@ def _bins_agree(config: DictConfig) -> None:
     bins = OmegaConf.select(config, "data.bins")
     if told is not None and bins is not None and told != bins:
         raise ConfigError(
-            f"likelihood.bins={told}, but the data have {bins} values (data.bins): leave likelihood.bins alone"
+            f"likelihood.bins={told}, but the data have {bins} values (data.bins): "
+            "leave likelihood.bins alone"
         )
 
 

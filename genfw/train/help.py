@@ -14,19 +14,19 @@ one bound, in nats and bits per dimension, with its standard error.
 
   python -m genfw [group=option ...] [key=value ...] [--multirun]
 
-Groups and their options (* is the default; a group lies in conf/<group>/, its keys are set as group.key=value)
+Groups and their options (* is the default). A group is conf/<group>/; group.key=value sets a key.
 {groups}
 
 Examples
-  python -m genfw                                              vdm, eps, cosine, on the embedded digits
+  python -m genfw                                              vdm, eps, cosine, on 8x8 digits
   python -m genfw model=vae trainer.max_steps=1000             another model, a shorter run
   python -m genfw model=vdm param=v schedule=linear seed=1     other parts
-  python -m genfw data=mnist data.path=/data/mnist logger=csv  local files, nothing sent anywhere
-  python -m genfw --multirun param=eps,x0,score,v seed=0,1     a sweep: eight runs, each its own process
+  python -m genfw data=mnist data.path=/data/mnist logger=csv  local files, no W&B
+  python -m genfw --multirun param=eps,x0,score,v seed=0,1     a sweep: eight processes
 
 Also: --cfg job prints the configuration and stops; -sc install=bash completes in the shell.
-Output: outputs/<time>_<random>/ with results.json, metrics.csv, samples.png, checkpoints and the configuration (.hydra);
-a sweep's jobs in multirun/<time>_<random>/<number>/; elsewhere with hydra.run.dir=...
+Output: outputs/<time>_<random>/ with results.json, metrics.csv, samples.png, checkpoints/ and the
+configuration; a sweep's jobs in multirun/<time>_<random>/<number>/; elsewhere: hydra.run.dir=...
 """
 
 

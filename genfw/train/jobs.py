@@ -1,7 +1,7 @@
 """Run folders, and the jobs of a sweep: each a fresh process.
 
-A job in the sweep's own process would inherit its environment, its loggers and its random state, and Lightning's
-multi-process strategies would start the whole sweep again on every further rank.
+A job in the sweep's own process would inherit its environment, its loggers and its random state,
+and Lightning's multi-process strategies would start the whole sweep again on every further rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from genfw.train.errors import GenfwError
 
 log = logging.getLogger(__name__)
 
-RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "LOCAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 def start_name() -> str:
@@ -37,7 +45,7 @@ OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=Tru
 
 
 def own_folder(config: DictConfig, key: str) -> Path:
-    """Makes the folder that `key` names, and makes sure that no other run has it; a name without `${start:}` may exist."""
+    """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist."""
     parent, _, leaf = key.rpartition(".")
     named = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
     assert isinstance(named, dict)
@@ -84,7 +92,9 @@ def run_apart(config: DictConfig, flags: Sequence[str] = ()) -> float | None:
     finally:
         process.wait()  # Ctrl-C reaches the job too: let it finish
     if code:
-        raise GenfwError(f"job {own.job.num} ({' '.join(own.overrides.task)}) failed with exit code {code}")
+        raise GenfwError(
+            f"job {own.job.num} ({' '.join(own.overrides.task)}) failed with exit code {code}"
+        )
     results = folder / "results.json"
     found = json.loads(results.read_text()) if results.is_file() else {}
     return found.get(config.optimized)

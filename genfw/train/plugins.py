@@ -5,16 +5,15 @@ A package announces a module, and needs nothing else of genfw:
     [project.entry-points."genfw.plugins"]
     mine = "my_package.flows"
 
-Importing that module registers its classes. That happens only when it must: for a name that no YAML knows. A registered
-name without a YAML of its own gets the defaults of its signature; a `conf/` folder inside the package joins the search
-path, and needs no import at all.
+Importing that module registers its classes. That happens only when it must: for a name that no YAML
+knows. A registered name without a YAML of its own gets the defaults of its signature; a `conf/`
+folder inside the package joins the search path, and needs no import at all.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import inspect
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 from genfw.train.errors import ConfigError
+from genfw.train.schema import parameters
 
 GROUP = "genfw.plugins"
 
@@ -84,8 +84,8 @@ def load() -> None:
             each.load()
         except Exception as error:
             raise ConfigError(
-                f"plug-in {each.name} ({each.value}) cannot be imported: {type(error).__name__}: {error}\n"
-                "Repair or uninstall it"
+                f"plug-in {each.name} ({each.value}) cannot be imported: "
+                f"{type(error).__name__}: {error}\nRepair or uninstall it"
             ) from error
     folders = [conf_folder(), *conf_folders()]
     for group, interface in Registered.groups.items():
@@ -97,9 +97,9 @@ def load() -> None:
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """What a conf file of this class would say: its plain defaults, `???` for what must be given."""
+    """What a conf file of this class would say; `???` for what must be given."""
     node: dict[str, Any] = {"_target_": f"{cls.__module__}.{cls.__qualname__}"}
-    for name, parameter in inspect.signature(cls).parameters.items():
+    for name, parameter in parameters(cls).items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if parameter.default is parameter.empty:

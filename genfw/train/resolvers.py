@@ -1,17 +1,55 @@
-"""What conf files compute: `${log_snr_max:${data.bins}}`."""
+"""The functions that conf/ calls by name, `${name:argument}`. No torch here: `--help` composes."""
 
 from __future__ import annotations
 
 import math
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
 def log_snr_max(bins: int) -> float:
-    """2 log(3.02 K), as `genfw.schedule.log_snr_max_for`, without importing torch."""
+    r"""The data end of a schedule: half a bin is 3.02 noise deviations, :math:`2 \log(3.02\, K)`.
+
+    On a scale of (-1, 1) half a bin is 1/K, so 1/K = 3.02 sigma_0 / alpha_0: for a pixel in the
+    middle of its bin the noise leaves the bin once in 400 times. 13.3 for K = 256.
+
+    Example:
+        >>> round(log_snr_max(256), 1), round(log_snr_max(17), 1)
+        (13.3, 7.9)
+    """
     return 2 * math.log(3.02 * bins)
 
 
+def binarized_bins(binarize: str, raw_bins: int) -> int:
+    """K as models see it: 2 for binarized images, otherwise that of the files.
+
+    Example:
+        >>> binarized_bins("none", 256), binarized_bins("dynamic", 256)
+        (256, 2)
+    """
+    return raw_bins if binarize == "none" else 2
+
+
+def outputs(likelihood: DictConfig) -> int:
+    """`Likelihood.outputs`, the channels that it reads per channel of the data, of the node's class.
+
+    genfw's own are known without importing them.
+    """
+    known = {
+        "genfw.CategoricalLikelihood": likelihood.get("bins"),
+        "genfw.BernoulliLikelihood": 1,
+        "genfw.BinsLikelihood": 1,
+        "genfw.DiscretizedGaussianLikelihood": 2,
+        "genfw.GaussianLikelihood": 2,
+    }
+    if likelihood._target_ in known:
+        return known[likelihood._target_]
+    from genfw.train.config import build
+
+    return build(likelihood).outputs
+
+
 def register() -> None:
-    """Makes the resolvers known to OmegaConf; again and again is fine."""
-    OmegaConf.register_new_resolver("log_snr_max", log_snr_max, replace=True)
+    """Makes the functions of this page known to OmegaConf. Again is allowed."""
+    for function in (log_snr_max, binarized_bins, outputs):
+        OmegaConf.register_new_resolver(function.__name__, function, replace=True)

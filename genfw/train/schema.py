@@ -1,13 +1,14 @@
 """What a class named by `_target_` can be given, read without importing it.
 
-The defaults in the class's own conf file are its types: `steps: 250` takes an integer, `raw: false` a truth value,
-`lr: 1.0e-3` any number. A comment that begins with types says more than a default can:
+The defaults in the class's own conf file are its types: `steps: 250` takes an integer, `raw: false`
+a truth value, `lr: 1.0e-3` any number. A comment that begins with types says more than a default
+can:
 
     steps: null                        # int | None: None is continuous time
     log_snr_max: ${log_snr_max:...}    # float
 
-A null or an interpolation without such a comment takes anything. A class without a conf file is imported, and its
-signature read in the same way.
+A null or an interpolation without such a comment takes anything. A class without a conf file is
+imported, and its signature read in the same way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ TYPES = ("bool", "int", "float", "str", "list", "dict", "None")
 
 RESERVED = ("_target_", "_partial_")
 
-_ALIASES = {"Sequence": "list", "tuple": "list", "Mapping": "dict", "Path": "str", "NoneType": "None"}
+_ALIASES = {
+    "Sequence": "list",
+    "tuple": "list",
+    "Mapping": "dict",
+    "Path": "str",
+    "NoneType": "None",
+}
 _COMMENT = re.compile(
     rf"^\s*(\w+):.*?\s#\s*((?:{'|'.join(TYPES)})(?:\s*\|\s*(?:{'|'.join(TYPES)}))*)\s*(?::|$)", re.M
 )
@@ -50,7 +57,8 @@ class Schema:
     """The arguments of one class.
 
     Attributes:
-        complete: False where other arguments may exist: a conf file that sets only some of a foreign class's.
+        complete: False where other arguments may exist: a conf file that sets only some of a
+            foreign class's.
     """
 
     arguments: Mapping[str, Argument] = field(default_factory=dict)
@@ -58,7 +66,7 @@ class Schema:
 
 
 class ConfFiles:
-    """The schemas that a few conf folders state. Files are parsed when one of their classes is asked for."""
+    """The schemas that conf folders state. A file is parsed when its class is asked for."""
 
     def __init__(self, folders: Iterable[Path]):
         self.files: dict[str, list[Path]] = {}
@@ -86,7 +94,7 @@ def from_signature(made: Callable[..., Any]) -> Schema:
     """The same, of something already imported."""
     found: dict[str, Argument] = {}
     complete = True
-    for name, parameter in inspect.signature(made).parameters.items():
+    for name, parameter in parameters(made).items():
         if parameter.kind is parameter.VAR_KEYWORD:
             complete = False
         elif parameter.kind is not parameter.VAR_POSITIONAL:
@@ -94,12 +102,25 @@ def from_signature(made: Callable[..., Any]) -> Schema:
             required = default is parameter.empty
             types = None
             if annotated is not parameter.empty:
-                text = annotated if isinstance(annotated, str) else inspect.formatannotation(annotated)
+                text = (
+                    annotated if isinstance(annotated, str) else inspect.formatannotation(annotated)
+                )
                 types = _parse(text)
             elif not required and default is not None:
                 types = type_of(default)
             found[name] = Argument(types, default=None if required else default, required=required)
     return Schema(found, complete)
+
+
+def parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """A signature's parameters.
+
+    A module without a constructor of its own inherits `nn.Module`'s (*args, **kwargs): nothing.
+    """
+    init = getattr(made, "__init__", None)
+    if getattr(init, "__module__", None) == "torch.nn.modules.module":
+        return {}
+    return inspect.signature(made).parameters
 
 
 def nodes(content: Any, target: str) -> Iterable[DictConfig]:
@@ -136,7 +157,9 @@ def fits(value: Any, types: frozenset[str] | None) -> bool:
     return bool(found & types) or (found == {"int"} and "float" in types)
 
 
-def _argument(node: DictConfig, key: str, annotated: Mapping[str, frozenset[str] | None]) -> Argument:
+def _argument(
+    node: DictConfig, key: str, annotated: Mapping[str, frozenset[str] | None]
+) -> Argument:
     if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
         return Argument(annotated.get(key), required=True)
     default = node[key]
