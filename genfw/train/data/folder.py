@@ -1,0 +1,98 @@
+"""A folder of image files, one folder per class."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from genfw.train.data.cache import Encoded, OnError, decoded, fingerprint
+from genfw.train.data.images import DataError, Source, Splits
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Folder(Source, name="folder"):
+    """`<path>/<class>/*.png`, or `<path>/train/<class>/*.png` with `validation`, `test` beside it.
+
+    Classes are the folders' names in alphabetical order. A split without a folder is carved out of
+    the images that have none, or out of train, by a rule that looks at the image's name alone:
+    adding images moves no other one.
+
+    Args:
+        validation: share of the images that are carved out for validation.
+        test: the same for the test.
+        on_error: what to do with images that cannot be used: `fail`, or `skip` them and say so.
+    """
+
+    def __init__(self, validation: float = 0.1, test: float = 0.1, on_error: OnError = "fail"):
+        if min(validation, test) < 0 or validation + test >= 1:
+            raise ValueError(
+                f"validation, test: expected shares >= 0, together < 1, got {validation}, {test}"
+            )
+        if on_error not in ("fail", "skip"):
+            raise ValueError(f"on_error: expected fail or skip, got {on_error!r}")
+        self.validation, self.test = validation, test
+        self.on_error: OnError = on_error
+
+    def read(self, shape: tuple[int, int, int], path: Path | None) -> Splits:
+        if path is None:
+            raise DataError("folder: which one? Give data.path=<folder with one folder per class>")
+        if not path.is_dir():
+            raise DataError(f"data.path={path}: no such folder")
+        files = self._files(path)
+        classes = sorted({file.parent.name for part in files.values() for file in part})
+        stats = [
+            (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
+            for part in files
+            for f in files[part]
+        ]
+        key = fingerprint("folder", shape, self.on_error, stats)
+
+        def encoded(_: Path) -> dict[str, Encoded]:
+            return {
+                part: Encoded(
+                    np.array([classes.index(f.parent.name) for f in files[part]], np.int64),
+                    ((str(f.relative_to(path)), f) for f in files[part]),
+                )
+                for part in files
+            }
+
+        return Splits(**decoded(path.name or "folder", key, encoded, shape, self.on_error))
+
+    def _files(self, path: Path) -> dict[str, list[Path]]:
+        """Image files of each split, in an order that depends on names alone."""
+        given = {part: _images(path / part) for part in Splits._fields if (path / part).is_dir()}
+        pool = given.get("train") if given else _images(path)
+        if not pool:
+            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            raise DataError(
+                f"data.path={path}: expected <class>/<image> or train/<class>/<image>, with names "
+                f"that end in {' '.join(sorted(SUFFIXES))}; found {inside}"
+            )
+        shares = {"test": self.test, "validation": self.validation}
+        missing = {part: share for part, share in shares.items() if part not in given}
+        for part in missing:
+            given[part] = []
+        given["train"] = []
+        for file in pool:
+            u = _position(file)
+            for part, share in missing.items():
+                if u < share:
+                    given[part].append(file)
+                    break
+                u -= share
+            else:
+                given["train"].append(file)
+        return {part: given[part] for part in Splits._fields}
+
+
+def _images(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file())
+
+
+def _position(file: Path) -> float:
+    """A number in [0, 1) from class and name."""
+    digest = hashlib.sha256(f"{file.parent.name}/{file.name}".encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48

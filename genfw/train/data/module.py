@@ -1,0 +1,202 @@
+"""The data as Lightning wants them: three loaders that yield `Batch`, by indexing alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from genfw.noise import mix
+from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches
+from genfw.train.data.augment import Augmentation, Binarize, Flip
+from genfw.train.data.images import Batch, DataError, Source, Split, Splits, check
+
+SplitName = Literal["train", "validation", "test"]
+
+
+class ImageData(L.LightningDataModule):
+    """A source, the facts about it, and how it is cut into batches.
+
+    Needs `Trainer(use_distributed_sampler=False)`: the batches know ranks already.
+
+
+    Shape, bins and classes are facts that everything else is built from; they are compared with the
+    data before the first step.
+
+    Args:
+        source: reads the splits.
+        shape: (C, H, W).
+        bins: K, what models see: values 0..K-1. 2 where images are binarized, else equal to
+            `raw_bins`.
+        classes: labels are 0..classes-1.
+        raw_bins: values of the source are 0..raw_bins-1; None: equal to `bins`.
+        path: where the source's files are; None: where it finds them by itself.
+        name: for messages.
+        batch_size: images per rank and micro-batch in training.
+        eval_batch_size: images per rank and batch in validation and test.
+        binarize: `none`; `dynamic`: training images are drawn anew each epoch; `static`: one draw
+            for good. Validation and test always see one draw for good.
+        flip: training images are mirrored left for right with probability 1/2.
+        seed: of order, flips and dynamic draws.
+        evaluation_seed: of the draws for good. Not the run's seed: runs with other seeds are tested
+            on the same images.
+        num_workers: processes that prepare batches; indexing an array needs none.
+
+    Raises:
+        DataError: see `check`; facts that contradict each other; a batch larger than the data.
+        ValueError: unknown `binarize`.
+    """
+
+    allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than images to evaluate
+
+    def __init__(
+        self,
+        source: Source,
+        shape: Sequence[int],
+        bins: int,
+        classes: int,
+        *,
+        raw_bins: int | None = None,
+        path: str | Path | None = None,
+        name: str = "data",
+        batch_size: int = 64,
+        eval_batch_size: int = 500,
+        binarize: Literal["none", "dynamic", "static"] = "none",
+        flip: bool = False,
+        seed: int = 0,
+        evaluation_seed: int = 0,
+        num_workers: int = 0,
+    ):
+        super().__init__()
+        if binarize not in ("none", "dynamic", "static"):
+            raise ValueError(f"binarize: expected none, dynamic or static, got {binarize!r}")
+        if len(shape) != 3 or shape[0] not in (1, 3) or min(shape) < 1:
+            raise DataError(
+                f"data.shape: expected (channels 1 or 3, height, width), got {tuple(shape)}"
+            )
+        raw_bins = bins if raw_bins is None else raw_bins
+        if bins != (expected := raw_bins if binarize == "none" else 2):
+            raise DataError(
+                f"data.bins: expected {expected} with data.raw_bins={raw_bins} and "
+                f"data.binarize={binarize}, got {bins}"
+            )
+        if not 2 <= raw_bins <= 256:
+            raise DataError(
+                f"data.raw_bins: expected 2 to 256 values, as bytes hold, got {raw_bins}"
+            )
+        self.source, self.name = source, name
+        self.path = None if path is None else Path(path).expanduser()
+        self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+        self.bins, self.raw_bins, self.classes = bins, raw_bins, classes
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.binarize, self.flip = binarize, flip
+        self.seed, self.evaluation_seed = seed, evaluation_seed
+        self.num_workers = num_workers
+        self._seen: dict[SplitName, Split] = {}
+
+    @cached_property
+    def raw(self) -> Splits:
+        """The splits as the source has them, read and checked at first use."""
+        splits = self.source.read(self.shape, self.path)
+        check(splits, self.shape, self.raw_bins, self.classes, str(self.name))
+        return splits
+
+    def split(self, name: SplitName) -> Split:
+        """A split as evaluation sees it: if binarized, then by one draw for good."""
+        if self.binarize == "none":
+            return getattr(self.raw, name)
+        if name not in self._seen:
+            coin = Binarize(self.raw_bins, mix(self.evaluation_seed, name))
+            self._seen[name] = coin.fixed(getattr(self.raw, name))
+        return self._seen[name]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and checks; all ranks may, one of them decodes (see `cache`)."""
+        _ = self.raw
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        rank, world = self._rank_and_world()
+        trainer = self.trainer
+        batches = TrainingBatches(
+            len(self.raw.train),
+            self.batch_size,
+            self.seed,
+            rank=rank,
+            world=world,
+            accumulate=1 if trainer is None else trainer.accumulate_grad_batches,
+            position=None if trainer is None else lambda: _position(trainer),
+        )
+        augmentations: list[Augmentation] = []
+        if self.flip:
+            augmentations.append(Flip(mix(self.seed, "flip")))
+        if self.binarize == "dynamic":
+            augmentations.append(Binarize(self.raw_bins, mix(self.seed, "binarize")))
+        split = self.raw.train if self.binarize == "dynamic" else self.split("train")
+        return self._loader(_Images(split, augmentations), batches)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        return self._evaluation("test")
+
+    def _evaluation(self, name: SplitName) -> DataLoader[Batch]:
+        split = self.split(name)
+        rank, world = self._rank_and_world()
+        batches = EvaluationBatches(len(split), self.eval_batch_size, rank=rank, world=world)
+        return self._loader(_Images(split), batches)
+
+    def _loader(self, images: _Images, batches: Iterable[Chunk]) -> DataLoader[Batch]:
+        return DataLoader(
+            images,
+            batch_sampler=batches,  # type: ignore[arg-type]  # chunks instead of lists: see _Images
+            collate_fn=_identity,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _rank_and_world(self) -> tuple[int, int]:
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+
+
+class _Images(Dataset[Batch]):
+    """A split that is asked for whole batches (`__getitems__`): nothing is ever collated."""
+
+    def __init__(self, split: Split, augmentations: Sequence[Augmentation] = ()):
+        self.split, self.augmentations = split, augmentations
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, chunk: Chunk) -> Batch:
+        rows = chunk.rows.numpy()
+        image = torch.from_numpy(self.split.images[rows])
+        for augmentation in self.augmentations:
+            image = augmentation(image, chunk.rows, chunk.epoch)
+        return Batch(image, torch.from_numpy(self.split.labels[rows]), chunk.rows)
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _position(trainer: L.Trainer) -> tuple[int, int]:
+    """(epoch, batch) that the trainer is about to begin, also after a checkpoint in mid-epoch.
+
+    Its own `current_epoch` is right between epochs, but not yet when a resumed run first asks for
+    data.
+    """
+    loop = trainer.fit_loop
+    epochs, batches = loop.epoch_progress.current.ready, loop.epoch_loop.batch_progress
+    if epochs == 0:
+        return 0, 0
+    if batches.is_last_batch:
+        return epochs, 0
+    return epochs - 1, batches.current.ready
