@@ -1,7 +1,8 @@
-r"""The distributions the bound is made of: diagonal normals for latents, masses on integers for data.
+r"""The distributions the bound is made of: diagonal normals for latents, masses on integers for
+data.
 
-Each is over one batch: the first axis counts examples, `log_prob` sums over all others and returns nats, (b,).
-A mass on integers satisfies sum_k p(k) = 1 over its K values; a test adds them up.
+Each is over one batch: the first axis counts examples, `log_prob` sums over all others and returns
+nats, (b,). A mass on integers satisfies sum_k p(k) = 1 over its K values; a test adds them up.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def per_example(x: Tensor) -> Nats:
 class Distribution(ABC):
     """A distribution for each example of a batch."""
 
-    mean: Tensor
+    @property
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Its expectation, (b, ...)."""
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Nats:
@@ -33,7 +37,8 @@ class Distribution(ABC):
 
     @abstractmethod
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
-        """One value per example. `noise` keys the draw by example; None is torch's global generator."""
+        """One value per example. `noise` keys the draw by example; None is torch's global
+        generator."""
 
 
 class Normal(Distribution):
@@ -47,7 +52,11 @@ class Normal(Distribution):
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
-        self.mean, self.std = mean, std.expand_as(mean)
+        self._mean, self.std = mean, std.expand_as(mean)
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
 
     def log_prob(self, value: Tensor) -> Nats:
         error = (value - self.mean) / self.std
@@ -65,7 +74,8 @@ class Normal(Distribution):
 
 
 def normal_head(h: Tensor) -> Normal:
-    """A network's output (b, 2 C, ...) as a normal over (b, C, ...): means, then log standard deviations.
+    """A network's output (b, 2 C, ...) as a normal over (b, C, ...): means, then log standard
+    deviations.
 
     Log standard deviations are kept in [-9, 3]: beyond, a diverging network turns into infinities.
     """
@@ -120,10 +130,11 @@ class Bernoulli(Distribution):
 class BinSoftmax(Distribution):
     r"""Softmax over K bin centres v_k by their distance from a point.
 
-    .. math:: p(k) \propto \exp(-\tfrac12 (\text{where} - v_k)^2 / \text{width}^2), \quad v_k = (2k + 1)/K - 1
+    .. math:: p(k) \propto \exp(-\tfrac12 (\text{where} - v_k)^2 / \text{width}^2), \quad v_k = (2k
+    + 1)/K - 1
 
-    Summed over a window of bins around `where` that holds all but 1e-20 of the mass, so that no (b, D, K) tensor
-    is built where a few bins suffice.
+    Summed over a window of bins around `where` that holds all but 1e-20 of the mass, so that no
+    (b, D, K) tensor is built where a few bins suffice.
 
     Args:
         where: (b, ...) on the scale of normalized data.
@@ -152,7 +163,8 @@ class BinSoftmax(Distribution):
         return k.gather(-1, choice.unsqueeze(-1)).squeeze(-1).long()
 
     def _window(self) -> tuple[Tensor, Tensor]:
-        """The bins near `where`, (b, ..., W), and their unnormalized log masses; no (b, D, K) tensor."""
+        """The bins near `where`, (b, ..., W), and their unnormalized log masses; no (b, D, K)
+        tensor."""
         half = int(self.reach * float(self.width.max()) * self.bins / 2) + 1
         if 2 * half + 1 >= self.bins:
             k = torch.arange(self.bins, device=self.where.device, dtype=self.where.dtype)
@@ -179,35 +191,45 @@ class DiscretizedNormal(Distribution):
         \quad l_k = 2k/K - 1, \; r_k = l_k + 2/K, \; l_0 = -\infty, \; r_{K-1} = \infty
 
     Args:
-        mean: (b, ...) on the scale of normalized data, (-1, 1).
-        std: positive, broadcastable to `mean`.
+        where: (b, ...) mu, on the scale of normalized data, (-1, 1).
+        width: s, positive, broadcastable to `where`.
         bins: K.
 
-    The difference is taken in whichever tail is the smaller, in log space and float64, so that a value many
-    standard deviations away, or a bin much narrower than one, still has its exact log mass and a gradient.
+    The difference is taken in whichever tail is the smaller, in log space and float64, so that a
+    value many standard deviations away, or a bin much narrower than one, still has its exact log
+    mass and a gradient.
 
     References:
-        Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, 2020, https://arxiv.org/abs/2006.11239.
+        Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, 2020,
+        https://arxiv.org/abs/2006.11239.
     """
 
-    def __init__(self, mean: Tensor, std: Tensor, bins: int):
-        self.mean, self.std, self.bins = mean, std.expand_as(mean), bins
+    def __init__(self, where: Tensor, width: Tensor, bins: int):
+        self.where, self.width, self.bins = where, width.expand_as(where), bins
+
+    @property
+    def mean(self) -> Tensor:
+        """Expected integer, (b, ...): the sum over k of P(x >= k)."""
+        edges = 2 * torch.arange(1, self.bins, device=self.where.device) / self.bins - 1
+        gap = (self.where.unsqueeze(-1) - edges.to(self.where)) / self.width.unsqueeze(-1)
+        return torch.special.ndtr(gap).sum(-1)
 
     def log_prob(self, value: Tensor) -> Nats:
-        k, mean, std = value.double(), self.mean.double(), self.std.double()
-        left = (2 * k / self.bins - 1 - mean) / std
-        right = (2 * (k + 1) / self.bins - 1 - mean) / std
+        k, where, width = value.double(), self.where.double(), self.width.double()
+        left = (2 * k / self.bins - 1 - where) / width
+        right = (2 * (k + 1) / self.bins - 1 - where) / width
         left = torch.where(k == 0, -torch.inf, left)
         right = torch.where(k == self.bins - 1, torch.inf, right)
-        return per_example(_log_normal_mass(left, right)).to(self.mean.dtype)
+        return per_example(_log_normal_mass(left, right)).to(self.where.dtype)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
-        z = self.mean + self.std * draws(noise, self.mean).normal(purpose, self.mean)
+        z = self.where + self.width * draws(noise, self.where).normal(purpose, self.where)
         return ((z + 1) * self.bins / 2).floor().clamp(0, self.bins - 1).long()
 
 
 def _log_normal_mass(left: Tensor, right: Tensor) -> Tensor:
-    """log(Phi(right) - Phi(left)) for left < right, ends may be infinite; accurate in both tails."""
+    """log(Phi(right) - Phi(left)) for left < right, ends may be infinite; accurate in both
+    tails."""
     flip = left + right > 0  # work in the lower tail, where log_ndtr is exact
     low, high = torch.where(flip, -right, left), torch.where(flip, -left, right)
     log_high = torch.special.log_ndtr(high)

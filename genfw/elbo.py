@@ -1,10 +1,11 @@
 r"""The evidence lower bound, taken apart.
 
 .. math:: \log p(x) \ge \underbrace{E_q \log p(x \mid z_1)}_{\text{reconstruction}}
-    - \sum_t \underbrace{\ldots}_{\text{levels}} - \underbrace{KL(q(z_T \mid \cdot) \| p(z_T))}_{\text{prior}}
+    - \sum_t \underbrace{\ldots}_{\text{levels}} - \underbrace{KL(q(z_T \mid \cdot) \|
+    p(z_T))}_{\text{prior}}
 
-An `ELBO` is never weighted, clipped or averaged over examples. What is minimised is an `Objective`, another type.
-Luo (19) for one level, (58) for many.
+An `ELBO` is never weighted, clipped or averaged over examples. What is minimised is an
+`Objective`, another type. Luo (19) for one level, (58) for many.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class ELBO:
 
     Attributes:
         reconstruction: (b,) log p(x | z_1) at a draw from q.
-        levels: what each level between costs, (b,) each; () for a VAE; one entry for a diffusion model
-            (an unbiased estimate of their sum).
+        levels: what each level between costs, (b,) each; () for a VAE; one entry for a diffusion
+            model (an unbiased estimate of their sum).
         prior: (b,) KL(q(z_T | .) || p(z_T)).
     """
 

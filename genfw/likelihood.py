@@ -1,14 +1,16 @@
 r"""p(x | z): from a model's last numbers to a distribution over data.
 
 Data are integers 0..K-1. `normalize` is the only map from them to real numbers: the bin centres
-:math:`2(x + 1/2)/K - 1`, inside (-1, 1), bin width 2/K. Every likelihood but `gaussian` is a probability *mass*, so
-that log-likelihoods of different models compare; `gaussian` is a density, for data that are real numbers.
+:math:`2(x + 1/2)/K - 1`, inside (-1, 1), bin width 2/K. Every likelihood but `gaussian` is a
+probability *mass*, so that log-likelihoods of different models compare; `gaussian` is a density,
+for data that are real numbers.
 
 What a likelihood is given, h, is one of two things:
 
-* the output of a network, (b, outputs * C, ...): `outputs` numbers per data dimension, read as (b, outputs, C, ...);
-* the pair (z_0 / alpha_0, sigma_0 / alpha_0) of a diffusion model: where the first latent says the data lie, and how
-  sure it is. `bins`, `discretized_gaussian` and `gaussian` take it.
+* the output of a network, (b, outputs * C, ...): `outputs` numbers per data dimension, read as (b,
+  outputs, C, ...);
+* the pair (z_0 / alpha_0, sigma_0 / alpha_0) of a diffusion model: where the first latent says the
+  data lie, and how sure it is. `bins`, `discretized_gaussian` and `gaussian` take it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
     Attributes:
         bins: K, the number of values of a data dimension; None for a density.
         outputs: how many numbers per data dimension a network must give.
-        density: True where `log_prob` is a density, not a mass. A density is never quoted as bits/dim of images.
+        density: True where `log_prob` is a density, not a mass. A density is never quoted as
+            bits/dim of images.
     """
 
     density: ClassVar[bool] = False
@@ -105,12 +108,14 @@ class BernoulliLikelihood(Likelihood, name="bernoulli"):
 class BinsLikelihood(Likelihood, name="bins"):
     r"""Softmax over the K bin centres v_k, from the pair of a diffusion model.
 
-    .. math:: p(x = k \mid z_0) \propto \exp(-\tfrac12 (z_0/\alpha_0 - v_k)^2 / (\sigma_0/\alpha_0)^2)
+    .. math:: p(x = k \mid z_0) \propto \exp(-\tfrac12 (z_0/\alpha_0 - v_k)^2
+        / (\sigma_0/\alpha_0)^2)
 
     Exact Bayes for z_0 under a uniform prior over values.
 
     References:
-        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630.
+        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
+        https://arxiv.org/abs/2107.00630.
     """
 
     def __init__(self, bins: int):
@@ -124,9 +129,11 @@ class BinsLikelihood(Likelihood, name="bins"):
 
 
 class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
-    r"""The mass of a normal between the edges of a bin; the end bins reach to infinity (`DiscretizedNormal`).
+    r"""The mass of a normal between the edges of a bin; the end bins reach to infinity
+    (`DiscretizedNormal`).
 
-    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept in [-9, 3].
+    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept
+    in [-9, 3].
     """
 
     def __init__(self, bins: int):
@@ -139,9 +146,11 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
 
 
 class GaussianLikelihood(Likelihood, name="gaussian"):
-    """A normal DENSITY, for real-valued data, which it leaves as they are (`normalize` is the identity).
+    """A normal DENSITY, for real-valued data, which it leaves as they are (`normalize` is the
+    identity).
 
-    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept in [-9, 3].
+    From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept
+    in [-9, 3].
     """
 
     density = True
@@ -176,16 +185,17 @@ def check_bins(bins: int) -> int:
 
 
 def check_integers(x: Tensor, bins: int) -> None:
-    """Refuses what is not integers 0..bins-1. Values are looked at on the CPU only: elsewhere it would stall."""
+    """Refuses what is not integers 0..bins-1. Values are looked at on the CPU only: elsewhere it
+    would stall."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(
             f"images: expected integers 0..{bins - 1}, got {x.dtype}: pass the raw values, "
             "genfw normalizes them itself (likelihood.normalize)"
         )
-    if x.device.type == "cpu" and x.numel() and not (0 <= x.min() and x.max() < bins):
+    if x.device.type == "cpu" and x.numel() and not (x.min() >= 0 and x.max() < bins):
         raise ValueError(
-            f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}..{int(x.max())}: "
-            "set bins to the number of values of your data"
+            f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}.."
+            f"{int(x.max())}: set bins to the number of values of your data"
         )
 
 
@@ -206,8 +216,8 @@ def _split(h: Head, outputs: int, name: str) -> Tensor:
 def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(h, tuple):
         raise TypeError(
-            f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion model, "
-            "got a network's output: use categorical, bernoulli or discretized_gaussian there"
+            f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion "
+            "model, got a network's output: use categorical, bernoulli or discretized_gaussian there"
         )
     return h
 

@@ -1,13 +1,14 @@
 r"""Latent-variable models and the one bound they share.
 
-A Markovian hierarchy (MHVAE) is a chain of latents x = z_0 -> z_1 -> ... -> z_T. It answers for three conditionals,
+A Markovian hierarchy (MHVAE) is a chain of latents x = z_0 -> z_1 -> ... -> z_T. It answers for
+three conditionals,
 
     prior(n)            p(z_T)
     encode(z, t, y)     q(z_t | z_{t-1}),   t = 1..T,  z_0 = x
     decode(z, t, y)     p(z_{t-1} | z_t),   t = 1..T,  t = 1 is the likelihood p(x | z_1)
 
-and the bound, the importance weights and the ancestral sampler follow here, once, for every model: a VAE is the chain
-of one level, a diffusion model the chain whose encoder is fixed.
+and the bound, the importance weights and the ancestral sampler follow here, once, for every model:
+a VAE is the chain of one level, a diffusion model the chain whose encoder is fixed.
 
 Luo (19) for one level, (58) for many; sections 1 and 2 of the paper.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TypeVar
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,6 @@ from genfw.elbo import ELBO
 from genfw.noise import Draws, draws
 from genfw.registry import Registered
 from genfw.types import Image, Labels, Nats
-
-Self = TypeVar("Self", bound="LatentModel")
 
 
 class LatentModel(Registered, nn.Module, ABC, group="model"):
@@ -47,8 +46,9 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """n images from the model, (n, *shape) integers."""
 
-    def for_evaluation(self: Self) -> LatentModel:
-        """The same model, read so that its bound has the least variance known; itself unless it knows better."""
+    def for_evaluation(self) -> LatentModel:
+        """The same model, read so that its bound has the least variance known; itself unless it
+        knows better."""
         return self
 
     @property
@@ -58,13 +58,15 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What latents and likelihoods are computed in: that of the parameters, never below torch's default."""
+        """What latents and likelihoods are computed in: that of the parameters, never below
+        torch's default."""
         default = torch.get_default_dtype()
         return next((torch.promote_types(p.dtype, default) for p in self.parameters()), default)
 
 
 class MarkovianHierarchy(LatentModel):
-    """A chain of latents; see the page above. Subclasses state `levels` and the three conditionals."""
+    """A chain of latents; see the page above. Subclasses state `levels` and the three
+    conditionals."""
 
     levels: int
 
@@ -81,7 +83,8 @@ class MarkovianHierarchy(LatentModel):
         """p(z_{t-1} | z_t) given z = z_t; t = 1 is p(x | z_1), a distribution over integers."""
 
     def _climb(self, x: Image, y: Labels | None, noise: Draws) -> Iterator[_Rung]:
-        """One sampled chain, level by level: q(z_t | .), its draw, and p(. | z_t) of the level below."""
+        """One sampled chain, level by level: q(z_t | .), its draw, and p(. | z_t) of the level
+        below."""
         below: Tensor = x
         for t in range(1, self.levels + 1):
             q = self.encode(below, t, y)
@@ -94,23 +97,23 @@ class MarkovianHierarchy(LatentModel):
     ) -> ELBO:
         r"""The joint log ratio on one sampled chain, the top level in closed form.
 
-        .. math:: \log p(x|z_1) - \sum_{t<T} [\log q(z_t|z_{t-1}) - \log p(z_t|z_{t+1})] - KL(q(z_T|z_{T-1}) \| p(z_T))
+        .. math:: \log p(x|z_1) - \sum_{t<T} [\log q(z_t|z_{t-1}) - \log p(z_t|z_{t+1})]
+            - KL(q(z_T|z_{T-1}) \| p(z_T))
 
-        Both log densities of a level are taken at the SAME draw z_t. An analytic KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1}))
-        is not the bound: under q, z_t and z_{t+1} are dependent.
+        Both log densities of a level are taken at the SAME draw z_t. An analytic
+        KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1})) is not the bound: under q, z_t and z_{t+1} are
+        dependent.
         """
         rungs = list(self._climb(x, y, draws(noise, x)))
-        levels = tuple(
-            rung.q.log_prob(rung.z) - above.log_below
-            for rung, above in zip(rungs[:-1], rungs[1:], strict=True)
-        )
+        levels = tuple(rung.q.log_prob(rung.z) - above.log_below for rung, above in pairwise(rungs))
         top = rungs[-1].q.kl(self.prior(len(x)))
         return ELBO(reconstruction=rungs[0].log_below, levels=levels, prior=top)
 
     def log_weight(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> Nats:
         """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at a draw from q: E[w] = p(x) exactly.
 
-        The top level enters by its log densities at the draw, never by a KL: with the KL, E[w] is not p(x).
+        The top level enters by its log densities at the draw, never by a KL: with the KL, E[w] is
+        not p(x).
         """
         rungs = list(self._climb(x, y, draws(noise, x)))
         log_p = self.prior(len(x)).log_prob(rungs[-1].z) + sum(rung.log_below for rung in rungs)
@@ -119,7 +122,8 @@ class MarkovianHierarchy(LatentModel):
     def ancestral_sample(
         self, n: int, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Image:
-        """Down the chain: z_T from the prior, then every conditional in turn, (n, *shape) integers."""
+        """Down the chain: z_T from the prior, then every conditional in turn, (n, *shape)
+        integers."""
         prior = self.prior(n)
         noise = draws(noise, prior.mean)
         z = prior.sample(noise.fold(f"z{self.levels}"))

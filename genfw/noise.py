@@ -2,14 +2,17 @@ r"""Where random numbers come from.
 
 Every random draw in genfw is asked of a `Draws` object, one stream per example:
 
-* `Noise(seed, index)` for evaluation and sampling. A draw is a pure function of (seed, example index, purpose,
-  position), so an example's number does not depend on its batch, the chunk size, the number of ranks or the device.
-* `BatchNoise(size)` for training. It draws from torch's global generator, and stratifies time over the batch.
+* `Noise(seed, index)` for evaluation and sampling. A draw is a pure function of (seed, example
+  index, purpose, position), so an example's number does not depend on its batch, the chunk size,
+  the number of ranks or the device.
+* `BatchNoise(size)` for training. It draws from torch's global generator, and stratifies time over
+  the batch.
 
 Functions take `noise: Draws | None`; None means `BatchNoise`.
 
 References:
-    Fast Splittable Pseudorandom Number Generators, Steele, Lea, Flood, 2014 (the finalizer of splitmix64).
+    Fast Splittable Pseudorandom Number Generators, Steele, Lea, Flood, 2014 (the finalizer of
+    splitmix64).
 """
 
 from __future__ import annotations
@@ -57,9 +60,10 @@ class Draws(ABC):
 class BatchNoise(Draws):
     """Draws from torch's global generator, for `size` examples at once.
 
-    `time` is stratified over a global batch of `chunks` batches of this size, of which this one is number `chunk`:
-    t = (u + position / N) mod 1, positions permuted. `u` and the permutation come from `seed` alone where it is given,
-    so that the chunks of one training step, on whatever ranks they run, cover [0, 1) together.
+    `time` is stratified over a global batch of `chunks` batches of this size, of which this one is
+    number `chunk`: t = (u + position / N) mod 1, positions permuted. `u` and the permutation come
+    from `seed` alone where it is given, so that the chunks of one training step, on whatever ranks
+    they run, cover [0, 1) together.
     """
 
     def __init__(
@@ -95,13 +99,14 @@ class BatchNoise(Draws):
 
 
 class Noise(Draws):
-    """Draws keyed by (seed, example index, purpose): the same wherever and beside whomever they are drawn.
+    """Draws keyed by (seed, example index, purpose): the same wherever and beside whomever they
+    are drawn.
 
     Args:
         seed: one for the whole evaluation or set of samples.
         index: (b,) integers, the examples' indices in their data set (or the samples' numbers).
-        stratum: (j, m): this is draw j of m for these examples. The m times of an example are stratified,
-            t_j = (u + j / m) mod 1, and everything else is independent.
+        stratum: (j, m): this is draw j of m for these examples. The m times of an example are
+            stratified, t_j = (u + j / m) mod 1, and everything else is independent.
 
     Example:
         >>> a = Noise(0, torch.arange(4)).normal("eps", torch.empty(4, 2))

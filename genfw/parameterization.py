@@ -1,10 +1,11 @@
 r"""Parameterizations: what the network's output means.
 
-A latent is :math:`z = \alpha x + \sigma \epsilon`. A network may predict any combination of x and eps; given z they all
-say the same. A linear parameterization is a change of coordinates,
+A latent is :math:`z = \alpha x + \sigma \epsilon`. A network may predict any combination of x and
+eps; given z they all say the same. A linear parameterization is a change of coordinates,
 
 .. math:: \text{target} = a x + b \epsilon, \qquad \Delta = \alpha b - \sigma a, \qquad
-    \hat x = (b z - \sigma\, \text{target}) / \Delta, \quad \hat\epsilon = (\alpha\, \text{target} - a z) / \Delta,
+    \hat x = (b z - \sigma\, \text{target}) / \Delta, \quad \hat\epsilon = (\alpha\, \text{target}
+    - a z) / \Delta,
 
 so a new one is one line:
 
@@ -76,7 +77,8 @@ class Parameterization(Registered, nn.Module, ABC, group="param"):
         return data_channels
 
     def scale(self, alpha: Tensor, sigma: Tensor) -> Coefficient:
-        """target = scale * network output; chosen so that the output is O(1) at every noise level."""
+        """target = scale * network output; chosen so that the output is O(1) at every noise
+        level."""
         return 1.0
 
 
@@ -138,8 +140,9 @@ class Score(LinearParameterization, name="score"):
     """The score -eps / sigma. Luo (133).
 
     Args:
-        raw: False, the network's output is divided by sigma (then it is -eps, of order one at every level);
-            True, the network must output the score itself, which trains worse near t = 0.
+        raw: False, the network's output is divided by sigma (then it is -eps, of order one at
+            every level); True, the network must output the score itself, which trains worse near t
+            = 0.
     """
 
     def __init__(self, raw: bool = False):

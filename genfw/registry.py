@@ -3,7 +3,8 @@
     class NoiseSchedule(Registered, ABC, group="schedule"): ...   # opens a registry
     class Cosine(NoiseSchedule, name="cosine"): ...               # enters it
 
-There is no central list: a class is registered where it is written, be it here or in somebody else's package.
+There is no central list: a class is registered where it is written, be it here or in somebody
+else's package.
 """
 
 from __future__ import annotations

@@ -1,20 +1,22 @@
 r"""Noise schedules: log SNR as a function of time.
 
-Time t runs from 0 (data) to 1 (noise); :math:`\lambda(t) = \log \mathrm{SNR}(t)` falls strictly from `log_snr_max` to
-`log_snr_min`, both finite and exact. Latents are variance preserving:
+Time t runs from 0 (data) to 1 (noise); :math:`\lambda(t) = \log \mathrm{SNR}(t)` falls strictly
+from `log_snr_max` to `log_snr_min`, both finite and exact. Latents are variance preserving:
 
 .. math:: z_t = \alpha_t x + \sigma_t \epsilon, \quad \alpha_t^2 = \mathrm{sigmoid}(\lambda),
     \quad \sigma_t^2 = \mathrm{sigmoid}(-\lambda)
 
-Luo's :math:`\bar\alpha_t` is :math:`\alpha_t^2` here. To add a schedule, state its log SNR as the paper writes it:
+Luo's :math:`\bar\alpha_t` is :math:`\alpha_t^2` here. To add a schedule, state its log SNR as the
+paper writes it:
 
     class Cosine(NoiseSchedule, name="cosine"):
         def log_snr(self, t):
             return -2 * (math.pi / 2 * t).tan().log()
 
-The base class re-maps time, t -> u_0 + (u_1 - u_0) t, so that the end points hold exactly: it keeps the piece of the
-stated curve that lies between them. `linear` (beta linear in t) and `loglinear` (log SNR linear in t) are two
-different schedules. Arithmetic is in float64, whatever the network's precision.
+The base class re-maps time, t -> u_0 + (u_1 - u_0) t, so that the end points hold exactly: it
+keeps the piece of the stated curve that lies between them. `linear` (beta linear in t) and
+`loglinear` (log SNR linear in t) are two different schedules. Arithmetic is in float64, whatever
+the network's precision.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from genfw.types import Time
 
 
 def log_snr_max_for(bins: int) -> float:
-    """2 log(3.02 K): half a bin is about three noise deviations at t = 0, so z_0 still tells the K values apart."""
+    """2 log(3.02 K): half a bin is about three noise deviations at t = 0, so z_0 still tells the K
+    values apart."""
     return 2 * math.log(3.02 * bins)
 
 
@@ -45,8 +48,9 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
     Raises:
         ValueError: end points not finite or not falling, or outside the reach of the stated curve.
 
-    A subclass states `log_snr` before end points are fixed (on u > 0), and may state `curve_slope(u)` (minus its
-    derivative) and `curve_inverse(log_snr)` in closed form; without them autograd and bisection serve.
+    A subclass states `log_snr` before end points are fixed (on u > 0), and may state
+    `curve_slope(u)` (minus its derivative) and `curve_inverse(log_snr)` in closed form; without
+    them autograd and bisection serve.
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float):
@@ -123,8 +127,9 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             if bool((self.curve(low) < log_snr).any() or (self.curve(high) > log_snr).any()):
                 at_low, at_high = self.curve(low).max().item(), self.curve(high).min().item()
                 raise ValueError(
-                    f"{type(self).__name__} reaches log SNR {at_low:.4g} to {at_high:.4g}, asked for "
-                    f"{log_snr.max().item():.4g} to {log_snr.min().item():.4g}: choose end points within its reach"
+                    f"{type(self).__name__} reaches log SNR {at_low:.4g} to {at_high:.4g}, asked "
+                    f"for {log_snr.max().item():.4g} to {log_snr.min().item():.4g}: "
+                    "choose end points within its reach"
                 )
             for _ in range(100):
                 middle = (low + high) / 2
@@ -152,8 +157,8 @@ class LogLinear(NoiseSchedule, name="loglinear"):
     """log SNR linear in t.
 
     References:
-        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630
-        (there "fixed linear").
+        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
+        https://arxiv.org/abs/2107.00630 (there "fixed linear").
     """
 
     def log_snr(self, t: Time) -> Tensor:
@@ -172,8 +177,9 @@ class Linear(NoiseSchedule, name="linear"):
     .. math:: \lambda(t) = -\log \mathrm{expm1}(\beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2)
 
     References:
-        Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, 2020, https://arxiv.org/abs/2006.11239;
-        Score-Based Generative Modeling through SDEs, Song et al., 2021, https://arxiv.org/abs/2011.13456.
+        Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, 2020,
+        https://arxiv.org/abs/2006.11239; Score-Based Generative Modeling through SDEs, Song et
+        al., 2021, https://arxiv.org/abs/2011.13456.
     """
 
     def __init__(
@@ -210,12 +216,13 @@ class Cosine(NoiseSchedule, name="cosine"):
     .. math:: \lambda(t) = -2 \log\tan(\pi t / 2) + \text{shift}
 
     Args:
-        shift: added to log SNR before the end points are fixed; 2 log(reference / resolution) keeps the noise
-            of large images in step with that of small ones.
+        shift: added to log SNR before the end points are fixed; 2 log(reference / resolution)
+            keeps the noise of large images in step with that of small ones.
 
     References:
-        Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal, 2021, https://arxiv.org/abs/2102.09672;
-        simple diffusion, Hoogeboom, Heek, Salimans, 2023, https://arxiv.org/abs/2301.11093 (the shift).
+        Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal, 2021,
+        https://arxiv.org/abs/2102.09672; simple diffusion, Hoogeboom, Heek, Salimans, 2023,
+        https://arxiv.org/abs/2301.11093 (the shift).
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float, shift: float = 0.0):

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from genfw import Denoiser, Prediction
+from genfw import Denoiser, GaussianLikelihood, MarkovianHierarchy, Normal, Prediction
 from genfw.parameterization import broadcast
 
 
@@ -52,7 +52,8 @@ class FiniteDenoiser(Denoiser):
 
 
 class LinearDenoiser(Denoiser):
-    """A denoiser through a parameterization, whose network knows the exact answer for Gaussian data."""
+    """A denoiser through a parameterization, whose network knows the exact answer for Gaussian
+    data."""
 
     def __init__(self, schedule, parameterization, mean, std):
         super().__init__()
@@ -64,3 +65,42 @@ class LinearDenoiser(Denoiser):
         target = self.parameterization.target(truth.x, truth.eps, truth.alpha, truth.sigma)
         output = target / self.parameterization.scale(truth.alpha, truth.sigma)
         return self.parameterization.solve(output, z, truth.alpha, truth.sigma)
+
+
+class LinearGaussianChain(MarkovianHierarchy):
+    """p(z_T) = N(0, 1), p(z_{t-1} | z_t) = N(a z_t, s^2) in every dimension: the evidence is known
+    exactly.
+
+    `bias` and `stretch` bend the encoder away from the true posterior; with the defaults it is
+    exact.
+    """
+
+    def __init__(self, levels, dims=2, a=0.8, s=0.7, bias=0.0, stretch=1.0):
+        super().__init__()
+        self.levels, self.dims, self.a, self.s = levels, dims, a, s
+        self.bias, self.stretch = bias, stretch
+        self.likelihood = GaussianLikelihood()
+        self.var = [1.0]  # of z_T, then down to x
+        for _ in range(levels):
+            self.var.append(a**2 * self.var[-1] + s**2)
+        self.var.reverse()
+
+    def prior(self, n):
+        return Normal(torch.zeros(n, self.dims), torch.ones(()))
+
+    def encode(self, z, t, y=None):
+        gain = self.a * self.var[t] / self.var[t - 1]
+        std = (self.var[t] - gain**2 * self.var[t - 1]) ** 0.5
+        return Normal(gain * z + self.bias, torch.as_tensor(std * self.stretch))
+
+    def decode(self, z, t, y=None):
+        return Normal(self.a * z, torch.as_tensor(self.s))
+
+    def elbo(self, x, y=None, *, noise=None):
+        return self.ancestral_elbo(x, y, noise=noise)
+
+    def sample(self, n, y=None, *, noise=None):
+        return self.ancestral_sample(n, y, noise=noise)
+
+    def log_prob(self, x):
+        return gaussian_log_prob(x, 0.0, self.var[0] ** 0.5)

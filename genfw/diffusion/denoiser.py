@@ -1,23 +1,19 @@
 r"""Denoisers: what stands between a network and the diffusion process.
 
-A denoiser takes a latent and its time and says what the data and the noise were, as one `Prediction`. It owns the
-schedule, since time means nothing without one. Guidance wraps a denoiser and is a denoiser; samplers and bounds see
-nothing else.
+A denoiser takes a latent and its time and says what the data and the noise were, as one
+`Prediction`. It owns the schedule, since time means nothing without one. Guidance wraps a denoiser
+and is a denoiser; samplers and bounds see nothing else.
 """
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from typing import TypeVar
 
 from torch import nn
 
 from genfw.parameterization import Parameterization, Prediction, broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
-
-Self = TypeVar("Self", bound="Denoiser")
 
 
 class Denoiser(nn.Module, ABC):
@@ -29,20 +25,15 @@ class Denoiser(nn.Module, ABC):
     def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
         """What z (b, ...) at time t (scalar or (b,)) is made of."""
 
-    def along(self: Self, schedule: NoiseSchedule) -> Self:
-        """The same denoiser read along another schedule; everything else is shared, not copied."""
-        other = copy.copy(self)
-        other.__dict__["_modules"] = self._modules | {"schedule": schedule}
-        return other
-
 
 class NetworkDenoiser(Denoiser):
     """A network, read by a parameterization along a schedule.
 
     Args:
-        network: (z (b, C, ...), level (b,), y) -> (b, parameterization.channels(C, K), ...). `level` is log SNR mapped to
-            [0, 1] between the schedule's end points, 1 at the data side. The network never sees t, so the bound
-            depends on the schedule through its end points alone.
+        network: (z (b, C, ...), level (b,), y) -> (b, parameterization.channels(C, K), ...).
+            `level` is log SNR mapped to [0, 1] between the schedule's end points, 1 at the data
+            side. The network never sees t, so the bound depends on the schedule through its end
+            points alone.
         parameterization: what the output means.
         schedule: log SNR over time.
     """
@@ -60,15 +51,3 @@ class NetworkDenoiser(Denoiser):
         output = self.network(z, level.to(z.dtype), y).to(z.dtype)
         alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         return self.parameterization.solve(output, z, broadcast(alpha, z), broadcast(sigma, z))
-
-    def along(self, schedule: NoiseSchedule) -> NetworkDenoiser:
-        """As `Denoiser.along`; the end points must stay, for the network knows noise levels relative to them."""
-        mine, other = (
-            (float(s.log_snr_max), float(s.log_snr_min)) for s in (self.schedule, schedule)
-        )
-        if mine != other:
-            raise ValueError(
-                f"this network was made for log SNR {mine[0]:g} to {mine[1]:g}, "
-                f"the other schedule runs {other[0]:g} to {other[1]:g}: give it the same end points"
-            )
-        return super().along(schedule)

@@ -1,8 +1,10 @@
-r"""What a denoiser got wrong at one random time per example: the raw material of the bound and of every objective.
+r"""What a denoiser got wrong at one random time per example: the raw material of the bound and of
+every objective.
 
 The bound weighs the error by minus half the slope of log SNR,
 
-.. math:: \tfrac12 E_t[-\lambda'(t) \|\epsilon - \hat\epsilon\|^2] = \tfrac12 \int \|\epsilon - \hat\epsilon\|^2 d\lambda;
+.. math:: \tfrac12 E_t[-\lambda'(t) \|\epsilon - \hat\epsilon\|^2] = \tfrac12 \int \|\epsilon -
+\hat\epsilon\|^2 d\lambda;
 
 other objectives put another weight there.
 """
@@ -26,19 +28,21 @@ class Denoising:
         t: (b,) times, stratified.
         log_snr: (b,) float64.
         eps_error: (b,) ||eps - eps_hat||^2, summed over dimensions.
-        weight: (b,) what the bound charges for a unit of it: half of -d log SNR / dt in continuous time,
-            T/2 expm1(log SNR_s - log SNR_t) in T steps.
+        measure: (b,) what turns a mean over draws into an integral over log SNR: -d log SNR / du
+            for the uniform number u that t was made of; T expm1(log SNR_s - log SNR_t) in T steps.
+        slope: (b,) -d log SNR / dt; measure / slope does the same for an integral over t.
     """
 
     t: Tensor
     log_snr: Tensor
     eps_error: Nats
-    weight: Tensor
+    measure: Tensor
+    slope: Tensor
 
     @property
     def cost(self) -> Nats:
         """(b,) nats: an unbiased draw of the denoising terms of the bound."""
-        return (self.weight * self.eps_error).to(self.eps_error.dtype)
+        return (0.5 * self.measure * self.eps_error).to(self.eps_error.dtype)
 
 
 @runtime_checkable

@@ -21,14 +21,17 @@ from genfw.types import Data, Time
 
 
 def marginal(x: Data, t: Time, schedule: NoiseSchedule) -> Normal:
-    r"""One-step noising: :math:`q(z_t \mid x) = \mathcal{N}(\alpha_t x, \sigma_t^2 I)`. Luo (70)."""
+    r"""One-step noising: :math:`q(z_t \mid x) = \mathcal{N}(\alpha_t x, \sigma_t^2 I)`. Luo
+    (70)."""
     return Normal(broadcast(schedule.alpha(t), x) * x, broadcast(schedule.sigma(t), x))
 
 
 def transition(z_s: Data, s: Time, t: Time, schedule: NoiseSchedule) -> Normal:
-    r"""One step of the encoder: :math:`q(z_t \mid z_s) = \mathcal{N}(\alpha_{ts} z_s, \sigma_{ts}^2 I)`.
+    r"""One step of the encoder: :math:`q(z_t \mid z_s) = \mathcal{N}(\alpha_{ts} z_s,
+    \sigma_{ts}^2 I)`.
 
-    :math:`\alpha_{ts} = \alpha_t/\alpha_s, \; \sigma_{ts}^2 = \sigma_t^2 - \alpha_{ts}^2 \sigma_s^2 = c\,\sigma_t^2`.
+    :math:`\alpha_{ts} = \alpha_t/\alpha_s, \; \sigma_{ts}^2 = \sigma_t^2 - \alpha_{ts}^2
+    \sigma_s^2 = c\,\sigma_t^2`.
     """
     alpha_ts = schedule.alpha(t) / schedule.alpha(s)
     sigma_ts = schedule.sigma(t) * lost_snr(s, t, schedule).sqrt()
@@ -38,7 +41,8 @@ def transition(z_s: Data, s: Time, t: Time, schedule: NoiseSchedule) -> Normal:
 def posterior(z_t: Data, x: Data, s: Time, t: Time, schedule: NoiseSchedule) -> Normal:
     r"""The reverse of one step when the data are known. Luo (84).
 
-    .. math:: q(z_s \mid z_t, x) = \mathcal{N}(\alpha_s (c\, x + (1 - c)\, z_t / \alpha_t), \; c\, \sigma_s^2 I)
+    .. math:: q(z_s \mid z_t, x) = \mathcal{N}(\alpha_s (c\, x + (1 - c)\, z_t / \alpha_t), \; c\,
+    \sigma_s^2 I)
     """
     c = lost_snr(s, t, schedule)
     alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
@@ -48,5 +52,6 @@ def posterior(z_t: Data, x: Data, s: Time, t: Time, schedule: NoiseSchedule) -> 
 
 
 def lost_snr(s: Time, t: Time, schedule: NoiseSchedule) -> Tensor:
-    r"""c, the share of the signal-to-noise ratio lost from s to t, in (0, 1); accurate for short steps."""
+    r"""c, the share of the signal-to-noise ratio lost from s to t, in (0, 1); accurate for short
+    steps."""
     return -(schedule.log_snr(t) - schedule.log_snr(s)).expm1()

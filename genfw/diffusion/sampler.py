@@ -1,13 +1,15 @@
 r"""Samplers: from noise at t = 1 down to the first latent z_0.
 
-A sampler is a `step` from time t to s < t; the loop over a grid of times is shared and keeps what multi-step samplers
-need (`past`), so samplers hold no state. They see a `Denoiser` and nothing else.
+A sampler is a `step` from time t to s < t; the loop over a grid of times is shared and keeps what
+multi-step samplers need (`past`), so samplers hold no state. They see a `Denoiser` and nothing
+else.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,8 @@ from genfw.types import Data, Labels
 
 
 class Step(NamedTuple):
-    """Where a sampler stands after a step: at time s, with latent z, having predicted `prediction` on the way."""
+    """Where a sampler stands after a step: at time s, with latent z, having predicted `prediction`
+    on the way."""
 
     s: Tensor
     z: Data
@@ -54,7 +57,8 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
         noise: Draws,
         past: tuple[Prediction, ...] = (),
     ) -> tuple[Data, Prediction]:
-        """From z at time t to time s < t. `past` holds the predictions of the steps before, the latest last."""
+        """From z at time t to time s < t. `past` holds the predictions of the steps before, the
+        latest last."""
 
     def times(self) -> Tensor:
         """The grid, (steps + 1,) float64, from 1 down to 0: uniform in t."""
@@ -67,7 +71,7 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
         noise = draws(noise, z)
         past: tuple[Prediction, ...] = ()
         times = self.times().to(z.device)
-        for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        for i, (t, s) in enumerate(pairwise(times)):
             here = noise.fold(f"z{self.steps - i}")
             z, prediction = self.step(denoiser, z, t, s, y, noise=here, past=past)
             past = (*past[-3:], prediction)

@@ -14,8 +14,8 @@ from genfw.types import Image, Labels
 class Bound(Estimator, name="bound"):
     """-ELBO, averaged over `sets` independent sets of `strata` draws.
 
-    The times of a diffusion model are stratified within a set (uniformly in log SNR in continuous time); the variance
-    is measured between sets, so it knows what stratification gained.
+    The times of a diffusion model are stratified within a set (uniformly in log SNR in continuous
+    time); the variance is measured between sets, so it knows what stratification gained.
 
     Args:
         sets: independent sets per example; at least 2, or there is no variance to measure.
@@ -45,7 +45,8 @@ class Bound(Estimator, name="bound"):
         )
 
     def _set(self, model: LatentModel, x: Image, y: Labels | None, noise: Noise) -> torch.Tensor:
-        """(terms, b) float64: reconstruction, prior, levels, averaged over one stratified set of draws."""
+        """(terms, b) float64: reconstruction, prior, levels, averaged over one stratified set of
+        draws."""
         total: torch.Tensor | float = 0.0
         for j in range(self.strata):
             elbo = model.elbo(x, y, noise=noise.stratified(j, self.strata))

@@ -1,4 +1,5 @@
-"""Estimators of the negative log-likelihood: what is reported. They know models and bounds, never objectives."""
+"""Estimators of the negative log-likelihood: what is reported. They know models and bounds, never
+objectives."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ class Estimate:
 
     Attributes:
         nats: (b,) float64, positive for masses: -log p(x), or an upper bound on it.
-        variance: (b,) float64, the Monte-Carlo variance of `nats`: of this number around its own mean over draws,
-            not of images around each other.
+        variance: (b,) float64, the Monte-Carlo variance of `nats`: of this number around its own
+            mean over draws, not of images around each other.
         elbo: the terms of the bound averaged over draws, where the estimator is made of them.
     """
 
@@ -45,7 +46,8 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
-        """Args: x (b, *shape) integers; noise keys every draw by example, None takes a random seed."""
+        """Args: x (b, *shape) integers; noise keys every draw by example, None takes a random
+        seed."""
 
 
 def keyed(noise: Noise | None, x: Tensor) -> Noise:

@@ -1,6 +1,7 @@
 r"""The variational autoencoder: the chain of one level.
 
-.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - KL(q(z|x) \| p(z)), \quad p(z) = \mathcal{N}(0, I)    \text{Luo (19)}
+.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - KL(q(z|x) \| p(z)), \quad p(z) = \mathcal{N}(0,
+I)    \text{Luo (19)}
 
 References:
     Auto-Encoding Variational Bayes, Kingma, Welling, 2013, https://arxiv.org/abs/1312.6114.
@@ -25,8 +26,10 @@ class VAE(MarkovianHierarchy, name="vae"):
     """One latent, Gaussian, with a learned encoder.
 
     Args:
-        encoder: (normalized x (b, *shape), y) -> (b, 2 * latents, ...): mean and log standard deviation of q(z|x).
-        decoder: (z (b, latents, ...), y) -> what the likelihood reads, (b, likelihood.outputs * C, ...).
+        encoder: (normalized x (b, *shape), y) -> (b, 2 * latents, ...): mean and log standard
+            deviation of q(z|x).
+        decoder: (z (b, latents, ...), y) -> what the likelihood reads, (b, likelihood.outputs * C,
+            ...).
         likelihood: p(x|z), from a network's output.
         latents: size of z, or its shape (channels first).
     """

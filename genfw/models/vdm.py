@@ -1,19 +1,22 @@
 r"""The variational diffusion model: a Markovian hierarchy whose encoder is fixed.
 
-The encoder adds noise, q(z_t | z_s) in closed form; the decoder is the posterior with the data replaced by a guess,
-p(z_s | z_t) = q(z_s | z_t, x = x_hat(z_t, t)), Luo (94). The bound, Luo (58), in T steps (s = (i-1)/T, t = i/T):
+The encoder adds noise, q(z_t | z_s) in closed form; the decoder is the posterior with the data
+replaced by a guess, p(z_s | z_t) = q(z_s | z_t, x = x_hat(z_t, t)), Luo (94). The bound, Luo (58),
+in T steps (s = (i-1)/T, t = i/T):
 
     reconstruction   E_q(z_0|x) log p(x | z_0)
     prior            KL(q(z_1 | x) || N(0, I))
     denoising        sum_i E 1/2 expm1(lambda_s - lambda_t) ||eps - eps_hat||^2          Luo (92)
                      -> 1/2 E_t[-lambda'(t) ||eps - eps_hat||^2]   as T -> infinity
 
-estimated with one random step (or time) per example. `steps=None` is the limit; `vdm.at(steps=T)` is the same model
-read as a hierarchy of T + 1 latents, latent j being z at time (j - 1) / T.
+estimated with one random step (or time) per example. `steps=None` is the limit; `vdm.at(steps=T)`
+is the same model read as a hierarchy of T + 1 latents, latent j being z at time (j - 1) / T.
 
 References:
-    Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021, https://arxiv.org/abs/2107.00630;
-    Understanding Diffusion Models: A Unified Perspective, Luo, 2022, https://arxiv.org/abs/2208.11970.
+    Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
+    https://arxiv.org/abs/2107.00630;
+    Understanding Diffusion Models: A Unified Perspective, Luo, 2022,
+        https://arxiv.org/abs/2208.11970.
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.denoising import Denoising
 from genfw.diffusion.process import marginal, posterior, transition
 from genfw.diffusion.sampler import Ancestral, Sampler
+from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import MarkovianHierarchy
 from genfw.noise import Draws, draws
 from genfw.parameterization import broadcast
-from genfw.schedule import LogLinear, NoiseSchedule
+from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Image, Labels
 
 
@@ -46,6 +50,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         steps: T, or None for continuous time.
         shape: of the data, (C, H, W) or (D,); needed to sample.
         sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
+        times: which noise levels `elbo` and the objectives look at in continuous time; default
+            uniform in t.
     """
 
     def __init__(
@@ -56,6 +62,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         *,
         shape: Sequence[int] | None = None,
         sampler: Sampler | None = None,
+        times: TimeSampler | None = None,
     ):
         super().__init__()
         if steps is not None and steps < 1:
@@ -63,29 +70,42 @@ class VDM(MarkovianHierarchy, name="vdm"):
         self.denoiser, self.likelihood, self.steps = denoiser, likelihood, steps
         self.shape = None if shape is None else tuple(shape)
         self.sampler = Ancestral(steps or 256) if sampler is None else sampler
+        self.times = UniformTime() if times is None else times
 
     @property
     def schedule(self) -> NoiseSchedule:
         """The denoiser's."""
         return self.denoiser.schedule
 
-    def at(self, steps: int | None = None, *, schedule: NoiseSchedule | None = None) -> VDM:
-        """The same modules, read at T steps (None: continuous time), or along another schedule."""
-        denoiser = self.denoiser if schedule is None else self.denoiser.along(schedule)
+    def at(self, steps: int | None = None) -> VDM:
+        """The same modules read at T steps, or in continuous time."""
         sampler = self.sampler if steps is None else Ancestral(steps)
-        return VDM(denoiser, self.likelihood, steps, shape=self.shape, sampler=sampler)
+        return VDM(
+            self.denoiser,
+            self.likelihood,
+            steps,
+            shape=self.shape,
+            sampler=sampler,
+            times=self.times,
+        )
 
     def for_evaluation(self) -> VDM:
-        """Continuous time is read uniformly in log SNR: the bound depends on the schedule's end points only."""
-        if self.steps is not None:
-            return self
-        ends = float(self.schedule.log_snr_max), float(self.schedule.log_snr_min)
-        return self.at(schedule=LogLinear(*ends))
+        """Looks at all log SNR alike: the bound depends on the schedule's end points only, its
+        variance on more."""
+        return VDM(
+            self.denoiser,
+            self.likelihood,
+            self.steps,
+            shape=self.shape,
+            sampler=self.sampler,
+            times=UniformLogSNR(),
+        )
 
     # The bound, by one random time per example.
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
-        """Reconstruction, one entry of levels (T times a random denoising term), prior. Luo (58)."""
+        """Reconstruction, one entry of levels (T times a random denoising term), prior. Luo
+        (58)."""
         noise = draws(noise, x)
         z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
         return ELBO(
@@ -97,17 +117,18 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def denoising(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Denoising:
-        """The denoiser's error at one random time per example, stratified; every diffusion objective starts here."""
+        """The denoiser's error at one random time per example, stratified; every diffusion
+        objective starts here."""
         noise = draws(noise, x)
         data = self._normalize(x)
         u = noise.time().to(data.device)
         if self.steps is None:
-            t, weight = u, 0.5 * self.schedule.slope(u)
+            t, measure = self.times(u, self.schedule)
         else:
             i = (u * self.steps).floor().clamp_max(self.steps - 1) + 1
             t = i / self.steps
             gained = self.schedule.log_snr((i - 1) / self.steps) - self.schedule.log_snr(t)
-            weight = 0.5 * self.steps * gained.expm1()
+            measure = self.steps * gained.expm1()
         eps = noise.normal("eps", data)
         alpha, sigma = (
             broadcast(self.schedule.alpha(t), data),
@@ -115,7 +136,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         )
         prediction = self.denoiser(alpha * data + sigma * eps, t, y)
         error = per_example((eps - prediction.eps).square())
-        return Denoising(t, self.schedule.log_snr(t), error, weight)
+        return Denoising(t, self.schedule.log_snr(t), error, measure, self.schedule.slope(t))
 
     # The three conditionals of a hierarchy of T + 1 latents.
 

@@ -1,0 +1,123 @@
+"""Against scipy, and in the tails."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from genfw import Bernoulli, BinSoftmax, Categorical, DiscretizedNormal, Noise, Normal
+from genfw.distributions import normal_head
+
+
+def test_normal_log_prob_and_kl_against_torch(double):
+    a, b = (Normal(torch.randn(5, 3, 2), torch.rand(5, 3, 2) + 0.2) for _ in range(2))
+    x = torch.randn(5, 3, 2)
+    torch_a, torch_b = (torch.distributions.Normal(d.mean, d.std) for d in (a, b))
+    assert torch.allclose(a.log_prob(x), torch_a.log_prob(x).sum((1, 2)), rtol=1e-12)
+    kl = torch.distributions.kl_divergence(torch_a, torch_b).sum((1, 2))
+    assert torch.allclose(a.kl(b), kl, rtol=1e-12)
+
+
+def test_a_scalar_std_counts_once_per_dimension(double):
+    mean = torch.randn(4, 3)
+    full, scalar = Normal(mean, torch.full((4, 3), 0.1)), Normal(mean, torch.tensor(0.1))
+    x = torch.randn(4, 3)
+    assert torch.equal(full.log_prob(x), scalar.log_prob(x))
+    assert torch.equal(full.kl(Normal(x, torch.ones(()))), scalar.kl(Normal(x, torch.ones(()))))
+
+
+def test_normal_samples_follow_it_and_carry_gradients(double):
+    mean = torch.full((40_000, 1), 2.0, requires_grad=True)
+    z = Normal(mean, torch.tensor(0.5)).sample(Noise(0, torch.arange(40_000)))
+    assert stats.kstest(z.detach().numpy()[:, 0], stats.norm(2, 0.5).cdf).pvalue > 1e-3
+    z.sum().backward()
+    assert torch.equal(mean.grad, torch.ones_like(mean))
+
+
+def test_normal_head_reads_mean_then_log_std(double):
+    h = torch.randn(2, 6, 3)
+    q = normal_head(h)
+    assert torch.equal(q.mean, h[:, :3]) and torch.equal(q.std, h[:, 3:].exp())
+    wild = normal_head(torch.full((1, 2), 1e9))
+    assert wild.std.isfinite().all()
+
+
+@pytest.mark.parametrize("mean", [0.3, -1.0, 40.0, -3e3])
+@pytest.mark.parametrize("std", [1e-3, 0.05, 1.0, 1e4])
+@pytest.mark.parametrize("bins", [2, 17, 256])
+def test_discretized_normal_is_a_mass(double, mean, std, bins):
+    x = torch.arange(bins).view(bins, 1)
+    p = DiscretizedNormal(torch.full((bins, 1), mean), torch.tensor(std), bins).log_prob(x)
+    assert p.isfinite().all()
+    assert p.logsumexp(0).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_discretized_normal_against_scipy(double):
+    mean, std, bins = 0.2, 0.1, 17
+    edges = np.linspace(-1, 1, bins + 1)
+    edges[0], edges[-1] = -np.inf, np.inf
+    expected = np.diff(stats.norm.cdf(edges, mean, std))
+    x = torch.arange(bins).view(bins, 1)
+    p = DiscretizedNormal(torch.full((bins, 1), mean), torch.tensor(std), bins).log_prob(x).exp()
+    assert np.allclose(p.numpy(), expected, rtol=1e-9, atol=1e-15)
+
+
+def test_discretized_normal_far_out_keeps_value_and_gradient():
+    mean = torch.tensor([[0.9]], requires_grad=True)
+    log_p = DiscretizedNormal(mean, torch.tensor(0.01), 256).log_prob(torch.tensor([[3]]))
+    log_p.sum().backward()
+    right_edge = 2 * 4 / 256 - 1
+    assert log_p.item() == pytest.approx(stats.norm.logcdf((right_edge - 0.9) / 0.01), rel=1e-5)
+    assert mean.grad.item() < 0 and mean.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("width", [1e-3, 0.02, 0.7, 50.0])
+@pytest.mark.parametrize("where", [-1.3, -0.02, 0.999])
+@pytest.mark.parametrize("bins", [2, 17, 256])
+def test_bin_softmax_window_equals_all_bins(double, width, where, bins):
+    centres = (2 * torch.arange(bins) + 1) / bins - 1
+    expected = (-0.5 * ((where - centres) / width) ** 2).log_softmax(0)
+    x = torch.arange(bins).view(bins, 1)
+    p = BinSoftmax(torch.full((bins, 1), where), torch.tensor(width), bins)
+    assert torch.allclose(p.log_prob(x), expected, rtol=1e-9, atol=1e-12)
+    assert p.log_prob(x).logsumexp(0).item() == pytest.approx(0, abs=1e-12)
+    assert torch.allclose(p.mean[0], expected.exp() @ torch.arange(bins).double(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: Categorical(torch.tensor([0.1, 2.0, -1.0, 0.5]).view(1, 4, 1).expand(n, 4, 1)),
+        lambda n: DiscretizedNormal(torch.full((n, 1), 0.1), torch.tensor(0.6), 4),
+        lambda n: BinSoftmax(torch.full((n, 1), 0.1), torch.tensor(0.6), 4),
+        lambda n: Bernoulli(torch.full((n, 1), -0.7)),
+    ],
+    ids=["categorical", "discretized_normal", "bin_softmax", "bernoulli"],
+)
+def test_samples_have_the_stated_masses(double, make):
+    n = 40_000
+    x = make(n).sample(Noise(1, torch.arange(n)))
+    assert not x.is_floating_point() and x.shape == (n, 1)
+    values = 2 if isinstance(make(1), Bernoulli) else 4
+    p = make(values).log_prob(torch.arange(values).view(values, 1)).exp()
+    assert p.sum().item() == pytest.approx(1, abs=1e-9)
+    counts = torch.bincount(x.flatten(), minlength=values)
+    assert stats.chisquare(counts.numpy(), (n * p).numpy()).pvalue > 1e-3
+    assert make(1).mean.item() == pytest.approx((p @ torch.arange(values).double()).item())
+
+
+def test_categorical_mean_and_layout(double):
+    logits = torch.randn(2, 5, 3, 4)
+    x = torch.randint(5, (2, 3, 4))
+    expected = sum(
+        logits[:, :, i, j].log_softmax(1).gather(1, x[:, i, j, None])[:, 0]
+        for i in range(3)
+        for j in range(4)
+    )
+    assert torch.allclose(Categorical(logits).log_prob(x), expected)
+    assert math.isclose(
+        Categorical(logits).mean[1, 2, 3],
+        (logits[1, :, 2, 3].softmax(0) @ torch.arange(5).double()).item(),
+    )

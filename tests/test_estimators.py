@@ -1,0 +1,70 @@
+"""The reported number and its error bar."""
+
+import pytest
+import torch
+from test_vdm import network_vdm
+
+from genfw import VDM, BinsLikelihood, Bound, Cosine, Denoiser, Noise, Prediction, bits_per_dim
+from genfw.parameterization import broadcast
+
+
+def test_the_terms_make_up_the_number(double):
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (8, 4))
+    estimate = Bound(2, 8)(vdm, x, noise=Noise(0, torch.arange(8)))
+    assert torch.allclose(estimate.nats, -estimate.elbo.total)
+    assert estimate.nats.dtype == torch.float64 and (estimate.variance > 0).all()
+
+
+def test_the_stated_variance_is_the_variance_found(double):
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (4, 4))
+    runs = [Bound(2, 4)(vdm, x, noise=Noise(seed, torch.arange(4))) for seed in range(150)]
+    found = torch.stack([run.nats for run in runs]).var(0)
+    stated = torch.stack([run.variance for run in runs]).mean(0)
+    assert torch.allclose(stated / found, torch.ones(4), atol=0.45)
+
+
+def test_stratified_times_have_the_smaller_variance(double):
+    """A denoiser whose error depends on the noise level alone, steeply: all variance is in the
+    choice of times."""
+
+    class Steep(Denoiser):
+        def __init__(self):
+            super().__init__()
+            self.schedule = Cosine(7.9, -10.0)
+
+        def forward(self, z, t, y=None):
+            alpha, sigma = (broadcast(f(t), z) for f in (self.schedule.alpha, self.schedule.sigma))
+            x = torch.ones_like(z) * 20
+            return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
+
+    vdm, x = VDM(Steep(), BinsLikelihood(17), shape=(4,)), torch.randint(17, (64, 4))
+    noise = Noise(0, torch.arange(64))
+    stratified = Bound(sets=8, strata=16)(vdm, x, noise=noise).variance.mean()
+    plain = Bound(sets=128, strata=1)(vdm, x, noise=noise).variance.mean()
+    assert stratified < 0.3 * plain
+
+
+def test_uniform_log_snr_has_a_smaller_variance_than_the_training_schedule(double):
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (200, 4))
+    noise = Noise(0, torch.arange(200))
+    straight = vdm.for_evaluation().elbo(x, noise=noise).total
+    assert straight.var() < vdm.elbo(x, noise=noise).total.var()
+
+
+def test_batches_and_order_leave_every_number_alone(double):
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (9, 4))
+    whole = Bound(2, 4)(vdm, x, noise=Noise(0, torch.arange(9)))
+    for part in torch.randperm(9).split(2):
+        alone = Bound(2, 4)(vdm, x[part], noise=Noise(0, part))
+        assert torch.allclose(alone.nats, whole.nats[part], rtol=1e-12)
+
+
+def test_bits_per_dim():
+    import math
+
+    assert bits_per_dim(torch.tensor(8 * math.log(2) * 3072.0), 3072).item() == pytest.approx(8)
+
+
+def test_one_set_has_no_variance():
+    with pytest.raises(ValueError, match="sets >= 2"):
+        Bound(sets=1)

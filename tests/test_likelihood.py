@@ -1,0 +1,112 @@
+"""Every likelihood is a mass over its K values, whatever it is given."""
+
+import pytest
+import torch
+
+from genfw import (
+    BernoulliLikelihood,
+    BinsLikelihood,
+    CategoricalLikelihood,
+    DiscretizedGaussianLikelihood,
+    GaussianLikelihood,
+    Likelihood,
+)
+
+MASSES = [cls for cls in Likelihood.registry.values() if not cls.density]
+
+
+def make(cls, bins=None):
+    return cls(bins=bins or (2 if cls is BernoulliLikelihood else 17))
+
+
+def heads(likelihood, n):
+    """What this likelihood may be given for n copies of one dimension: network outputs, or a
+    diffusion model's pair."""
+    if not isinstance(likelihood, BinsLikelihood):
+        for size in (1.0, 30.0, 1e4):
+            yield (size * torch.randn(1, likelihood.outputs)).expand(n, -1)
+    if isinstance(likelihood, BinsLikelihood | DiscretizedGaussianLikelihood):
+        for where in (-3.0, 0.31, 0.999):
+            for width in (1e-3, 0.05, 3.0):
+                yield torch.full((n, 1), where), torch.full((n, 1), width)
+
+
+@pytest.mark.parametrize("cls", MASSES)
+def test_sums_to_one_over_all_values_even_at_extremes(cls, double):
+    likelihood = make(cls)
+    x = torch.arange(likelihood.bins).view(-1, 1)
+    for h in heads(likelihood, likelihood.bins):
+        log_p = likelihood(h).log_prob(x)
+        assert log_p.shape == (likelihood.bins,)
+        assert log_p.logsumexp(0).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("cls", MASSES)
+def test_in_single_precision_too(cls):
+    likelihood = make(cls)
+    x = torch.arange(likelihood.bins).view(-1, 1)
+    for h in heads(likelihood, likelihood.bins):
+        assert likelihood(h).log_prob(x).logsumexp(0).item() == pytest.approx(0, abs=2e-5)
+
+
+@pytest.mark.parametrize("cls", MASSES)
+def test_normalize_gives_bin_centres(cls):
+    likelihood = make(cls)
+    k = likelihood.bins
+    v = likelihood.normalize(torch.arange(k).view(1, k))[0]
+    assert torch.allclose(v.double(), likelihood.centres(), atol=1e-6)
+    assert torch.allclose(v.diff(), torch.full((k - 1,), 2 / k)) and v.sum().abs() < 1e-4
+    assert v[0] == pytest.approx(-1 + 1 / k) and v.abs().max() < 1
+
+
+@pytest.mark.parametrize("cls", [CategoricalLikelihood, DiscretizedGaussianLikelihood])
+def test_images_and_flat_data_are_read_alike(cls, double):
+    likelihood = cls(bins=5)
+    x = torch.randint(5, (3, 2, 4, 4))
+    h = torch.randn(3, 2 * likelihood.outputs, 4, 4)
+    image = likelihood(h).log_prob(x)
+    flat = likelihood(h.flatten(1)).log_prob(x.flatten(1))
+    assert torch.allclose(image, flat)
+
+
+def test_every_channel_has_its_own_outputs(double):
+    likelihood = CategoricalLikelihood(bins=5)
+    h, x = torch.randn(1, 10, 1, 1), torch.tensor([[[[4]], [[1]]]])
+    table = h.view(5, 2).log_softmax(0)  # (outputs, C)
+    assert likelihood(h).log_prob(x).item() == pytest.approx((table[4, 0] + table[1, 1]).item())
+
+
+def test_gaussian_is_a_density_of_real_numbers(double):
+    likelihood = GaussianLikelihood()
+    assert likelihood.density and likelihood.bins is None
+    x = torch.randn(4, 3)
+    assert likelihood.normalize(x) is x
+    with pytest.raises(TypeError, match="density over real numbers"):
+        likelihood.normalize(torch.zeros(4, 3, dtype=torch.uint8))
+    grid = torch.linspace(-30, 30, 20_001).view(-1, 1)
+    h = torch.tensor([[0.3, 0.5]]).expand(20_001, -1)
+    assert torch.trapezoid(likelihood(h).log_prob(grid).exp(), grid[:, 0]).item() == pytest.approx(
+        1
+    )
+
+
+@pytest.mark.parametrize("cls", MASSES)
+def test_what_is_not_integers_in_range_is_refused(cls):
+    likelihood = make(cls)
+    with pytest.raises(TypeError, match=r"expected integers 0..*, got torch.float32: pass the raw"):
+        likelihood.normalize(torch.rand(2, 3))
+    with pytest.raises(ValueError, match=rf"bins={likelihood.bins}.*got 0..{likelihood.bins}"):
+        likelihood.normalize(torch.tensor([[0, likelihood.bins]]))
+
+
+def test_wrong_bins_and_wrong_heads_are_refused():
+    with pytest.raises(ValueError, match="use likelihood=categorical"):
+        BernoulliLikelihood(bins=17)
+    with pytest.raises(ValueError, match="at least 2"):
+        CategoricalLikelihood(bins=1)
+    with pytest.raises(ValueError, match="17 channels per data channel, got 18"):
+        CategoricalLikelihood(bins=17)(torch.zeros(2, 18))
+    with pytest.raises(TypeError, match="use bins or discretized_gaussian"):
+        CategoricalLikelihood(bins=17)((torch.zeros(2, 1), torch.ones(2, 1)))
+    with pytest.raises(TypeError, match="use categorical"):
+        BinsLikelihood(bins=17)(torch.zeros(2, 17))

@@ -1,0 +1,100 @@
+"""The generic hierarchy, on linear-Gaussian chains whose evidence is known."""
+
+import pytest
+import torch
+from oracles import LinearGaussianChain
+from scipy import stats
+
+from genfw import Noise
+
+DEPTHS = pytest.mark.parametrize("levels", [1, 2, 5])
+
+
+def data(n=64):
+    return 1.3 * torch.randn(n, 2)
+
+
+@DEPTHS
+def test_with_the_true_posterior_every_weight_is_the_evidence(levels, double):
+    chain, x = LinearGaussianChain(levels), data()
+    assert torch.allclose(chain.log_weight(x), chain.log_prob(x), atol=1e-10)
+
+
+@DEPTHS
+def test_the_bound_is_tight_with_the_true_posterior_and_below_otherwise(levels, double):
+    x = data(4).repeat_interleave(20_000, 0)
+    exact = LinearGaussianChain(levels)
+    for chain, gap in ((exact, False), (LinearGaussianChain(levels, bias=0.3, stretch=1.2), True)):
+        total = chain.ancestral_elbo(x).total.view(4, -1)
+        error = total.std(1) / 20_000**0.5
+        missing = chain.log_prob(x).view(4, -1)[:, 0] - total.mean(1)
+        if gap:
+            assert (missing > 0.05).all()
+        else:
+            assert (missing.abs() < 5 * error + 1e-9).all()
+
+
+@DEPTHS
+def test_weights_average_to_the_evidence_whatever_the_encoder(levels, double):
+    """E[w] = p(x). With the closed-form KL in place of the top log ratio it would not be."""
+    chain, n = LinearGaussianChain(levels, bias=0.2, stretch=1.3), 200_000
+    x = data(2).repeat_interleave(n, 0)
+    w = (chain.log_weight(x) - chain.log_prob(x)).exp().view(2, -1)
+    assert ((w.mean(1) - 1).abs() < 5 * w.std(1) / n**0.5).all()
+    bound = (chain.ancestral_elbo(x).total - chain.log_prob(x)).exp().view(2, -1)
+    assert ((bound.mean(1) - 1).abs() > 5 * bound.std(1) / n**0.5).all()
+
+
+@DEPTHS
+def test_the_bound_is_the_mean_log_weight(levels, double):
+    chain, n = LinearGaussianChain(levels, bias=0.2, stretch=1.3), 50_000
+    x = data(1).repeat_interleave(n, 0)
+    bound, weight = chain.ancestral_elbo(x).total, chain.log_weight(x)
+    error = (bound.var() / n + weight.var() / n).sqrt()
+    assert abs(bound.mean() - weight.mean()) < 5 * error
+
+
+def test_the_literal_consistency_kl_is_not_the_bound(double):
+    """KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1})) averaged over q: analytic, smooth, and not a bound
+    (theory, section 2)."""
+    chain, n = LinearGaussianChain(5), 20_000
+    x = data(1).repeat_interleave(n, 0)
+    literal, below, z = 0.0, x, []
+    for t in range(1, 6):
+        z.append(chain.encode(below, t).sample())
+        below = z[-1]
+    literal = chain.decode(z[0], 1).log_prob(x) - chain.encode(z[3], 5).kl(chain.prior(n))
+    for t in range(1, 5):
+        literal = literal - chain.encode(x if t == 1 else z[t - 2], t).kl(chain.decode(z[t], t + 1))
+    right = chain.ancestral_elbo(x)
+    evidence = chain.log_prob(x)[0]
+    assert abs(right.total.mean() - evidence) < 5 * right.total.std() / n**0.5 + 1e-9
+    assert literal.mean() < evidence - 0.5
+
+
+@DEPTHS
+def test_terms_add_up_and_count_levels(levels, double):
+    chain, x = LinearGaussianChain(levels, bias=0.1), data()
+    elbo = chain.ancestral_elbo(x, noise=Noise(0, torch.arange(64)))
+    assert len(elbo.levels) == levels - 1 and elbo.total.shape == (64,)
+    assert torch.allclose(elbo.rate, elbo.prior + sum(elbo.levels))
+    assert torch.allclose(elbo.total, elbo.reconstruction - elbo.rate)
+
+
+@DEPTHS
+def test_ancestral_samples_follow_the_model(levels, double):
+    chain = LinearGaussianChain(levels)
+    x = chain.ancestral_sample(20_000, noise=Noise(0, torch.arange(20_000)))
+    for column in x.T:
+        assert stats.kstest(column.numpy(), stats.norm(0, chain.var[0] ** 0.5).cdf).pvalue > 1e-3
+
+
+@DEPTHS
+def test_an_example_keeps_its_number_whatever_its_batch(levels, double):
+    chain, x = LinearGaussianChain(levels, bias=0.1), data(10)
+    whole = chain.ancestral_elbo(x, noise=Noise(0, torch.arange(10))).total
+    order = torch.randperm(10)[:4]
+    part = chain.ancestral_elbo(x[order], noise=Noise(0, order)).total
+    assert torch.allclose(part, whole[order], rtol=1e-12)
+    some = chain.ancestral_sample(4, noise=Noise(5, order))
+    assert torch.allclose(some, chain.ancestral_sample(10, noise=Noise(5, torch.arange(10)))[order])

@@ -1,0 +1,88 @@
+"""Draws are functions of (seed, example, purpose), and they are random."""
+
+import pytest
+import torch
+from scipy import stats
+
+from genfw import BatchNoise, Noise
+from genfw.noise import mix
+
+
+def test_an_example_draws_the_same_alone_and_in_company(double):
+    together = Noise(3, torch.arange(10)).normal("eps", torch.empty(10, 4, 2))
+    for i in range(10):
+        alone = Noise(3, torch.tensor([i])).normal("eps", torch.empty(1, 4, 2))
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("other", [Noise(4, torch.arange(50)), Noise(3, torch.arange(50, 100))])
+def test_other_keys_other_numbers(other):
+    like = torch.empty(50, 3)
+    mine = Noise(3, torch.arange(50))
+    assert not (mine.normal("eps", like) == other.normal("eps", like)).any()
+    assert not (mine.normal("eps", like) == mine.normal("z0", like)).any()
+    assert not (mine.normal("eps", like) == mine.fold(1).normal("eps", like)).any()
+
+
+def test_numbers_are_normal_and_uncorrelated_within_and_between_examples(double):
+    e = Noise(0, torch.arange(20_000)).normal("eps", torch.empty(20_000, 4))
+    for column in e.T:
+        assert stats.kstest(column.numpy(), "norm").pvalue > 1e-3
+    flat = torch.stack([e[:-1, 0], e[1:, 0], e[:-1, 1], e[:-1, 2], e[:-1, 3]])
+    off = torch.corrcoef(flat) - torch.eye(5)
+    assert off.abs().max() < 4.5 / 20_000**0.5  # standard errors
+
+
+def test_purposes_and_seeds_are_uncorrelated(double):
+    like, noise = torch.empty(20_000, 1), Noise(0, torch.arange(20_000))
+    e = torch.cat(
+        [noise.normal("a", like), noise.normal("b", like), noise.fold(1).normal("a", like)], 1
+    )
+    assert (torch.corrcoef(e.T) - torch.eye(3)).abs().max() < 4.5 / 20_000**0.5
+
+
+def test_uniforms_stay_inside_the_open_interval():
+    u = Noise(0, torch.arange(100_000)).uniform("u", torch.empty(100_000, 3))
+    assert u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
+    assert stats.kstest(u[:, 0].numpy(), "uniform").pvalue > 1e-3
+
+
+def test_times_of_one_example_are_stratified_over_its_draws():
+    noise, m = Noise(0, torch.arange(5)), 8
+    t = torch.stack([noise.stratified(j, m).time() for j in range(m)])
+    assert torch.allclose(
+        (t * m).floor().sort(0).values, torch.arange(m).double()[:, None].expand(m, 5)
+    )
+    one = noise.stratified(0, m).normal("eps", torch.empty(5, 2))
+    assert not (one == noise.stratified(1, m).normal("eps", torch.empty(5, 2))).any()
+
+
+def test_a_batch_covers_time_evenly():
+    t = BatchNoise(64).time()
+    assert torch.equal((t * 64).floor().sort().values, torch.arange(64).double())
+
+
+def test_chunks_of_one_step_cover_time_together():
+    chunks = [BatchNoise(16, seed=7, chunk=c, chunks=4).time() for c in range(4)]
+    t = torch.cat(chunks)
+    assert torch.equal((t * 64).floor().sort().values, torch.arange(64).double())
+    assert not torch.equal(
+        t, torch.cat([BatchNoise(16, seed=8, chunk=c, chunks=4).time() for c in range(4)])
+    )
+    assert chunks[0].std() > 0.2  # positions are permuted: a chunk is no stretch of time
+
+
+def test_mix_separates_keys():
+    keys = [(0, 1), (1, 0), ("01",), (0, "1"), ("0", 1), (1,), (0, 1, 0)]
+    assert len({mix(*key) for key in keys}) == len(keys)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="integers of shape"):
+        Noise(0, torch.rand(3))
+    with pytest.raises(ValueError, match="0 <= j < m"):
+        Noise(0, torch.arange(3), (2, 2))
+    with pytest.raises(ValueError, match="3 examples, asked for 4"):
+        Noise(0, torch.arange(3)).normal("x", torch.empty(4, 1))
+    with pytest.raises(ValueError, match="common seed"):
+        BatchNoise(4, chunks=2)

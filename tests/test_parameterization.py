@@ -1,0 +1,89 @@
+"""All coordinates say the same."""
+
+import pytest
+import torch
+
+from genfw import Eps, LinearParameterization, Parameterization, Score, V
+
+LINEAR = [c for c in Parameterization.registry.values() if issubclass(c, LinearParameterization)]
+
+
+@pytest.fixture
+def point(double):
+    """(x, eps, z, alpha, sigma) at log SNR from -12 to 14."""
+    log_snr = torch.linspace(-12, 14, 9)
+    alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    x, eps = torch.randn(9, 2, 3), torch.randn(9, 2, 3)
+    return x, eps, alpha.view(9, 1, 1) * x + sigma.view(9, 1, 1) * eps, alpha, sigma
+
+
+@pytest.mark.parametrize("cls", LINEAR)
+def test_the_true_target_gives_back_x_and_eps(cls, point):
+    x, eps, z, alpha, sigma = point
+    param = cls()
+    target = param.target(x, eps, alpha, sigma)
+    output = target / param.scale(alpha.view(9, 1, 1), sigma.view(9, 1, 1))
+    prediction = param.solve(output, z, alpha, sigma)
+    assert torch.allclose(prediction.x, x, atol=1e-9) and torch.allclose(
+        prediction.eps, eps, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("cls", LINEAR)
+def test_any_output_is_consistent_with_z(cls, point):
+    _, _, z, alpha, sigma = point
+    p = cls().solve(torch.randn_like(z), z, alpha, sigma)
+    assert torch.allclose(p.alpha * p.x + p.sigma * p.eps, z, atol=1e-9)
+
+
+def test_named_coordinates(point):
+    """Each target against its own definition, written out."""
+    x, eps, _, alpha, sigma = point
+    a, s = alpha.view(9, 1, 1), sigma.view(9, 1, 1)
+    expected = {"x0": x, "eps": eps, "score": -eps / s, "v": a * eps - s * x}
+    for name, target in expected.items():
+        param = Parameterization.registry[name]()
+        assert torch.allclose(param.target(x, eps, alpha, sigma), target)
+
+
+def test_the_scaled_score_network_outputs_minus_eps(point):
+    _, _, z, alpha, sigma = point
+    output = torch.randn_like(z)
+    scaled, raw, eps = Score(), Score(raw=True), Eps()
+    by_eps = eps.solve(-output, z, alpha, sigma)
+    assert torch.allclose(scaled.solve(output, z, alpha, sigma).x, by_eps.x)
+    by_raw = raw.solve(by_eps.score, z, alpha, sigma)
+    assert torch.allclose(by_raw.x, by_eps.x)
+
+
+def test_score_is_the_gradient_of_the_log_marginal(double):
+    """Tweedie, Luo (133), on Gaussian data whose marginal is known."""
+    from oracles import GaussianDenoiser
+
+    from genfw import Cosine
+
+    schedule, mean, std = Cosine(9.0, -9.0), torch.tensor([0.3, -1.0]), torch.tensor([0.5, 2.0])
+    t = torch.linspace(0, 1, 7)
+    z = torch.randn(7, 2, requires_grad=True)
+    alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
+    marginal = torch.distributions.Normal(alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt())
+    (gradient,) = torch.autograd.grad(marginal.log_prob(z).sum(), z)
+    prediction = GaussianDenoiser(schedule, mean, std)(z.detach(), t)
+    assert torch.allclose(prediction.score, gradient, rtol=1e-9)
+    assert torch.allclose((alpha * prediction.x - z) / sigma**2, gradient, rtol=1e-9)
+    assert torch.allclose(prediction.v, V().target(prediction.x, prediction.eps, alpha, sigma))
+
+
+def test_an_output_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"latent's shape \(2, 3\), got \(2, 4\)"):
+        Eps().solve(torch.zeros(2, 4), torch.zeros(2, 3), torch.ones(2), torch.ones(2))
+
+
+def test_five_lines_make_a_new_one(point):
+    class Flow(LinearParameterization):
+        def coefficients(self, alpha, sigma):
+            return -1.0, 1.0
+
+    x, eps, z, alpha, sigma = point
+    prediction = Flow().solve(eps - x, z, alpha, sigma)
+    assert torch.allclose(prediction.x, x, atol=1e-9)

@@ -1,0 +1,117 @@
+"""Laws of every schedule: exact ends, monotone, variance preserving, slope and inverse against
+autograd."""
+
+import math
+
+import pytest
+import torch
+
+from genfw import Cosine, Linear, LogLinear, NoiseSchedule
+from genfw.schedule import log_snr_max_for
+
+ALL = pytest.mark.parametrize("cls", NoiseSchedule.registry.values())
+ENDS = pytest.mark.parametrize("ends", [(13.3, -10.0), (7.9, -5.0), (14.0, -14.0), (2.0, 1.0)])
+
+
+@ALL
+@ENDS
+def test_ends_are_exact_and_the_way_between_falls_strictly(cls, ends):
+    schedule = cls(*ends)
+    t = torch.linspace(0, 1, 1001)
+    log_snr = schedule.log_snr(t)
+    assert log_snr.dtype == torch.float64
+    assert (log_snr[0].item(), log_snr[-1].item()) == ends
+    assert (log_snr.diff() < 0).all()
+    near = schedule.log_snr(torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64))
+    assert torch.allclose(near, torch.tensor(ends, dtype=torch.float64), atol=1e-4)
+
+
+@ALL
+@ENDS
+def test_variance_preserving(cls, ends):
+    schedule, t = cls(*ends), torch.linspace(0, 1, 101)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones_like(alpha), atol=1e-14)
+    assert torch.allclose(alpha**2 / sigma**2, schedule.snr(t), rtol=1e-10)
+    assert torch.allclose(schedule.snr(t).log(), schedule.log_snr(t), atol=1e-10)
+
+
+@ALL
+@ENDS
+def test_slope_is_minus_the_derivative(cls, ends):
+    schedule = cls(*ends)
+    t = torch.linspace(0.001, 0.999, 101, dtype=torch.float64, requires_grad=True)
+    (derivative,) = torch.autograd.grad(schedule.log_snr(t).sum(), t)
+    assert torch.allclose(schedule.slope(t), -derivative, rtol=1e-8)
+
+
+@ALL
+@ENDS
+def test_inverse_undoes_log_snr(cls, ends):
+    schedule, t = cls(*ends), torch.linspace(0, 1, 101, dtype=torch.float64)
+    assert torch.allclose(schedule.inverse(schedule.log_snr(t)), t, atol=1e-9)
+
+
+@ALL
+def test_closed_forms_equal_autograd_and_bisection(cls):
+    schedule, u = cls(13.3, -10.0), torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    assert torch.allclose(
+        schedule.curve_slope(u), NoiseSchedule.curve_slope(schedule, u), rtol=1e-9
+    )
+    log_snr = schedule.curve(u)
+    assert torch.allclose(NoiseSchedule.curve_inverse(schedule, log_snr), u, atol=1e-12)
+    assert torch.allclose(schedule.curve_inverse(log_snr), u, atol=1e-12)
+
+
+def test_linear_is_ddpm_and_loglinear_is_not():
+    """The product of 1 - beta_i over many small steps, beta linear, against alpha^2 in closed
+    form."""
+    steps, t = 200_000, 0.37
+    schedule = Linear(30.0, -10.1)  # ends far out: the curve as it stands
+    u = schedule.inverse(schedule.curve(torch.tensor(t, dtype=torch.float64)))
+    i = (torch.arange(int(steps * t), dtype=torch.float64) + 0.5) / steps
+    log_alpha_bar = torch.log1p(-(0.1 + 19.9 * i) / steps).sum()
+    assert (schedule.alpha(u) ** 2).log().item() == pytest.approx(log_alpha_bar.item(), rel=1e-3)
+    straight = LogLinear(30.0, -10.1)
+    assert abs(straight.log_snr(torch.tensor(0.5)) - schedule.log_snr(torch.tensor(0.5))) > 1
+
+
+def test_cosine_is_nichol_and_dhariwal():
+    t = torch.linspace(0.05, 0.95, 10, dtype=torch.float64)
+    curve = Cosine(20.0, -20.0).curve(t)
+    assert torch.allclose(curve.sigmoid(), torch.cos(math.pi / 2 * t) ** 2, atol=1e-14)
+    shifted = Cosine(20.0, -20.0, shift=-3.0).curve(t)
+    assert torch.allclose(shifted, curve - 3)
+
+
+def test_a_new_schedule_states_its_curve_and_inherits_the_rest():
+    class Square(NoiseSchedule):
+        def log_snr(self, t):
+            return 10 - 30 * t**2
+
+    schedule = Square(8.0, -9.0)
+    t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    assert schedule.log_snr(t)[[0, 2]].tolist() == [8.0, -9.0]
+    assert torch.allclose(schedule.inverse(schedule.log_snr(t)), t, atol=1e-9)
+    u = (2 / 30) ** 0.5 + ((19 / 30) ** 0.5 - (2 / 30) ** 0.5) * t
+    assert torch.allclose(schedule.log_snr(t), 10 - 30 * u**2)
+    with pytest.raises(ValueError, match=r"Square reaches log SNR 10 .* asked for 12"):
+        Square(12.0, -9.0)
+
+
+@ALL
+def test_bad_ends_are_refused(cls):
+    with pytest.raises(ValueError, match="must be finite"):
+        cls(math.inf, -10.0)
+    with pytest.raises(ValueError, match="must exceed"):
+        cls(-10.0, 10.0)
+
+
+def test_default_end_point_separates_the_bins():
+    """At t = 0 half a bin is about three noise deviations: 1/K = 3.02 sigma_0 / alpha_0."""
+    for bins in (2, 17, 256):
+        schedule = Cosine(log_snr_max_for(bins), -10.0)
+        zero = torch.tensor(0.0)
+        assert (schedule.sigma(zero) / schedule.alpha(zero)).item() == pytest.approx(
+            1 / (3.02 * bins)
+        )

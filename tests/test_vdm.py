@@ -1,0 +1,211 @@
+"""The diffusion bound against exact log p, against the generic hierarchy, and against itself in
+other coordinates."""
+
+import pytest
+import torch
+from oracles import GaussianDenoiser, LinearDenoiser, gaussian_log_prob
+
+from genfw import (
+    VDM,
+    BinsLikelihood,
+    Bound,
+    Cosine,
+    DiscretizedGaussianLikelihood,
+    GaussianLikelihood,
+    Linear,
+    LinearParameterization,
+    LogLinear,
+    NetworkDenoiser,
+    Noise,
+    NoiseSchedule,
+    Parameterization,
+)
+
+SCHEDULES = pytest.mark.parametrize("schedule", NoiseSchedule.registry.values())
+LINEAR = [c for c in Parameterization.registry.values() if issubclass(c, LinearParameterization)]
+MEAN, STD = torch.tensor([0.4, -0.9, 0.1]).double(), torch.tensor([0.5, 0.2, 1.1]).double()
+
+
+def gaussian_data(n):
+    return MEAN + STD * torch.randn(n, 3)
+
+
+class Net(torch.nn.Module):
+    """A random smooth network of z and the noise level."""
+
+    def __init__(self, dims, hidden=16):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(dims + 1, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, dims)
+        )
+
+    def forward(self, z, level, y=None):
+        return self.layers(torch.cat([z.flatten(1), level[:, None]], 1)).view(z.shape)
+
+
+def network_vdm(schedule, bins=17, param="eps", dims=4, **kwargs):
+    denoiser = NetworkDenoiser(Net(dims), Parameterization.registry[param](), schedule)
+    return VDM(denoiser, BinsLikelihood(bins), shape=(dims,), **kwargs)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("param", LINEAR)
+def test_gaussian_data_with_the_exact_denoiser_give_the_exact_log_p(schedule, param, double):
+    n, x = 512, gaussian_data(512)
+    denoiser = LinearDenoiser(schedule(14.0, -14.0), param(), MEAN, STD)
+    vdm = VDM(denoiser, GaussianLikelihood(), shape=(3,))
+    exact = gaussian_log_prob(x, MEAN, STD)
+    for read in (vdm, vdm.at(steps=None)):
+        estimate = Bound(sets=2, strata=64)(read, x, noise=Noise(0, torch.arange(n)))
+        error = estimate.variance.sum().sqrt() / n
+        assert abs(estimate.nats.mean() + exact.mean()) < 4 * error
+        assert error < 0.15
+
+
+@SCHEDULES
+def test_times_drawn_through_the_schedule_give_the_same_bound(schedule, double):
+    """The training estimator, -lambda'(t) and all, against exact log p: a wrong slope or density
+    shows here."""
+    n, x = 400_000, gaussian_data(2000).repeat(200, 1)
+    vdm = VDM(GaussianDenoiser(schedule(9.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
+    total = vdm.elbo(x).total
+    straight = vdm.for_evaluation().elbo(x).total
+    error = (total.var() / n + straight.var() / n).sqrt()
+    assert abs(total.mean() - straight.mean()) < 4 * error
+    assert error < 0.15
+
+
+@pytest.mark.parametrize("steps", [None, 1, 7])
+def test_parameterizations_give_one_bound(steps, double):
+    """The same x_hat in every coordinate: the same bound to 1e-10."""
+    x, noise = torch.randint(17, (32, 4)), Noise(0, torch.arange(32))
+    schedule, net = Cosine(7.9, -10.0), Net(4)
+
+    class Exact(LinearDenoiser):
+        def __init__(self, param):
+            super().__init__(schedule, param, 0.0, 0.5)
+            self.exact = NetworkDenoiser(net, Parameterization.registry["eps"](), schedule)
+
+    bounds = [
+        VDM(Exact(param()), BinsLikelihood(17), steps, shape=(4,)).elbo(x, noise=noise).total
+        for param in LINEAR
+    ]
+    for bound in bounds[1:]:
+        assert torch.allclose(bound, bounds[0], rtol=1e-10)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_closed_form_58_equals_the_generic_hierarchy_in_the_mean(schedule, steps, double):
+    n = 20_000
+    vdm = network_vdm(schedule(4.0, -4.0)).at(steps=steps)
+    x = torch.randint(17, (1, 4)).expand(n, 4)
+    closed, generic = vdm.elbo(x), vdm.ancestral_elbo(x)
+    assert vdm.levels == steps + 1 and len(generic.levels) == steps
+    # the two forms share the rate differently between levels and prior; its sum is one number
+    for a, b in (
+        (closed.total, generic.total),
+        (closed.rate, generic.rate),
+        (closed.reconstruction, generic.reconstruction),
+    ):
+        assert abs(a.mean() - b.mean()) < 4.5 * (a.var() / n + b.var() / n).sqrt()
+
+
+@pytest.mark.parametrize("schedule", [Linear, Cosine])
+def test_schedules_with_equal_ends_give_one_bound(schedule, double):
+    """A network with no exact answer, the same for both: only the end points may matter, not the
+    way between."""
+    n, x = 100_000, torch.randint(17, (1, 4)).expand(100_000, 4)
+    one, other = network_vdm(LogLinear(5.0, -6.0)), network_vdm(schedule(5.0, -6.0))
+    other.denoiser.network = one.denoiser.network
+    a, b = one.elbo(x).total, other.elbo(x).total
+    assert abs(a.mean() - b.mean()) < 4.5 * (a.var() / n + b.var() / n).sqrt()
+    moved = network_vdm(LogLinear(9.0, -6.0))
+    moved.denoiser.network = one.denoiser.network
+    c = moved.elbo(x).total
+    assert abs(a.mean() - c.mean()) > 4.5 * (a.var() / n + c.var() / n).sqrt()
+
+
+def test_more_steps_tighten_the_bound_towards_continuous_time(double):
+    """With the exact denoiser the bound rises with T to its limit (theory, section 3)."""
+    n, x = 2000, gaussian_data(2000)
+    vdm = VDM(GaussianDenoiser(LogLinear(9.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
+    means = []
+    for steps in (1, 4, 16, 64, None):
+        estimate = Bound(2, 32)(vdm.at(steps=steps), x, noise=Noise(0, torch.arange(n)))
+        means.append(-estimate.nats.mean().item())
+    assert means == sorted(means)
+
+
+def test_prior_term_is_the_kl_at_t_1(double):
+    vdm, x = network_vdm(Cosine(7.9, -2.0)), torch.randint(17, (6, 4))
+    data = (2 * x + 1) / 17 - 1
+    var = torch.tensor(2.0).sigmoid()
+    kl = 0.5 * (var + (1 - var) * data**2 - 1 - var.log()).sum(1)
+    assert torch.allclose(vdm.elbo(x).prior, kl, rtol=1e-10)
+
+
+@pytest.mark.parametrize("likelihood", [BinsLikelihood(17), DiscretizedGaussianLikelihood(17)])
+def test_reconstruction_is_bayes_at_t_0(likelihood, double):
+    """z_0 / alpha_0 = x + noise of width sigma_0 / alpha_0, read by p(x | z_0)."""
+    schedule = Cosine(3.0, -6.0)  # blurred on purpose: bins are confused
+    n, x = 20_000, torch.full((20_000, 1), 5)
+    vdm = VDM(GaussianDenoiser(schedule, 0.0, 1.0), likelihood, shape=(1,))
+    width = torch.tensor(-3.0 / 2).exp()
+    where = (2 * 5 + 1) / 17 - 1 + width * torch.randn(n, 1)
+    expected = likelihood((where, width.expand(n, 1))).log_prob(x)
+    got = vdm.elbo(x).reconstruction
+    assert abs(got.mean() - expected.mean()) < 4.5 * (got.var() / n + expected.var() / n).sqrt()
+
+
+def test_an_example_keeps_its_number_whatever_its_batch(double):
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (10, 4))
+    order = torch.tensor([7, 2, 5])
+    for read in (vdm, vdm.at(steps=5), vdm.for_evaluation()):
+        whole = read.elbo(x, noise=Noise(0, torch.arange(10))).total
+        part = read.elbo(x[order], noise=Noise(0, order)).total
+        assert torch.allclose(part, whole[order], rtol=1e-10)
+
+
+@pytest.mark.parametrize("param", ["eps", "x0", "v"])
+def test_probabilities_of_all_binary_images_sum_to_at_most_one(param, double):
+    """sum_x exp(ELBO(x)) <= 1 over the 16 images of 4 binary pixels, for random networks."""
+    x = torch.tensor([[i >> b & 1 for b in range(4)] for i in range(16)])
+    for seed in range(2):
+        torch.manual_seed(seed)
+        vdm = network_vdm(Cosine(6.0, -8.0), bins=2, param=param)
+        estimate = Bound(sets=2, strata=128)(vdm, x, noise=Noise(0, torch.arange(16)))
+        p = (-estimate.nats).exp()
+        assert p.sum() <= 1 + 4 * (p**2 * estimate.variance).sum().sqrt()
+
+
+def test_sampling_at_t_steps_is_the_hierarchys_own(double):
+    vdm, noise = network_vdm(Cosine(7.9, -10.0)).at(steps=9), Noise(1, torch.arange(6))
+    assert torch.equal(vdm.sample(6, noise=noise), vdm.ancestral_sample(6, noise=noise))
+
+
+def test_samples_with_the_exact_denoiser_follow_the_data(double):
+    n = 10_000
+    vdm = VDM(GaussianDenoiser(Cosine(9.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
+    x = vdm.at(steps=600).sample(n, noise=Noise(0, torch.arange(n)))
+    assert ((x.mean(0) - MEAN).abs() < 5 * STD / n**0.5 + 1e-3).all()
+    assert ((x.std(0) / STD - 1).abs() < 0.04).all()
+
+
+def test_what_cannot_be_is_refused(double):
+    vdm = network_vdm(Cosine(7.9, -10.0))
+    with pytest.raises(ValueError, match=r"vdm.at\(steps=T\)"):
+        vdm.ancestral_elbo(torch.randint(17, (2, 4)))
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        vdm.at(steps=0)
+    with pytest.raises(ValueError, match=r"shape=\(C, H, W\)"):
+        VDM(vdm.denoiser, vdm.likelihood).sample(2)
+
+
+def test_printing_a_model_shows_its_mathematics():
+    text = repr(network_vdm(Cosine(7.9, -10.0)))
+    assert (
+        "continuous time" in text
+        and "Cosine(log_snr: 7.9 -> -10)" in text
+        and "E log p(x|z_0)" in text
+    )
