@@ -1,0 +1,262 @@
+"""What is shown while a model trains: progress, pictures, and how far samples are from the data."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from PIL import Image as PIL
+from rich import progress as rich
+from torch import Tensor
+
+from genfw.model import MarkovianHierarchy
+from genfw.models.vdm import VDM
+from genfw.noise import Noise, mix
+from genfw.train.data.module import ImageData
+from genfw.train.frechet import FrechetDistance, to_bytes
+from genfw.train.loggers import Wandb, one_line
+from genfw.train.module import LatentModule
+from genfw.train.pictures import (
+    denoising_strip,
+    draw_samples,
+    grid,
+    reconstructions,
+    save,
+)
+
+
+class Progress(ProgressBar):
+    """One bar over the optimizer steps of the whole run; off a terminal, lines.
+
+    It shows the objective (nats) and the bits/dim of the last validation.
+
+    Args:
+        every: steps between lines where there is no terminal.
+    """
+
+    def __init__(self, every: int = 100):
+        super().__init__()
+        self.every = every
+        self.enabled = True
+        self.bar: rich.Progress | None = None
+        self.total: int | None = None
+        self.started, self.first, self.said = 0.0, 0, 0
+
+    def disable(self) -> None:
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.total = int(steps) if math.isfinite(steps) else None
+        self.started, self.first = time.monotonic(), trainer.global_step
+        if self.enabled and sys.stdout.isatty():
+            self.bar = rich.Progress(
+                rich.TextColumn("training"),
+                rich.BarColumn(),
+                rich.MofNCompleteColumn(),
+                rich.TimeElapsedColumn(),
+                rich.TimeRemainingColumn(),
+                rich.TextColumn("{task.description}"),
+            )
+            self.bar.add_task("", total=self.total, completed=self.first)
+            self.bar.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        step = trainer.global_step
+        if self.bar is not None:
+            shown = "  ".join(f"{name} {value}" for name, value in _shown(trainer).items())
+            self.bar.update(self.bar.task_ids[0], completed=step, description=shown)
+        elif self.enabled and step >= self.said + self.every:
+            self.said = step
+            print(self._line(trainer), flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+    def _line(self, trainer: L.Trainer) -> str:
+        step, seconds = trainer.global_step, time.monotonic() - self.started
+        parts = [f"step {step}" + (f"/{self.total}" if self.total else "")]
+        parts += [f"{name} {value}" for name, value in _shown(trainer).items()]
+        parts.append(f"{seconds:.0f} s")
+        if self.total:
+            left = seconds * (self.total - step) / max(1, step - self.first)
+            parts.append(f"{left:.0f} s left")
+        return "  ".join(parts)
+
+
+class Pictures(L.Callback):
+    """Grids of samples, and denoising strips of diffusion models or reconstructions of others.
+
+    They go to the run folder and to W&B: `samples/<step>.png` and so on during training; always the
+    same random numbers, so that pictures of one run, and of two, can be laid beside each other.
+
+    Args:
+        bins: K of the data.
+        every: validations between pictures; 0: only at the end.
+        samples: images in a grid of samples.
+        examples: images in a strip, or in a row of reconstructions.
+        levels: noise levels of a strip.
+    """
+
+    def __init__(
+        self, bins: int, every: int = 5, samples: int = 64, examples: int = 6, levels: int = 8
+    ):
+        self.bins, self.every = bins, every
+        self.samples, self.examples, self.levels = samples, examples, levels
+        self.validations = 0
+        self.images: Tensor | None = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self.images = batch.image[: 2 * self.examples]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.validating or trainer.sanity_checking:
+            return
+        self.validations += 1
+        if self.every and self.validations % self.every == 0 and trainer.is_global_zero:
+            assert isinstance(pl_module, LatentModule)
+            for kind, picture in self.draw(pl_module, self.images).items():
+                path = Path(trainer.default_root_dir) / kind / f"{trainer.global_step:06d}.png"
+                save(picture, path)
+                show(trainer, f"val/{kind}", path)
+
+    def draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
+        """By kind: samples, and denoising or reconstructions (of `images`), by `evaluated`."""
+        seed = mix(module.seed, "sample")
+        with module.evaluating() as model:
+            drawn = draw_samples(model, range(self.samples), seed)
+            columns = max(1, round(self.samples**0.5))
+            pictures = {"samples": grid(to_bytes(drawn, self.bins), columns)}
+            if isinstance(model, VDM):
+                strip = denoising_strip(model, self.examples, seed, self.bins, self.levels)
+                pictures["denoising"] = strip
+            elif isinstance(model, MarkovianHierarchy) and images is not None:
+                noise = Noise(seed, torch.arange(len(images), device=module.device))
+                pictures["reconstructions"] = reconstructions(model, images, noise, self.bins)
+        return pictures
+
+
+class Frechet(L.Callback):
+    """How far samples are from the training images: a Frechet distance in named features.
+
+    Logged as `val/<key>` and `test/<key>`, each with `<key>_samples`, the number of images
+    generated: distances of different numbers do not compare. Whatever goes wrong with it is said
+    once, and the run goes on without it.
+
+    Args:
+        extractor: name of the features, or auto: those that were made for these data.
+        shape: of an image.
+        bins: K of the data.
+        weights: a file with the extractor's weights, where it needs one.
+        samples: images at the test.
+        validation_samples: images in validation, fewer.
+        every: validations between distances; 0: only at the test.
+        chunk: images sampled at a time.
+    """
+
+    def __init__(
+        self,
+        extractor: str,
+        shape: Sequence[int],
+        bins: int,
+        weights: str | None = None,
+        samples: int = 1000,
+        validation_samples: int = 250,
+        every: int = 5,
+        chunk: int = 250,
+    ):
+        self.samples, self.validation_samples = samples, validation_samples
+        self.every, self.chunk = every, chunk
+        self.validations = 0
+        self.distance = FrechetDistance.open(extractor, tuple(shape), bins, weights)
+        self.referred = False
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.validating or trainer.sanity_checking:
+            return
+        self.validations += 1
+        if self.every and self.validations % self.every == 0:
+            self._measure(trainer, pl_module, "val", self.validation_samples)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, pl_module, "test", self.samples)
+
+    def _measure(
+        self, trainer: L.Trainer, module: L.LightningModule, split: str, samples: int
+    ) -> None:
+        if self.distance is None:
+            return
+        assert isinstance(module, LatentModule)
+        try:
+            value = self._compute(self.distance, trainer, module, samples)
+        except Exception as error:
+            print(f"{self.distance.key} skipped: {one_line(error)}", flush=True)
+            self.distance = None
+            return
+        module.log(f"{split}/{self.distance.key}", value)
+        module.log(f"{split}/{self.distance.key}_samples", float(samples))
+
+    def _compute(
+        self, distance: FrechetDistance, trainer: L.Trainer, module: LatentModule, samples: int
+    ) -> float:
+        if not self.referred:
+            data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            assert isinstance(data, ImageData)
+            train = data.split("train")
+            distance.to(module.device).reference(train.images, "train", train.hash)
+            self.referred = True
+        mine = range(trainer.global_rank, samples, trainer.world_size)
+        with module.evaluating() as model:
+            images = draw_samples(model, mine, mix(module.seed, "sample"), self.chunk)
+        distance.reset()
+        distance.update(images)
+        return distance.compute()
+
+
+def show(trainer: L.Trainer, key: str, path: Path) -> None:
+    """A picture to W&B, where there is one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, Wandb):
+            logger.log_picture(key, path, trainer.global_step)
+
+
+def _shown(trainer: L.Trainer) -> dict[str, str]:
+    named = {"train/objective": "objective", "val/bpd": "val bits/dim"}
+    values = trainer.callback_metrics
+    return {name: f"{float(values[key]):.3f}" for key, name in named.items() if key in values}

@@ -1,0 +1,271 @@
+"""One run, from a composed configuration to a folder with everything that is worth keeping.
+
+config.yaml               the configuration, all interpolations resolved
+checkpoints/best.ckpt     best validation NLL;  last.ckpt: last step;  both hold raw and averaged
+weights metrics.csv               every logged number, row by row;  wandb/, wandb_id.txt: the W&B
+run samples/ denoising/ ...   pictures during training samples.png ...           pictures of the
+best weights results.json              final numbers, flat
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+import genfw
+from genfw.elbo import bits_per_dim
+from genfw.train.callbacks import Frechet, Pictures, show
+from genfw.train.config import build
+from genfw.train.errors import GenfwError
+from genfw.train.loggers import Wandb, git_commit, one_line
+from genfw.train.module import LatentModule
+from genfw.train.pictures import save
+
+Results = dict[str, Any]
+
+
+def run(config: DictConfig, folder: Path) -> Results:
+    """Trains, then tests the best weights.
+
+    Args:
+        config: composed and checked.
+        folder: the run folder, which exists and is this run's alone.
+
+    Returns:
+        What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
+        nats; `test/bpd` in bits; seconds, parameters, versions.
+    """
+    quiet()
+    started = time.monotonic()
+    resolved = container(config)
+    OmegaConf.save(OmegaConf.create(resolved), folder / "config.yaml")
+    loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
+    failed = 1
+    try:
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        module, data = assemble(config)
+        keep = ModelCheckpoint(
+            dirpath=str(folder / "checkpoints"),
+            filename="best",
+            monitor="val/nll",
+            save_last=True,
+            enable_version_counter=False,
+        )
+        callbacks = make_callbacks(config)
+        trainer = make_trainer(config, folder, loggers, [*callbacks, keep])
+        announce(config, folder, module, trainer)
+        for logger in loggers:
+            logger.log_hyperparams({**resolved, "git": git_commit()})
+        fitted = time.monotonic()
+        trainer.fit(module, data)
+        fitted = time.monotonic() - fitted
+        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+        best = Path(keep.best_model_path or folder / "checkpoints" / "last.ckpt")
+        tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+        results: Results = {
+            **_validated(keep, config),
+            **tested[0],
+            **_references(callbacks),
+            "parameters": sum(p.numel() for p in module.model.parameters()),
+            "seconds": round(time.monotonic() - started, 1),
+            "seconds/fit": round(fitted, 1),
+            **versions(),
+        }
+        if trainer.is_global_zero:
+            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            finish_pictures(module, trainer, callbacks, folder)
+            Console().print(table(results))
+            print(f"run folder: {folder}")
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.summarize(results)
+        failed = 0
+        return results
+    finally:
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(exit_code=failed)
+                print(logger.where)
+
+
+def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
+    """The module and its data."""
+    data = build(config.data)
+    torch.manual_seed(config.seed)
+    module = LatentModule(
+        build(config.model),
+        build(config.objective),
+        optimizer=build(config.optimizer),
+        scheduler=build(config.scheduler),
+        estimator=build(config.estimator),
+        seed=config.seed,
+    )
+    return module, data
+
+
+def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDataModule]:
+    """As `assemble`, with the weights of a checkpoint, raw and averaged.
+
+    Raises:
+        GenfwError: the file is not there, cannot be read, or holds another model.
+    """
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise GenfwError(f"there is no checkpoint {file}") from error
+    except Exception as error:
+        raise GenfwError(f"{file} cannot be read: {one_line(error)}") from error
+    module, data = assemble(config)
+    module.on_load_checkpoint(checkpoint)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise GenfwError(f"{file} does not fit its config.yaml: {one_line(error)}") from error
+    return module, data
+
+
+def make_callbacks(config: DictConfig) -> list[L.Callback]:
+    """Those of the configuration; metrics beside the likelihood are callbacks too."""
+    made = [build(node) for node in (*nodes(config.callbacks), *nodes(config.metrics))]
+    if not config.trainer.enable_progress_bar:
+        made = [one for one in made if not isinstance(one, ProgressBar)]
+    return made
+
+
+def make_trainer(
+    config: DictConfig, folder: Path, loggers: list[Logger], callbacks: list[L.Callback]
+) -> L.Trainer:
+    """Lightning's Trainer as configured."""
+    return build(
+        config.trainer,
+        logger=loggers or False,
+        callbacks=callbacks,
+        default_root_dir=str(folder),
+        val_check_interval=validation_interval(config.trainer),
+    )
+
+
+def nodes(group: DictConfig | None) -> list[Any]:
+    """What a group holds, but for what is switched off (`~callbacks.ema`, `callbacks.ema=null`)."""
+    return [node for node in (group or {}).values() if node is not None]
+
+
+def validation_interval(trainer: DictConfig) -> int | float:
+    """Steps between validations, at most the run's own, in Lightning's unit: micro-batches."""
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is not None:
+        return interval
+    steps = interval if trainer.max_steps < 1 else min(interval, trainer.max_steps)
+    return steps * trainer.accumulate_grad_batches
+
+
+def finish_pictures(
+    module: LatentModule, trainer: L.Trainer, callbacks: list[L.Callback], folder: Path
+) -> None:
+    """samples.png and the like, of the weights that were tested."""
+    for pictures in callbacks:
+        if isinstance(pictures, Pictures):
+            for kind, picture in pictures.draw(module, pictures.images).items():
+                show(trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
+
+
+def announce(config: DictConfig, folder: Path, module: LatentModule, trainer: L.Trainer) -> None:
+    """What is about to run, in two lines."""
+    if trainer.is_global_zero:
+        size = sum(p.numel() for p in module.model.parameters())
+        shape = "x".join(str(n) for n in config.data.shape)
+        model, objective = type(module.model).__name__, type(module.objective).__name__
+        print(
+            f"{model} of {shape} images with {config.data.bins} values, objective {objective}, "
+            f"{size / 1e6:.2f} M parameters, {trainer.strategy.root_device}, seed {config.seed}"
+        )
+        print(f"run folder: {folder}", flush=True)
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """The end of a run, for the eye."""
+    test = {
+        key.removeprefix("test/"): value
+        for key, value in results.items()
+        if key.startswith("test/")
+    }
+    sheet = Table("test set", "")
+    sheet.add_row("NLL", f"{test['nll']:.2f} ± {test['nll_stderr']:.2f} nats (standard error)")
+    sheet.add_row(
+        "", f"{test['bpd']:.4f} ± {test['nll_stderr'] * test['bpd'] / test['nll']:.4f} bits/dim"
+    )
+    if "levels" in test:
+        sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
+        sheet.add_row("  levels (denoising)", f"{test['levels']:.2f} nats")
+        sheet.add_row("  prior", f"{test['prior']:.2f} nats")
+    for key, value in test.items():
+        if f"{key}_samples" in test:
+            what = f"{test[f'{key}_samples']:.0f} samples, {test[f'{key}_reference']}"
+            sheet.add_row(key, f"{value:.2f} ({what})")
+    sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
+    return sheet
+
+
+def versions() -> dict[str, str]:
+    """What computed these numbers."""
+    packages = ("torch", "lightning", "torchmetrics", "numpy")
+    return {
+        "versions/python": platform.python_version(),
+        "versions/genfw": genfw.__version__,
+        **{f"versions/{package}": version(package) for package in packages},
+    }
+
+
+def container(config: DictConfig) -> dict[str, Any]:
+    """Plain dictionaries, every interpolation resolved."""
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    return {str(key): value for key, value in resolved.items()}
+
+
+def quiet() -> None:
+    """Lightning's advertisements and advice about what is meant to be so."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*litlogger.*",
+        ".*LeafSpec.*",
+        ".*in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _references(callbacks: list[L.Callback]) -> Results:
+    """What Frechet distances were measured from."""
+    distances = [one.distance for one in callbacks if isinstance(one, Frechet)]
+    records = [one.record for one in distances if one is not None and one.record is not None]
+    return {
+        f"test/{record.key}_reference": f"{record.reference_count} images of {record.reference}, "
+        f"features {record.extractor}"
+        for record in records
+    }
+
+
+def _validated(keep: ModelCheckpoint, config: DictConfig) -> Results:
+    if keep.best_model_score is None:
+        return {}
+    nll = keep.best_model_score.double()
+    dims = int(torch.tensor(list(config.data.shape)).prod())
+    return {"val/nll": float(nll), "val/bpd": float(bits_per_dim(nll, dims))}

@@ -1,0 +1,310 @@
+"""Where numbers and pictures go: always a CSV in the run folder, and Weights & Biases beside it.
+
+W&B is a guest here. It is online when there are credentials and a network, offline otherwise; this
+is found out within `PATIENCE` seconds and without a question, and nothing that goes wrong with it
+stops a run. Offline files are written in blocks, and a killed run loses its last one: `metrics.csv`
+is the ledger, complete up to the last row.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+PATIENCE = 1.5
+"""Seconds to wait for an answer from the network."""
+
+ONLINE_PATIENCE = 20.0
+"""Seconds that a W&B server which did answer may take to open a run."""
+
+
+class CSV(Logger):
+    """`metrics.csv` in the run folder: one row per call, flushed at once.
+
+    `step` first, then names as they appear. A name that appears late adds a column: the file is
+    then rewritten beside itself and replaced in one motion. Rows of a file that is already there
+    are kept.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.columns = ["step"]
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.columns = next(csv.reader(file), self.columns)
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The composed configuration is a file of its own in the run folder."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row = {"step": step, **plain(metrics)}
+        new = [name for name in row if name not in self.columns]
+        if new or not self.path.exists():
+            self.columns += new
+            self._rewrite()
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def _rewrite(self) -> None:
+        rows: list[dict[str, str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+        beside = self.path.with_suffix(".csv.tmp")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        beside.replace(self.path)
+
+
+class Wandb(Logger):
+    """A W&B run that starts in seconds or not at all, and never fails.
+
+    The run is opened by the first call, `log_hyperparams` with the composed configuration. Its id
+    is then in `wandb_id.txt` in the run folder. What W&B refuses later is said once, and the run
+    goes on without it.
+
+    Args:
+        folder: the run folder; W&B writes to `<folder>/wandb`.
+        project, entity, name, group, tags: as in `wandb.init`; name: default, the run folder's.
+        mode: auto, online, offline or disabled. auto: the environment's WANDB_MODE where it is set;
+            else online when credentials and network are there; else offline.
+
+    Raises:
+        ValueError: another mode.
+    """
+
+    MODES = ("auto", "online", "offline", "disabled")
+
+    def __init__(
+        self,
+        folder: str | Path,
+        project: str = "genfw",
+        entity: str | None = None,
+        name: str | None = None,
+        group: str | None = None,
+        tags: list[str] | None = None,
+        mode: str = "auto",
+    ):
+        super().__init__()
+        if mode not in self.MODES:
+            raise ValueError(f"logger.mode={mode!r}: expected one of {', '.join(self.MODES)}")
+        self.folder = Path(folder)
+        self.identity = {
+            "project": project,
+            "entity": entity,
+            "name": name or self.folder.name,
+            "group": group,
+            "tags": tags,
+        }
+        self.reason = ""
+        self.run: Any = None
+        self._last = ""
+        # asked while the caller goes on building data and model
+        self._choice = ThreadPoolExecutor(1).submit(choose_mode, mode)
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str | None:
+        return None if self.run is None else self.run.id
+
+    @rank_zero_only
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None:
+        """Opens the run with this configuration."""
+        config = vars(params) if isinstance(params, Namespace) else params
+        if self.run is None:
+            self._quietly(lambda: self._start(config))
+        else:
+            self._quietly(lambda: self.run.config.update(config, allow_val_change=True))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self.run is not None:
+            row = {"trainer/global_step": step, **plain(metrics)}
+            self._quietly(lambda: self.run.log(row))
+
+    @rank_zero_only
+    def log_picture(self, key: str, path: Path, step: int) -> None:
+        """A PNG file."""
+        if self.run is not None:
+            import wandb
+
+            self._quietly(
+                lambda: self.run.log({key: wandb.Image(str(path)), "trainer/global_step": step})
+            )
+
+    @rank_zero_only
+    def summarize(self, results: Mapping[str, Any]) -> None:
+        """Final numbers, to the run's summary."""
+        if self.run is not None:
+            self._quietly(lambda: self.run.summary.update(dict(results)))
+
+    @rank_zero_only
+    def finish(self, exit_code: int = 0) -> None:
+        """Closes the run; later calls do nothing."""
+        if self.run is not None:
+            run, self.run = self.run, None
+            self._last = self._where(run)
+            self._quietly(lambda: run.finish(exit_code=exit_code))
+
+    @property
+    def where(self) -> str:
+        """One line: how to see the run."""
+        if self.run is not None:
+            return self._where(self.run)
+        return self._last or f"W&B: no run ({self.reason or 'not started'})"
+
+    def _where(self, run: Any) -> str:
+        if run.disabled:
+            return f"W&B: disabled ({self.reason})"
+        if run.offline:
+            sync_dir = Path(run.settings.sync_dir)
+            return f"W&B: offline ({self.reason}); to upload: wandb sync {sync_dir}"
+        return f"W&B: {run.url}"
+
+    def _start(self, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        mode, self.reason = self._choice.result()
+        settings = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": ONLINE_PATIENCE,
+            "disable_git": True,
+        }
+        for attempt in dict.fromkeys((mode, "offline")):
+            try:
+                self.run = wandb.init(
+                    **self.identity,
+                    dir=str(self.folder),
+                    config={**config, "git": git_commit()},
+                    mode=attempt,  # pyright: ignore[reportArgumentType]
+                    settings=wandb.Settings(**settings),
+                )
+                break
+            except Exception as error:
+                wandb.teardown()
+                if attempt == "offline":
+                    raise
+                self.reason = f"no run could be opened online: {one_line(error)}"
+        self.run.define_metric("trainer/global_step", hidden=True)
+        self.run.define_metric("*", step_metric="trainer/global_step")
+        (self.folder / "wandb_id.txt").write_text(self.run.id + "\n")
+
+    def _quietly(self, act: Callable[[], Any]) -> None:
+        """W&B's troubles are not the run's."""
+        try:
+            act()
+        except Exception as error:
+            self.run, self.reason = None, one_line(error)
+            print(f"W&B: gave up, the run goes on ({self.reason})", file=sys.stderr)
+
+
+def choose_mode(mode: str = "auto") -> tuple[str, str]:
+    """(mode, reason) for `wandb.init`; at most about `PATIENCE` seconds, and never a prompt."""
+    if mode != "auto":
+        return mode, f"logger.mode={mode}"
+    if asked := os.environ.get("WANDB_MODE"):
+        return {"dryrun": "offline"}.get(asked, asked), f"WANDB_MODE={asked}"
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    if not wandb.login(prompt=False, verify=False):
+        return "offline", "no credentials: `wandb login` to have them"
+    host = wandb.setup().settings.base_url
+    if not answers(host):
+        return "offline", f"no answer from {host}"
+    return "online", ""
+
+
+def answers(host: str, patience: float = PATIENCE) -> bool:
+    """Whether a W&B server answers within so many seconds, name resolution and proxies included.
+
+    Any JSON from its GraphQL door will do; the HTML of a captive portal or of a proxy will not.
+    """
+    heard = threading.Event()
+
+    def ask() -> None:
+        question = urllib.request.Request(
+            f"{host.rstrip('/')}/graphql",
+            data=b'{"query": "{ __typename }"}',
+            headers={"Content-Type": "application/json", "User-Agent": "genfw"},
+        )
+        try:
+            with urllib.request.urlopen(question, timeout=patience) as reply:
+                kind = reply.headers.get_content_type()
+        except urllib.error.HTTPError as refusal:  # 401 is an answer
+            kind = refusal.headers.get_content_type()
+        except (OSError, ValueError):
+            return
+        if kind == "application/json":
+            heard.set()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(patience)
+    return heard.is_set()
+
+
+def git_commit() -> str | None:
+    """The commit of genfw's own checkout, with `+` where it has changes; None outside of one."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+
+    def ask(*words: str) -> str:
+        here = Path(__file__).parent
+        run = subprocess.run([git, *words], cwd=here, capture_output=True, text=True, timeout=5)
+        return run.stdout.strip() if run.returncode == 0 else ""
+
+    try:
+        commit = ask("rev-parse", "HEAD")
+        return commit + "+" * bool(ask("status", "--porcelain", "-uno")) if commit else None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def plain(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Python numbers."""
+    return {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a line of text."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

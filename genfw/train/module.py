@@ -1,0 +1,181 @@
+"""The one LightningModule, for every model: minimises an `Objective`, reports an `Estimator`.
+
+Random numbers are functions of where they are used, so that neither a resumed run nor another
+number of ranks sees different ones: a training step draws from (seed, global step, chunk), with
+chunk = micro-batch x world size + rank, and stratifies its times over all chunks of the step from
+(seed, global step); evaluation draws from (seed, example index).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from genfw.elbo import bits_per_dim
+from genfw.estimators.bound import Bound
+from genfw.estimators.estimator import Estimator
+from genfw.model import LatentModel
+from genfw.noise import BatchNoise, Noise, mix
+from genfw.objective import Objective
+from genfw.train.data.images import Batch
+from genfw.train.metrics import NLL
+
+
+class LatentModule(L.LightningModule):
+    """Trains, validates and tests a `LatentModel`.
+
+    `val/` and `test/` numbers are those of the averaged weights where there are some (`average`,
+    see `genfw.train.ema`), in float32 without autocast. They do not depend on the objective.
+
+    Args:
+        model: what is trained.
+        objective: what is minimised, (b,) nats.
+        optimizer: parameters -> optimizer.
+        scheduler: (optimizer, total optimizer steps) -> learning rate schedule, advanced each step;
+            None: constant.
+        estimator: the NLL that is reported on the test set; default: the bound.
+        validation_estimator: a cheaper one for validation; default: the bound over 2 x 4 draws.
+        seed: of every random draw (not of the initial weights, which come with `model`).
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        objective: Objective,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        estimator: Estimator | None = None,
+        validation_estimator: Estimator | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model = model
+        self.average: LatentModel | None = None
+        self.objective = objective
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.estimator = Bound() if estimator is None else estimator
+        self.validation_estimator = validation_estimator or Bound(sets=2, strata=4)
+        self.seed = seed
+        self.nll = NLL()
+
+    @property
+    def evaluated(self) -> LatentModel:
+        """The weights that are reported: the average where there is one."""
+        return self.model if self.average is None else self.average
+
+    @contextmanager
+    def evaluating(self) -> Iterator[LatentModel]:
+        """`evaluated` in evaluation mode, without gradients or autocast; then back in its mode."""
+        model = self.evaluated
+        training = model.training
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            try:
+                yield model.eval()
+            finally:
+                model.train(training)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        step, world = self.trainer.global_step, self.trainer.world_size
+        accumulate = self.trainer.accumulate_grad_batches
+        chunk = batch_idx % accumulate * world + self.trainer.global_rank
+        noise = BatchNoise(
+            len(batch.image),
+            self.device,
+            seed=mix(self.seed, "time", step),
+            chunk=chunk,
+            chunks=accumulate * world,
+        )
+        torch.manual_seed(mix(self.seed, step, chunk))
+        nats = self.objective(self.model, batch.image, batch.label, noise=noise)
+        if nats.shape != (len(batch.image),):
+            raise ValueError(
+                f"objective: expected one value per example, ({len(batch.image)},), "
+                f"got {(*nats.shape,)}"
+            )
+        loss = nats.mean()
+        value = loss.detach()
+        self.log("train/objective", value, prog_bar=True)
+        self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.validation_estimator, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, self.estimator, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _evaluate(self, batch: Batch, estimator: Estimator, split: str) -> None:
+        noise = Noise(mix(self.seed, split), batch.index)
+        with self.evaluating() as model:
+            estimate = estimator(model, batch.image, batch.label, noise=noise)
+        self.nll.update(estimate, batch.image[0].numel())
+
+    def _report(self, split: str) -> None:
+        values = self.nll.compute()
+        self.nll.reset()
+        if "nonfinite" in values:
+            count, n = int(values["nonfinite"]), int(values["count"])
+            warnings.warn(f"{split}: the NLL of {count} of {n} images is not finite", stacklevel=2)
+        for name, value in values.items():
+            key = f"{split}/{name}"
+            self.log(key, value.float(), prog_bar=key == "val/bpd")
+
+    def configure_optimizers(self) -> Any:
+        parameters = (*self.model.parameters(), *self.objective.parameters())
+        optimizer = self.optimizer([p for p in parameters if p.requires_grad])
+        if self.scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                "a learning rate schedule needs to know its end: "
+                "give trainer.max_steps or trainer.max_epochs"
+            )
+        schedule = self.scheduler(optimizer, int(steps))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A file with averaged weights is evaluated by them, whoever loads it."""
+        if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
+            self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+
+def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int = 100) -> LRScheduler:
+    r"""Linear from 0 over `warmup` steps, then half a cosine down to 0 at `steps`.
+
+    Args:
+        warmup: steps; at most a tenth of `steps`, so that short runs train too.
+
+    References:
+        SGDR: Stochastic Gradient Descent with Warm Restarts, Loshchilov, Hutter, 2017 (without
+            restarts),
+        https://arxiv.org/abs/1608.03983
+    """
+    warmup = min(warmup, steps // 10)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,107 @@
+"""Images to look at: grids of samples, of reconstructions, and the way from noise to a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image as PIL
+from torch import Tensor
+
+from genfw.diffusion.sampler import Step
+from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.models.vdm import VDM
+from genfw.noise import Noise
+from genfw.train.frechet import to_bytes
+from genfw.types import Data, Image
+
+GAP = 1
+"""Pixels between the images of a grid, before enlarging."""
+
+
+def data_to_bytes(x: Data) -> Tensor:
+    """Normalized data, clipped to [-1, 1], as bytes."""
+    return ((x.double().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
+    """A picture of `images`, row by row.
+
+    Args:
+        images: (n, C, H, W) uint8 with C = 1 or 3 (other numbers of channels: the first is shown);
+            (n, D) is a row of D pixels.
+        columns: images per row.
+        smallest: images smaller than this are enlarged by a whole factor.
+    """
+    images = images.cpu()
+    if images.ndim == 2:
+        images = images[:, None, None]
+    if images.shape[1] != 3:
+        images = images[:, :1]
+    n, channels, height, width = images.shape
+    rows = -(-n // columns)
+    tall, wide = height + GAP, width + GAP
+    sheet = torch.full((channels, rows * tall + GAP, columns * wide + GAP), 127, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * tall + GAP, i % columns * wide + GAP
+        sheet[:, top : top + height, left : left + width] = image
+    zoom = max(1, -(-smallest // max(height, width)))
+    sheet = sheet.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    picture = sheet.permute(1, 2, 0).numpy()
+    return PIL.fromarray(picture if channels == 3 else picture[:, :, 0])
+
+
+@torch.no_grad()
+def draw_samples(model: LatentModel, indices: Sequence[int], seed: int, chunk: int = 128) -> Image:
+    """Samples number `indices` of this seed: the same images whatever the chunks and ranks."""
+    device, parts = model.device, []
+    for start in range(0, len(indices), chunk):
+        index = torch.tensor(indices[start : start + chunk], device=device)
+        parts.append(model.sample(len(index), noise=Noise(seed, index)).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def denoising_strip(model: VDM, n: int, seed: int, bins: int, levels: int = 8) -> PIL.Image:
+    """Samples 0..n-1 on their way: from t = 1 on the left to the finished image in the last column.
+
+    Two rows per sample, at `levels` times: the latent z_t, and x_hat, what the model makes of it.
+    """
+    index = torch.arange(n, device=model.device)
+    way, x = trajectory(model, Noise(seed, index))
+    chosen = [way[round(i * (len(way) - 1) / (levels - 1))] for i in range(levels)]
+    final = to_bytes(x, bins)
+    latents = torch.stack([data_to_bytes(step.z) for step in chosen] + [final], 1)
+    guesses = torch.stack([data_to_bytes(step.prediction.x) for step in chosen] + [final], 1)
+    return grid(torch.stack([latents, guesses], 1).flatten(0, 2), levels + 1)
+
+
+def trajectory(model: VDM, noise: Noise) -> tuple[list[Step], Image]:
+    """Every step of `model.sample(n, noise=noise)`, from t = 1 on, and the images it ends in."""
+    sampler, n = model.sampler, len(noise.index)
+    z_1 = model.prior(n).sample(noise.fold(f"z{sampler.steps + 1}"))
+    one = torch.ones((), dtype=torch.float64, device=z_1.device)
+    start = Step(one, z_1, model.denoiser(z_1, one))
+    way = [start, *sampler.path(model.denoiser, z_1, noise=noise)]
+    return way, model.decode(way[-1].z, 1).sample(noise.fold("z0"))
+
+
+@torch.no_grad()
+def reconstructions(model: MarkovianHierarchy, x: Image, noise: Noise, bins: int) -> PIL.Image:
+    """Images above, and below each what the model draws from the top latent it was encoded to."""
+    z: Tensor = x
+    for t in range(1, model.levels + 1):
+        z = model.encode(z, t).sample(noise.fold(f"q{t}"))
+    for t in range(model.levels, 0, -1):
+        z = model.decode(z, t).sample(noise.fold(f"p{t}"))
+    return grid(to_bytes(torch.cat([x, z]), bins), columns=len(x))
+
+
+def save(picture: PIL.Image, path: Path) -> Path:
+    """Writes beside, then replaces: a reader never sees half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    picture.save(beside, format="PNG")
+    beside.replace(path)
+    return path

@@ -1,0 +1,64 @@
+"""Command lines that take a finished run, `run=<folder> key=value ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from genfw.train.config import keys, unknown_key
+from genfw.train.errors import ConfigError, GenfwError
+
+
+def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
+    """Runs `act` on a command line; returns the exit code, as `python -m genfw` does."""
+    try:
+        act(sys.argv[1:] if arguments is None else arguments)
+    except GenfwError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read(
+    arguments: Sequence[str], defaults: Mapping[str, Any], usage: str
+) -> tuple[Path, DictConfig, DictConfig]:
+    """A run folder, its configuration with the changes asked for, and the command's own options.
+
+    Args:
+        arguments: `key=value`, `run` among them.
+        defaults: the command's options. Every other key must be one of the run's config.yaml.
+        usage: said where `run` is missing.
+
+    Raises:
+        ConfigError: an argument that is not understood, a folder that is no run's, an unknown key.
+    """
+    pairs = [each.partition("=") for each in arguments]
+    wrong = [key + sign + value for key, sign, value in pairs if not sign]
+    given = {key: value for key, _, value in pairs}
+    if wrong or "run" not in given:
+        raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
+    folder = Path(given.pop("run"))
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"run={folder}: there is no {file}; a run folder has one")
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    options = OmegaConf.create(dict(defaults))
+    known = [*defaults, *keys(config)]
+    for key, value in given.items():
+        if key not in known:
+            raise unknown_key(key, known)
+        target = options if key in defaults else config
+        try:
+            OmegaConf.update(target, key, OmegaConf.create(f"value: {value}").value)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+    return folder, config, options

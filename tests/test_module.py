@@ -1,0 +1,206 @@
+"""Training minimises the objective and nothing else; reports measure the model and nothing else."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+
+import genfw
+from genfw import ELBO, Estimate
+from genfw.noise import Noise, mix
+from genfw.train.metrics import NLL
+from genfw.train.module import warmup_cosine
+
+
+def estimates(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    terms = torch.rand(4, n, generator=g, dtype=torch.float64)
+    reconstruction, first, second, prior = -100 * terms[0], *(10 * terms[1:])
+    elbo = ELBO(reconstruction, (first, second), prior)
+    return Estimate(nats=-elbo.total, variance=terms[1], elbo=elbo)
+
+
+def part(estimate, rows):
+    elbo = estimate.elbo
+    return Estimate(
+        estimate.nats[rows],
+        estimate.variance[rows],
+        ELBO(elbo.reconstruction[rows], tuple(v[rows] for v in elbo.levels), elbo.prior[rows]),
+    )
+
+
+def test_nll_is_the_mean_over_images_whatever_the_batches():
+    everything, metric, rank0, rank1 = estimates(11), NLL(), NLL(), NLL()
+    for start, stop in (
+        (0, 4),
+        (4, 10),
+        (10, 11),
+    ):  # the mean of batch means would be another number
+        metric.update(part(everything, slice(start, stop)), dims=6)
+    rank0.update(part(everything, slice(0, 8)), dims=6)
+    rank1.update(part(everything, slice(8, 11)), dims=6)
+    for state in rank0.metric_state:  # what torchmetrics does between ranks: every state is summed
+        assert rank0._reductions[state] is not None
+        setattr(rank0, state, getattr(rank0, state) + getattr(rank1, state))
+
+    nats = everything.nats
+    expected = {
+        "nll": nats.mean(),
+        "bpd": nats.mean() / (6 * math.log(2)),
+        "nll_stderr": everything.variance.sum().sqrt() / 11,
+        "nll_std": nats.std(),
+        "reconstruction": everything.elbo.reconstruction.mean(),
+        "levels": sum(everything.elbo.levels).mean(),
+        "prior": everything.elbo.prior.mean(),
+        "count": torch.tensor(11),
+    }
+    for found in (metric.compute(), rank0.compute()):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=0, check_dtype=False)
+    found = metric.compute()
+    split = -found["reconstruction"] + found["levels"] + found["prior"]
+    torch.testing.assert_close(split, found["nll"])
+
+
+def test_nll_names_images_that_are_not_finite():
+    metric = NLL()
+    metric.update(part(estimates(4), slice(0, 4)), dims=2)
+    bad = torch.tensor([1.0, math.inf, math.nan], dtype=torch.float64)
+    metric.update(Estimate(bad, torch.zeros(3, dtype=torch.float64)), dims=2)
+    found = metric.compute()
+    assert found["nonfinite"] == 2
+    assert not found["nll"].isfinite()
+    assert "levels" not in found  # one estimate came without terms
+
+
+def test_nll_of_nothing():
+    with pytest.raises(ValueError, match="no images"):
+        NLL().compute()
+
+
+class Recording(genfw.Objective):
+    """The bound, writing down what each micro-batch was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.given: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, model, x, y=None, *, noise=None):
+        eps = torch.get_rng_state()
+        self.given.append((noise.time(), torch.randn(3)))
+        torch.set_rng_state(eps)
+        return -model.elbo(x, y, noise=noise).total
+
+
+def test_step_randomness_is_a_function_of_seed_step_and_chunk(tmp_path):
+    runs = []
+    for disturbance in (0, 1):
+        objective = Recording()
+        module = tiny.module(objective)
+        torch.manual_seed(disturbance)  # what happened before does not matter
+        trainer = tiny.trainer(tmp_path, 3, accumulate_grad_batches=2)
+        trainer.fit(module, tiny.Images(train=16, batch=4))
+        runs.append(objective.given)
+    assert len(runs[0]) == 6
+    for (t, eps), (t_again, eps_again) in zip(*runs, strict=True):
+        assert (t == t_again).all()
+        assert (eps == eps_again).all()
+    for i, (_, eps) in enumerate(runs[0]):  # and never the same twice
+        assert not any((eps == other).all() for _, other in runs[0][:i])
+    for i in range(0, 6, 2):  # the micro-batches of a step cover [0, 1) together
+        times = torch.cat([runs[0][i][0], runs[0][i + 1][0]]).sort().values
+        torch.testing.assert_close(times.diff().float(), torch.full((7,), 1 / 8))
+    expected = torch.Generator().manual_seed(mix(0, 1, 1))
+    assert (runs[0][3][1] == torch.randn(3, generator=expected)).all()
+
+
+def test_seed_changes_the_draws(tmp_path):
+    drawn = []
+    for seed in (0, 1):
+        objective = Recording()
+        trainer = tiny.trainer(tmp_path, 1)
+        trainer.fit(tiny.module(objective, seed=seed), tiny.Images())
+        drawn.append(objective.given[0][1])
+    assert (drawn[0] != drawn[1]).all()
+
+
+class Thousandfold(genfw.Objective):
+    """The bound, weighted absurdly."""
+
+    def forward(self, model, x, y=None, *, noise=None):
+        return -1000 * model.elbo(x, y, noise=noise).total + 5
+
+
+def test_objective_cannot_reach_a_reported_number(tmp_path):
+    reports = []
+    for objective in (genfw.Elbo(), Thousandfold(), genfw.Simple()):
+        trainer = tiny.trainer(tmp_path, 2, val_check_interval=2)
+        module = tiny.module(objective, lr=0.0)
+        trainer.fit(module, tiny.Images())
+        val = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        reports.append(val | trainer.test(module, tiny.Images(), verbose=False)[0])
+    assert reports[0] == reports[1] == reports[2]
+    keys = {"nll", "bpd", "nll_stderr", "nll_std", "reconstruction", "levels", "prior", "count"}
+    assert {f"{split}/{key}" for split in ("val", "test") for key in keys} == reports[0].keys()
+    assert reports[0]["test/count"] == 7
+
+
+def test_reported_nll_is_the_estimators_and_knows_no_batches(tmp_path):
+    images = tiny.Images()
+    x = images.images["test"]
+    model = tiny.vdm()
+    expected = genfw.Bound(sets=2, strata=2)(
+        model, x, noise=Noise(mix(0, "test"), torch.arange(len(x)))
+    )
+    for batch in (2, 7):
+        found = tiny.trainer(tmp_path).test(tiny.module(), tiny.Images(batch=batch), verbose=False)[
+            0
+        ]
+        assert found["test/nll"] == pytest.approx(float(expected.nats.mean()), rel=1e-6)
+        error = float(expected.variance.sum().sqrt()) / len(x)
+        assert found["test/nll_stderr"] == pytest.approx(error, rel=1e-5)
+
+
+def test_reports_are_float32_under_mixed_precision(tmp_path):
+    found = [
+        tiny.trainer(tmp_path, precision=precision).test(
+            tiny.module(), tiny.Images(), verbose=False
+        )[0]
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert found[0] == found[1]
+
+
+def test_objective_must_keep_examples_apart(tmp_path):
+    class Mean(genfw.Objective):
+        def forward(self, model, x, y=None, *, noise=None):
+            return -model.elbo(x, y, noise=noise).total.mean()[None]
+
+    with pytest.raises(Exception, match=r"example|type"):
+        tiny.trainer(tmp_path, 1).fit(tiny.module(Mean()), tiny.Images())
+
+
+def test_warmup_cosine():
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=2.0)
+    schedule = warmup_cosine(optimizer, steps=100, warmup=4)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert rates[52] == pytest.approx(1.0)  # half way of the cosine, (52 - 4) / 96
+    assert all(a > b for a, b in pairwise(rates[4:]))
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_schedule_advances_with_optimizer_steps_and_knows_their_number(tmp_path):
+    module = tiny.module()
+    module.scheduler = lambda optimizer, steps: warmup_cosine(optimizer, steps, warmup=0)
+    trainer = tiny.trainer(tmp_path, 4, accumulate_grad_batches=2)
+    trainer.fit(module, tiny.Images())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
