@@ -217,7 +217,7 @@ def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(h, tuple):
         raise TypeError(
             f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion "
-            "model, got a network's output: use categorical, bernoulli or discretized_gaussian there"
+            "model, got a network's output: use categorical or discretized_gaussian there"
         )
     return h
 
