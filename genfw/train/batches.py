@@ -99,13 +99,13 @@ class EvaluationBatches(Sampler[Chunk]):
 
     def __init__(self, count: int, batch_size: int, *, rank: int = 0, world: int = 1):
         _check(batch_size, rank, world)
-        self.index, self.batch_size = torch.arange(rank, count, world), batch_size
+        self.rows, self.batch_size = torch.arange(count)[rank::world], batch_size
 
     def __iter__(self) -> Iterator[Chunk]:
-        return (Chunk(0, index) for index in self.index.split(self.batch_size) if len(index))
+        return (Chunk(0, rows) for rows in self.rows.split(self.batch_size) if len(rows))
 
     def __len__(self) -> int:
-        return -(-len(self.index) // self.batch_size)
+        return -(-len(self.rows) // self.batch_size)
 
 
 def _check(batch_size: int, rank: int, world: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -134,13 +135,14 @@ class HubImages(Source, name="hub"):
                     f"{', '.join(rows.features)}: give data.source.label=<column>"
                 )
             image = _image_column(rows, self.repository)
-            labels = np.asarray(rows[self.label])
-            if labels.dtype.kind not in "iu":
+            feature = rows.features[self.label]
+            if not re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "")):
                 raise DataError(
-                    f"{self.repository}: column {self.label!r} holds {labels.dtype}, not integers"
+                    f"{self.repository}: column {self.label!r} holds {feature}, not integers"
                 )
+            labels = np.asarray(rows[self.label], np.int64)
             rows = rows.cast_column(image, datasets.Image(decode=False))
-            encoded[part] = Encoded(labels.astype(np.int64), _bytes(rows, image, part))
+            encoded[part] = Encoded(labels, _bytes(rows, image, part))
         return encoded
 
 

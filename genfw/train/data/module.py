@@ -190,13 +190,11 @@ def _identity(batch: Any) -> Any:
 def _position(trainer: L.Trainer) -> tuple[int, int]:
     """(epoch, batch) that the trainer is about to begin, also after a checkpoint in mid-epoch.
 
-    Its own `current_epoch` is right between epochs, but not yet when a resumed run first asks for
-    data.
+    Of a checkpoint written after the last batch of an epoch, the trainer counts that epoch as done
+    only after it has asked for data; hence not its `current_epoch`.
     """
-    loop = trainer.fit_loop
-    epochs, batches = loop.epoch_progress.current.ready, loop.epoch_loop.batch_progress
-    if epochs == 0:
-        return 0, 0
-    if batches.is_last_batch:
-        return epochs, 0
-    return epochs - 1, batches.current.ready
+    epochs, batches = trainer.fit_loop.epoch_progress, trainer.fit_loop.epoch_loop.batch_progress
+    done: int = epochs.current.processed  # pyright: ignore[reportAttributeAccessIssue]
+    if not batches.is_last_batch:
+        return done, batches.current.ready
+    return (done + 1 if epochs.current.ready > done else done), 0
