@@ -112,11 +112,7 @@ def _parse(arguments: Sequence[str]) -> Namespace:
 
 def _shared(flags: Namespace) -> list[str]:
     """The flags that the jobs of a sweep inherit."""
-    pairs = (
-        ("--config-path", flags.config_path),
-        ("--config-name", flags.config_name),
-        ("--config-dir", flags.config_dir),
-    )
+    pairs = (("--config-path", flags.config_path), ("--config-name", flags.config_name))
     return [each for flag, value in pairs if value for each in (flag, value)]
 
 

@@ -21,7 +21,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
@@ -133,40 +133,34 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
 def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
     """What was wrong with a command line that Hydra could not compose."""
     groups = _groups()
-    valid = [
-        override.input_line
-        for override in overrides
-        if override.key_or_group in ("model", "experiment") and _has_option(override)
-    ]
+    chosen = [each for each in overrides if each.key_or_group in groups and _has_option(each)]
     try:
-        base = _compose([text for text in valid if text], name)
+        parts = [each for each in chosen if each.key_or_group in ("model", "experiment")]
+        choices = _choices(_compose([each.input_line for each in parts], name))
+        parts += [each for each in chosen if each not in parts and _key(each) in choices]
+        base = _compose([each.input_line for each in parts], name)
     except (HydraException, OmegaConfBaseException):
         return ConfigError(_short(error))
-    choices = _choices(base)
+    known = [key for key in keys(base) if not key.startswith("hydra")]
     for override in overrides:
+        key, text = override.key_or_group, override.input_line
         if override.is_hydra_override():
             continue
-        key, text = override.key_or_group, override.input_line
         if override.is_sweep_override():
             return ConfigError(f"{text}: several values; add --multirun to try each of them")
         if key in groups:
-            at = f"{key}@{override.package}" if override.package else key
             if not _has_option(override):
-                return _no_option(at, _shown(override), _options(key), groups)
-            if at not in choices and not override.is_add():
-                return _not_of_model(at, choices)
-        elif OmegaConf.select(base, key, throw_on_missing=False) is None and not override.is_add():
-            known = [each for each in keys(base) if not each.startswith("hydra")]
-            if key not in known:
-                near = nearest(key, groups) if "." not in key else None
-                return (
-                    ConfigError(
-                        f"{text}: there is no group or key {key}. Did you mean {near}?\n"
-                        f"Groups: {', '.join(groups)}"
-                    )
-                    if near
-                    else unknown_key(key, known)
-                )
+                return _no_option(override, groups)
+            if _key(override) not in choices and not override.is_add():
+                return _not_of_model(_key(override), choices)
+        elif key not in known and not override.is_add():
+            near = nearest(key, groups) if "." not in key else None
+            if near is None:
+                return unknown_key(key, known)
+            return ConfigError(
+                f"{text}: there is no group or key {key}. Did you mean {near}?\n"
+                f"Groups: {', '.join(groups)}"
+            )
     return ConfigError(_short(error))
 
 
@@ -216,19 +210,22 @@ def _has_option(override: Override) -> bool:
     return override.is_delete() or all(str(each) in known for each in chosen)
 
 
-def _shown(override: Override) -> str:
-    return "null" if override.value() is None else str(override.value())
+def _key(override: Override) -> str:
+    """As it stands on the command line: `net`, or `net@encoder`."""
+    return override.key_or_group + (f"@{override.package}" if override.package else "")
 
 
-def _no_option(key: str, value: str, known: Sequence[str], groups: Sequence[str]) -> ConfigError:
-    lines = [f"{key}={value}: {key.split('@')[0]} has no option {value}."]
-    match = nearest(value, known)
+def _no_option(override: Override, groups: Sequence[str]) -> ConfigError:
+    group, key = override.key_or_group, _key(override)
+    value = "null" if override.value() is None else str(override.value())
+    lines = [f"{key}={value}: {group} has no option {value}."]
+    match = nearest(value, _options(group))
+    homes = [other for other in groups if value in _options(other)]
     if match:
         lines.append(f"Did you mean {key}={match}?")
-    elif key in groups and any(value in _options(group) for group in groups):
-        home = next(group for group in groups if value in _options(group))
-        lines.append(f"Did you mean {home}={value}?")
-    lines.append(f"Options: {', '.join(known)}")
+    elif homes:
+        lines.append(f"Did you mean {homes[0]}={value}?")
+    lines.append(f"Options: {', '.join(_options(group))}")
     return ConfigError("\n".join(lines))
 
 

@@ -13,7 +13,7 @@ import difflib
 import functools
 import importlib
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from genfw.train.schema import (
     RESERVED,
     Argument,
     ConfFiles,
-    Schema,
     fits,
     from_signature,
     type_of,
@@ -67,13 +66,15 @@ def check(
         ConfigError: the first thing that is wrong, with what was expected.
     """
     try:
-        missing = sorted(OmegaConf.missing_keys(config))
+        missing = [key for key in keys(config) if _is_missing(config, key)]
         if missing:
             raise ConfigError(
                 f"{', '.join(missing)} must be given: add {missing[0]}=... to the command"
             )
         checker = _Checker(ConfFiles(conf_folders or [conf_folder()]), trusted_by(config, trusted))
         checker.node(config, reference, "")
+        for at, value, argument in checker.copies:  # a wrong value is named where it was given
+            _fit(at, value, argument)
         for rule in RULES:
             rule(config)
     except OmegaConfBaseException as error:
@@ -84,6 +85,15 @@ def check(
 class _Checker:
     def __init__(self, files: ConfFiles, trusted: Sequence[str]):
         self.files, self.trusted = files, trusted
+        self.copies: list[tuple[str, Any, Argument]] = []
+
+    def value(self, at: str, value: Any, argument: Argument, like: Any, copied: bool) -> None:
+        """One value, and all below it; copies of other places wait."""
+        if copied:
+            self.copies.append((at, value, argument))
+        else:
+            _fit(at, value, argument)
+            self.node(value, like, at)
 
     def node(self, node: Any, like: Any, path: str) -> None:
         if isinstance(node, ListConfig):
@@ -97,70 +107,84 @@ class _Checker:
                 self.settings(node, like, path)
 
     def settings(self, node: DictConfig, like: Any, path: str) -> None:
-        """A node that no class reads: a dictionary of settings or of nodes."""
+        """A node that no class reads: a dictionary of settings, or of nodes."""
         known = like if isinstance(like, DictConfig) else None
-        if known is not None:
-            for key in map(str, known):
-                if key not in node and not _is_call(known.get(key)):
-                    raise ConfigError(f"{_join(path, key)} is missing: do not delete it")
+        names = list(map(str, known or ()))
+        for key in names:
+            if key not in node and not _is_call(_select(known, key)):
+                raise ConfigError(f"{_join(path, key)} is missing: do not delete it")
         for key, at, value, copied in _items(node, path):
-            if known is not None and key not in known and not _is_call(value):
+            if known is not None and key not in names and not _is_call(value):
                 raise unknown_key(at, keys(known, path))
-            before = known.get(key) if known is not None and key in known else None
-            if before is not None and not (value is None and isinstance(before, DictConfig)):
-                _fit(at, value, Argument(type_of(before)))
-            if not copied:
-                self.node(value, before, at)
+            before = _select(known, key)
+            switched_off = value is None and isinstance(before, DictConfig)
+            types = None if before is None or switched_off else type_of(before)
+            self.value(at, value, Argument(types), before, copied)
 
     def call(self, node: DictConfig, like: Any, path: str) -> None:
         """A node that names a class: the keys are the class's arguments."""
-        target = node["_target_"]
-        at = _join(path, "_target_")
+        target, at = node["_target_"], _join(path, "_target_")
         if not isinstance(target, str) or not allowed(target, self.trusted):
             raise ConfigError(
                 f"{at}={target} is not among what a config may import: genfw's classes, "
                 "torch.optim, Lightning's callbacks and loggers, plug-ins.\n"
                 f"If you trust it, name it: 'trusted=[{target}]'"
             )
-        schema = self.schema(target, at)
-        if not schema.complete and any(key not in schema.arguments for key in node):
-            schema = _inspected(target, at, self.trusted)
-        for key in map(str, node):
-            if key in RESERVED:
-                continue
-            if key not in schema.arguments and schema.complete:
-                inherited = isinstance(like, DictConfig) and like.get("_target_") != target
-                if inherited and key in like:
-                    raise ConfigError(
-                        f"{_join(path, key)} belongs to {like['_target_']}; {target} takes "
-                        f"{_listed(schema.arguments)}.\nAdd '~{_join(path, key)}' to leave it out"
-                    )
-                names = [_join(path, each) for each in schema.arguments]
-                raise unknown_key(_join(path, key), names, f"{target} takes")
-        if schema.complete and not node.get("_partial_"):
-            for key, argument in schema.arguments.items():
-                if argument.required and key not in node:
-                    raise ConfigError(f"{_join(path, key)} must be given: {target} needs it")
+        given = [str(key) for key in node if key not in RESERVED]
+        arguments = self.arguments(target, at, given)
+        for key in given:
+            if key not in arguments:
+                raise _not_taken(key, target, arguments, like, path)
+        for key, argument in arguments.items():
+            if argument.required and key not in node and not node.get("_partial_"):
+                raise ConfigError(f"{_join(path, key)} must be given: {target} needs it")
+        _fit(_join(path, "_partial_"), node.get("_partial_", False), Argument(frozenset({"bool"})))
         for key, where, value, copied in _items(node, path):
-            argument = schema.arguments.get(key, Argument())
-            before = like.get(key) if isinstance(like, DictConfig) and key in like else None
-            if key == "_partial_":
-                argument = Argument(frozenset({"bool"}))
-            elif argument.types is None and isinstance(before, DictConfig):
+            argument, before = arguments.get(key, Argument()), _select(like, key)
+            if argument.types is None and isinstance(before, DictConfig):
                 argument = Argument(frozenset({"dict"}))
-            if key != "_target_" and not _is_call(value):
-                _fit(where, value, argument)
-            if not copied:
-                self.node(value, before, where)
+            self.value(where, value, argument, before, copied)
 
-    def schema(self, target: str, at: str) -> Schema:
-        return self.files.schema(target) or _inspected(target, at, self.trusted)
+    def arguments(self, target: str, at: str, given: Sequence[str]) -> Mapping[str, Argument]:
+        """What the class takes; whatever is given, where it takes anything (**kwargs)."""
+        schema = self.files.schema(target)
+        if schema is None or not (schema.complete or schema.arguments.keys() >= set(given)):
+            try:
+                schema = from_signature(locate(target, self.trusted))
+            except ConfigError as error:
+                raise ConfigError(f"{at}: {error}") from error
+        if schema.complete:
+            return schema.arguments
+        return {**dict.fromkeys(given, Argument()), **schema.arguments}
+
+
+def _not_taken(
+    key: str, target: str, arguments: Iterable[str], like: Any, path: str
+) -> ConfigError:
+    at = _join(path, key)
+    if isinstance(like, DictConfig) and key in like and like.get("_target_") != target:
+        return ConfigError(
+            f"{at} belongs to {like.get('_target_')}; {target} takes {_listed(arguments)}.\n"
+            f"Add '~{at}' to leave it out"
+        )
+    return unknown_key(at, [_join(path, each) for each in arguments], f"{target} takes")
+
+
+def _select(node: Any, key: str) -> Any:
+    """What a reference says here; None where it says nothing, or leaves it to be given."""
+    if not isinstance(node, DictConfig) or key not in node:
+        return None
+    try:
+        return node[key]
+    except OmegaConfBaseException:
+        return None
 
 
 def _items(node: DictConfig, path: str) -> Iterator[tuple[str, str, Any, bool]]:
     """(key, path, value, whether the value is a copy of another place in the config)."""
     for key in map(str, node):
-        yield key, _join(path, key), node[key], OmegaConf.is_interpolation(node, key)
+        if key not in RESERVED:
+            yield key, _join(path, key), node[key], OmegaConf.is_interpolation(node, key)
 
 
 def _is_call(value: Any) -> bool:
@@ -168,8 +192,15 @@ def _is_call(value: Any) -> bool:
 
 
 def _fit(path: str, value: Any, argument: Argument) -> None:
+    if _is_call(value):
+        return
     if not fits(value, argument.types):
         raise ConfigError(f"{path}: expected {argument.expected()}, got {_shown(value)}")
+    if argument.choices and value not in argument.choices:
+        match = nearest(str(value), argument.choices)
+        hint = f" Did you mean {match}?" if match else ""
+        expected = ", ".join(argument.choices)
+        raise ConfigError(f"{path}: expected one of {expected}, got {_shown(value)}.{hint}")
     if argument.elements and isinstance(value, ListConfig):
         for i, each in enumerate(value):
             if not fits(each, argument.elements):
@@ -238,6 +269,12 @@ def keys(config: Any, path: str = "") -> list[str]:
                 ):
                     found += keys(config[key], _join(path, key))
     return found
+
+
+def _is_missing(config: DictConfig, key: str) -> bool:
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    return OmegaConf.is_missing(node, leaf)
 
 
 def _join(path: str, key: str) -> str:
@@ -319,13 +356,6 @@ def _imported(target: str) -> Any:
     raise ConfigError(
         f"{target}: there is no module {parts[0]}, here or installed (looked in {Path.cwd()} too)"
     )
-
-
-def _inspected(target: str, at: str, trusted: Sequence[str]) -> Schema:
-    try:
-        return from_signature(locate(target, trusted))
-    except ConfigError as error:
-        raise ConfigError(f"{at}: {error}") from error
 
 
 def build(node: Any, **arguments: Any) -> Any:

@@ -18,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train.errors import GenfwError
@@ -32,6 +33,12 @@ RANK_VARIABLES = (
     "WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+)
+
+
+OF_THE_SWEEP = (
+    *("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.sweeper.", "hydra.launcher."),
+    *("hydra/sweeper", "hydra/launcher"),
 )
 
 
@@ -64,7 +71,7 @@ def own_folder(config: DictConfig, key: str) -> Path:
 
 def quoted(path: Path) -> str:
     """A path as the value of a Hydra override."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return QuotedString(text=str(path), quote=Quote.single).with_quotes()
 
 
 def run_apart(config: DictConfig, flags: Sequence[str] = ()) -> float | None:
@@ -78,13 +85,8 @@ def run_apart(config: DictConfig, flags: Sequence[str] = ()) -> float | None:
     """
     own = HydraConfig.get()
     folder = Path(own.runtime.output_dir)
-    shared = ("hydra.mode=", "hydra.run.", "hydra.sweep.", "hydra.sweeper", "hydra.launcher")
-    overrides = [
-        *own.overrides.task,
-        *(each for each in own.overrides.hydra if not each.lstrip("+~").startswith(shared)
-          and not each.startswith(("hydra/sweeper", "hydra/launcher"))),
-        f"hydra.run.dir={quoted(folder)}",
-    ]  # fmt: skip
+    hydra = [each for each in own.overrides.hydra if not each.lstrip("+~").startswith(OF_THE_SWEEP)]
+    overrides = [*own.overrides.task, *hydra, f"hydra.run.dir={quoted(folder)}"]
     environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     process = subprocess.Popen([sys.executable, "-m", "genfw", *flags, *overrides], env=environment)
     try:

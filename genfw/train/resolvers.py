@@ -31,7 +31,7 @@ def binarized_bins(binarize: str, raw_bins: int) -> int:
 
 
 def outputs(likelihood: DictConfig) -> int:
-    """`Likelihood.outputs`, the channels that it reads per channel of the data, of the node's class.
+    """`Likelihood.outputs` of the node's class: channels that it reads per channel of the data.
 
     genfw's own are known without importing them.
     """

@@ -7,6 +7,8 @@ can:
     steps: null                        # int | None: None is continuous time
     log_snr_max: ${log_snr_max:...}    # float
 
+    binarize: none                     # none | dynamic | static
+
 A null or an interpolation without such a comment takes anything. A class without a conf file is
 imported, and its signature read in the same way.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +38,17 @@ _ALIASES = {
 _COMMENT = re.compile(
     rf"^\s*(\w+):.*?\s#\s*((?:{'|'.join(TYPES)})(?:\s*\|\s*(?:{'|'.join(TYPES)}))*)\s*(?::|$)", re.M
 )
+_CHOICES = re.compile(r"^\s*(\w+):\s*(\w+)\s+#\s*(\w+(?:\s*\|\s*\w+)+)", re.M)
 _TARGET = re.compile(r"^\s*(?:- )?_target_:\s*['\"]?([\w.]+)", re.M)
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One argument: the types it takes (None: any), and whether it must be given."""
+    """One argument: the types and values it takes (None: any), and whether it must be given."""
 
     types: frozenset[str] | None = None
     elements: frozenset[str] | None = None
+    choices: tuple[str, ...] | None = None
     default: Any = None
     required: bool = False
 
@@ -81,12 +85,14 @@ class ConfFiles:
         complete = target.startswith("genfw.")
         for file in self.files.get(target, []):
             content = OmegaConf.load(file)
-            annotated = {key: _parse(text) for key, text in _COMMENT.findall(file.read_text())}
+            comments = _Comments(file.read_text())
             for node in nodes(content, target):
                 complete |= node is content  # the class's own file
                 for key in node:
                     if key not in RESERVED:
-                        found.setdefault(str(key), _argument(node, str(key), annotated))
+                        found.setdefault(str(key), _argument(node, str(key), comments))
+        if not complete:
+            found = {key: replace(argument, required=False) for key, argument in found.items()}
         return Schema(found, complete) if target in self.files else None
 
 
@@ -157,20 +163,31 @@ def fits(value: Any, types: frozenset[str] | None) -> bool:
     return bool(found & types) or (found == {"int"} and "float" in types)
 
 
-def _argument(
-    node: DictConfig, key: str, annotated: Mapping[str, frozenset[str] | None]
-) -> Argument:
+class _Comments:
+    """What the comments of a conf file say of types and values."""
+
+    def __init__(self, text: str):
+        self.types = {key: _parse(types) for key, types in _COMMENT.findall(text)}
+        self.choices = {
+            key: found
+            for key, default, listed in _CHOICES.findall(text)
+            if default in (found := tuple(each.strip() for each in listed.split("|")))
+        }
+
+
+def _argument(node: DictConfig, key: str, comments: _Comments) -> Argument:
+    types = comments.types.get(key)
     if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-        return Argument(annotated.get(key), required=True)
+        return Argument(types, required=True)
     default = node[key]
-    if key in annotated or default is None:
-        return Argument(annotated.get(key), default=default)
+    if types or default is None:
+        return Argument(types, default=default)
     elements = None
     if isinstance(default, ListConfig) and len(default):
         kinds = [type_of(each) for each in default]
         if None not in kinds:
             elements = frozenset[str]().union(*(kind for kind in kinds if kind))
-    return Argument(type_of(default), elements, default)
+    return Argument(type_of(default), elements, comments.choices.get(key), default)
 
 
 def _parse(text: str) -> frozenset[str] | None:

@@ -1,0 +1,352 @@
+"""A wrong command line gets a short answer that names what was meant, before torch is imported."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from genfw.__main__ import main
+from genfw.train import help
+from genfw.train.compose import compose, jobs, session
+from genfw.train.config import allowed, build, conf_folder, locate, nearest
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.jobs import own_folder, quoted
+
+ROOT = Path(__file__).parents[1]
+
+
+def genfw(*arguments, cwd=ROOT, **environment):
+    """python -m genfw, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "genfw", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+# (command line, what the answer must contain)
+WRONG = [
+    # names of options, groups and keys
+    ("param=epz", ["param=eps", "eps, score, v, x0"]),
+    ("schedule=cosin", ["schedule=cosine", "linear"]),
+    ("objective=ebo", ["objective=elbo"]),
+    ("data=digit", ["data=digits", "mnist"]),
+    ("param=linear", ["schedule=linear"]),
+    ("experiment=nope", ["digits_vae"]),
+    ("callbacks=null", ["none"]),
+    ("modle=vdm", ["model"]),
+    ("trainer.max_step=5", ["trainer.max_steps"]),
+    ("callbacks.ema.deca=0.1", ["callbacks.ema.decay"]),
+    ("lr=0.1", ["optimizer.lr"]),
+    ("hydra.run.dri=x", ["hydra.run.dri"]),
+    # groups that belong to another model
+    ("model=vae param=x0", ["model=vae", "net@encoder", "likelihood", "model=vdm"]),
+    ("model=vae net=mlp", ["net@decoder", "model=vdm"]),
+    ("net@encoder=conv_encoder", ["model=vae"]),
+    # keys added with +
+    ("+trainer.foo=1", ["trainer.foo", "max_steps"]),
+    ("+trainer.max_step=1", ["trainer.max_steps"]),
+    ("+model.foo=1", ["model.foo", "steps"]),
+    ("+optimizer.wait_decay=1", ["optimizer.weight_decay"]),
+    ("++net.widht=1", ["net.width"]),
+    ("+foo=1", ["foo"]),
+    ("+callbacks.mine.x=1", ["callbacks.mine"]),
+    ("+data.source.foo=1", ["data.source.foo"]),
+    # types
+    ("optimizer.lr=abc", ["optimizer.lr", "float", "abc"]),
+    ("schedule.log_snr_max=[1]", ["schedule.log_snr_max", "float"]),
+    ("schedule.log_snr_min=null", ["schedule.log_snr_min", "float", "null"]),
+    ("seed=1.5", ["seed", "int"]),
+    ("net.width=4.5", ["net.width", "int"]),
+    ("net.attention=1", ["net.attention", "bool"]),
+    ("model.steps=many", ["model.steps", "int or None"]),
+    ("optimizer.betas=0.9", ["optimizer.betas", "list"]),
+    ("optimizer.betas=[a,b]", ["optimizer.betas[0]", "float"]),
+    ("data.shape=3", ["data.shape", "list"]),
+    ("data.binarize=dynamyc", ["dynamic"]),
+    ("model.denoiser.network=foo", ["model.denoiser.network"]),
+    ("trusted=os", ["trusted", "[os]"]),
+    # what must be given
+    ("data=folder", ["data.path", "data.shape", "data.classes"]),
+    ("seed=???", ["seed", "must be given"]),
+    ("~schedule.log_snr_max", ["schedule.log_snr_max"]),
+    ("~seed", ["seed"]),
+    # syntax and flags
+    ("seed", ["seed", "key=value"]),
+    ("seed=[1", ["seed=[1"]),
+    ("param=eps,x0", ["--multirun"]),
+    ("seed=${nope}", ["seed", "nope"]),
+    ("--multrun", ["--multrun", "--help"]),
+    ("--config-path=/nope", ["/nope"]),
+    ("--config-name=nope", ["nope"]),
+    ("--multirun param=eps,epz", ["param=eps"]),
+    ("--multirun trainer.max_steps=5,many", ["trainer.max_steps", "int"]),
+    # what may be imported
+    ("param._target_=nofile.Flow", ["nofile"]),
+    ("param._target_=genfw.Epz", ["Eps"]),
+    ("schedule._target_=genfw.Linear", ["~schedule.shift", "beta_min"]),
+    # combinations
+    ("likelihood.bins=3", ["17"]),
+    ("likelihood=bernoulli", ["data.binarize"]),
+    ("likelihood=categorical", ["bins"]),
+    ("model=vae likelihood=bins", ["categorical"]),
+    ("model=vae objective=simple", ["objective=elbo"]),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), WRONG, ids=[command for command, _ in WRONG])
+def test_wrong_command(command, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(command.split()) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert len((out + err).splitlines()) <= 8
+    assert max(map(len, err.splitlines())) < 400
+    for words in said:
+        assert words in err
+    assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def test_help_is_quick_and_complete():
+    started = time.monotonic()
+    done = genfw("--help")
+    seconds = time.monotonic() - started
+    assert done.returncode == 0, done.stderr
+    assert seconds < 5  # 0.3 s on a quiet machine
+    for word in ("model=vae", "*eps", "*cosine", "digits", "outputs/", "--multirun"):
+        assert word in done.stdout
+    assert len(re.findall(r"^  python -m genfw\b(?! \[)", done.stdout, re.M)) == 5
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["param=epz"], ["--cfg", "job"], ["+model.x=1"]])
+def test_no_torch_before_a_configuration_is_right(arguments):
+    code = (
+        "import sys\nfrom genfw.__main__ import main\n"
+        f"main({arguments})\n"
+        "heavy = {'torch', 'lightning', 'wandb', 'torchmetrics', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_help_names_every_option():
+    text = help.text([conf_folder()])
+    for file in conf_folder().glob("*/*.yaml"):
+        assert re.search(rf"[ *]{file.stem}\b", text), file
+
+
+def test_the_examples_of_the_help_are_right():
+    commands = re.findall(r"^  python -m genfw(?! \[)(.*?)(?:\s{2,}|$)", help.TEXT, re.M)
+    assert len(commands) == 5
+    with session():
+        for command in commands:
+            for job in jobs(command.replace("--multirun", "").split()):
+                compose(job)
+
+
+def test_cfg_prints_the_configuration(capsys):
+    assert main(["--cfg", "job", "param=v"]) == 0
+    assert OmegaConf.create(capsys.readouterr().out).param._target_ == "genfw.V"
+
+
+def test_nearest():
+    known = ["trainer.max_steps", "trainer.min_steps", "optimizer.lr", "seed"]
+    assert nearest("trainer.max_step", known) == "trainer.max_steps"
+    assert nearest("lr", known) == "optimizer.lr"
+    assert nearest("sede", known) == "seed"
+    assert nearest("trainer.foo", known) is None
+
+
+def test_jobs_are_all_combinations():
+    assert jobs(["a=1,2", "b=x", "c=range(2)"]) == [
+        ["a=1", "b=x", "c=0"],
+        ["a=1", "b=x", "c=1"],
+        ["a=2", "b=x", "c=0"],
+        ["a=2", "b=x", "c=1"],
+    ]
+
+
+# ---- what may be imported ------------------------------------------------------------------------
+
+UNTRUSTED = [
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "builtins.open",
+    "webbrowser.open",
+    "torch.load",
+    "torch.hub.load",
+    "pickle.loads",
+    "lightning.pytorch.LightningModule.load_from_checkpoint",
+    "genfwx.Eps",
+    "torch.optimx.AdamW",
+    "lightning.pytorch.callbacks",
+    "os",
+    "genfw..os",
+]
+# Allowed by their first words, and refused for where they lead.
+SMUGGLED = [
+    "genfw.train.config.importlib.import_module",
+    "genfw.train.jobs.subprocess.Popen",
+    "genfw.train.module.LatentModule.load_from_checkpoint",
+    "genfw.train.config.build",
+    "torch.optim.optimizer.torch.load",
+    "lightning.pytorch.callbacks.model_checkpoint.os.system",
+    "lightning.pytorch.loggers.wandb.os.system",
+]
+
+
+@pytest.mark.parametrize("target", UNTRUSTED + SMUGGLED)
+def test_untrusted_target_is_not_built(target):
+    config = OmegaConf.create({"node": {"_target_": target}})
+    with pytest.raises(ConfigError):
+        build(config.node)
+
+
+@pytest.mark.parametrize("target", UNTRUSTED)
+def test_untrusted_target_in_a_file_is_refused(target, tmp_path, capsys):
+    folder = tmp_path / "conf"
+    shutil.copytree(conf_folder(), folder)
+    (folder / "param" / "evil.yaml").write_text(f"_target_: {target}\n")
+    assert main(["--config-path", str(folder), "--cfg", "job", "param=evil"]) == 2
+    assert "trust" in capsys.readouterr().err
+
+
+def test_refused_module_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="trusted"):
+        locate("evil.Flow")
+    with pytest.raises(SystemExit):
+        locate("evil.Flow", trusted=["evil"])
+
+
+def test_trust_is_by_whole_names():
+    assert allowed("mine.flows.Flow", ["mine"])
+    assert allowed("mine.flows.Flow", ["mine.flows.Flow"])
+    assert not allowed("mine.flows.Flow", ["min", "mine.flow"])
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def test_interpolation_builds_twice():
+    config = OmegaConf.create(
+        {
+            "schedule": {"_target_": "genfw.LogLinear", "log_snr_max": 5.0, "log_snr_min": -5.0},
+            "both": {"a": "${schedule}", "b": "${schedule}"},
+        }
+    )
+    both = build(config.both)
+    assert type(both["a"]) is type(both["b"])
+    assert both["a"] is not both["b"]
+
+
+def test_partial_waits_and_given_arguments_win():
+    node = {"_target_": "genfw.LogLinear", "_partial_": True, "log_snr_max": 5.0}
+    made = build(OmegaConf.create(node), log_snr_max=6.0)(log_snr_min=-1.0)
+    assert (made.log_snr_max, made.log_snr_min) == (6.0, -1.0)
+
+
+def test_a_refused_value_names_its_place():
+    config = OmegaConf.create({"sampler": {"_target_": "genfw.Ancestral", "steps": 0}})
+    with pytest.raises(ConfigError, match=r"sampler \(genfw.Ancestral\).*at least 1"):
+        build(config.sampler)
+
+
+# ---- run folders ---------------------------------------------------------------------------------
+
+
+def test_twenty_starts_in_a_second_have_twenty_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = iter(["a", "a", "a", "b"])  # even where the random names repeat
+    OmegaConf.register_new_resolver("start", lambda: next(names), use_cache=True, replace=True)
+    configs = [OmegaConf.create({"run": {"dir": "outputs/${start:}"}}) for _ in range(2)]
+    assert [own_folder(each, "run.dir").name for each in configs] == ["a", "b"]
+    from genfw.train.jobs import start_name
+
+    OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=True)
+    configs = [OmegaConf.create({"run": {"dir": "outputs/${start:}"}}) for _ in range(20)]
+    with ThreadPoolExecutor(20) as pool:
+        folders = list(pool.map(lambda each: own_folder(each, "run.dir"), configs))
+    assert len(set(folders)) == 20
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-7]{6}", f.name) for f in folders)
+
+
+def test_named_folder_may_exist_but_not_be_a_file(tmp_path):
+    config = OmegaConf.create({"run": {"dir": str(tmp_path)}})
+    assert own_folder(config, "run.dir") == tmp_path
+    (tmp_path / "file").touch()
+    config.run.dir = str(tmp_path / "file")
+    with pytest.raises(GenfwError, match="is a file"):
+        own_folder(config, "run.dir")
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "it's", "a=b,c", "back\\slash", "[x]"])
+def test_any_folder_name_survives_hydra(name, tmp_path):
+    with session():
+        config = compose([f"hydra.run.dir={quoted(tmp_path / name)}"])
+    assert config.hydra.run.dir == str(tmp_path / name)
+
+
+SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")
+SMALL = ("sampler.steps=2", "net.width=8", "net.blocks=1")
+
+
+@pytest.mark.slow
+def test_run_from_anywhere(tmp_path):
+    done = genfw(*SHORT, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert {"results.json", "samples.png", ".hydra", "genfw.log"} <= {
+        f.name for f in folder.iterdir()
+    }
+
+
+@pytest.mark.slow
+def test_sweep_goes_on_after_a_failed_job(tmp_path):
+    done = genfw(
+        *("--multirun", "sampler.steps=0,2", "data.name='a=b, c'"), *SHORT, *SMALL[1:], cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "job 0" in done.stderr
+    (sweep,) = (tmp_path / "multirun").iterdir()
+    assert not (sweep / "0" / "results.json").exists()
+    assert (sweep / "1" / "results.json").exists()
+    assert OmegaConf.load(sweep / "1" / "config.yaml").data.name == "a=b, c"
+
+
+@pytest.mark.slow
+def test_wheel_carries_its_configuration(tmp_path):
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("genfw", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", source)
+    (source / "README.md").touch()
+    subprocess.run([*command, "-w", tmp_path, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    shutil.unpack_archive(wheel, tmp_path / "site", "zip")
+    done = genfw("--cfg", "job", "param=v", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert "genfw.V" in done.stdout
+    packed = {
+        p.relative_to(tmp_path / "site/genfw/conf")
+        for p in (tmp_path / "site/genfw/conf").rglob("*.yaml")
+    }
+    assert packed == {p.relative_to(ROOT / "conf") for p in (ROOT / "conf").rglob("*.yaml")}
+    weights = (tmp_path / "site").rglob("*.safetensors")
+    assert {p.name for p in weights} == {p.name for p in (ROOT / "genfw").rglob("*.safetensors")}

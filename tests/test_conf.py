@@ -1,0 +1,177 @@
+"""conf/ says what the classes say: one folder per interface, one file per registered class."""
+
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import lightning.pytorch as L
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import genfw
+from genfw.registry import Registered
+from genfw.train import resolvers
+from genfw.train.compose import compose, session
+from genfw.train.config import build, conf_folder, locate
+from genfw.train.schema import ConfFiles, from_signature
+
+for module in pkgutil.walk_packages(genfw.__path__, "genfw."):
+    if not module.name.startswith(("genfw.train", "genfw.__main__")):
+        importlib.import_module(module.name)
+resolvers.register()
+
+CONF = conf_folder()
+GROUPS = {  # those of genfw itself: tests register classes of their own
+    group: {
+        name: cls
+        for name, cls in interface.registry.items()
+        if cls.__module__.startswith("genfw.") and "<locals>" not in cls.__qualname__
+    }
+    for group, interface in Registered.groups.items()
+    if interface.__module__.startswith("genfw.") and "genfw.train" not in interface.__module__
+}
+CLASSES = [(group, name) for group, classes in GROUPS.items() for name in classes]
+FACTS = {"data": {"shape": [1, 8, 8], "bins": 17, "classes": 10}, "model": {"latents": 3}}
+FACTS["likelihood"] = {"_target_": "genfw.CategoricalLikelihood", "bins": 17}
+
+
+def conf_node(group, name):
+    """The part of a conf file that names the class."""
+    content = OmegaConf.load(CONF / group / f"{name}.yaml")
+    return content.model if group == "model" else content
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_one_file_per_registered_class(group):
+    files = {file.stem for file in (CONF / group).glob("*.yaml")}
+    assert files == set(GROUPS[group])
+
+
+@pytest.mark.parametrize(("group", "name"), CLASSES)
+def test_file_names_its_class_and_its_arguments(group, name):
+    cls = GROUPS[group][name]
+    node = conf_node(group, name)
+    assert locate(node._target_) is cls
+    said, known = ConfFiles([CONF]).schema(node._target_), from_signature(cls)
+    assert list(said.arguments) == list(known.arguments)
+    for key, argument in said.arguments.items():
+        types = known.arguments[key].types
+        if types is not None:
+            assert argument.types is not None, f"{key}: state its types in a comment"
+            assert argument.types <= types, f"{key}: {argument.types} where the class takes {types}"
+
+
+@pytest.mark.parametrize(("group", "name"), [each for each in CLASSES if each[0] != "model"])
+def test_class_can_be_built_from_its_file(group, name):
+    facts = {**FACTS, "data": {**FACTS["data"], "bins": 2 if name == "bernoulli" else 17}}
+    config = OmegaConf.create({**facts, "node": conf_node(group, name)})
+    assert type(build(config.node)) is GROUPS[group][name]
+
+
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_model_can_be_built(model):
+    with session():
+        config = compose([f"model={model}"])
+    assert type(build(config.model)) is GROUPS["model"][model]
+
+
+def test_likelihood_outputs_are_those_of_the_classes():
+    for name, cls in GROUPS["likelihood"].items():
+        bins = 2 if name == "bernoulli" else 5
+        node = OmegaConf.create({"_target_": f"genfw.{cls.__name__}", "bins": bins})
+        if name == "gaussian":
+            del node["bins"]
+        assert resolvers.outputs(node) == build(node).outputs
+
+
+def test_log_snr_max_is_the_schedule_s():
+    from genfw.schedule import log_snr_max_for
+
+    assert resolvers.log_snr_max(17) == pytest.approx(log_snr_max_for(17), rel=1e-15)
+
+
+OURS = {  # where genfw's default is a choice of its own
+    *("lr", "betas", "max_steps", "max_epochs", "gradient_clip_val", "use_distributed_sampler"),
+    *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),
+    *("log_every_n_steps", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+}
+FOREIGN = {
+    "lightning.pytorch.Trainer": (
+        L.Trainer,
+        {"logger", "callbacks", "plugins", "enable_autolog_hparams", "model_registry"},
+    ),
+    "torch.optim.AdamW": (torch.optim.AdamW, {"params"}),
+}
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+def test_file_of_a_foreign_class_keeps_up_with_it(target):
+    cls, elsewhere = FOREIGN[target]
+    said, known = ConfFiles([CONF]).schema(target), inspect.signature(cls).parameters
+    assert set(said.arguments) == set(known) - elsewhere
+    for key, argument in said.arguments.items():
+        if key not in OURS:
+            assert argument.default == known[key].default, key
+
+
+def _walk(content):
+    if OmegaConf.is_dict(content):
+        if "_target_" in content:
+            yield content
+        for key in content:
+            yield from _walk(content._get_node(key))
+
+
+@pytest.mark.parametrize(
+    "target",
+    sorted(
+        {
+            node._target_
+            for file in CONF.rglob("*.yaml")
+            for node in _walk(OmegaConf.load(file))
+            if node._target_.startswith("genfw.train.")
+        }
+    ),
+)
+def test_top_floor_files_name_real_arguments(target):
+    said, known = ConfFiles([CONF]).schema(target), from_signature(locate(target))
+    assert set(said.arguments) <= set(known.arguments)
+    given_by_the_job = {"optimizer", "steps", "folder"}
+    missing = {key for key, each in known.arguments.items() if each.required}
+    assert missing - set(said.arguments) <= given_by_the_job
+
+
+@pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
+def test_experiment_composes(experiment):
+    with session():
+        config = compose([f"experiment={experiment}"])
+    assert config.data.name in experiment
+
+
+def test_every_option_of_the_other_groups_composes():
+    with session():
+        for file in CONF.glob("*/*.yaml"):
+            group = file.parent.name
+            if group not in GROUPS:
+                given = ["data.path=x", "data.shape=[3,8,8]", "data.classes=2"]
+                compose([f"{group}={file.stem}", *(given if file.stem == "folder" else [])])
+
+
+def test_none_switches_a_group_off():
+    with session():
+        config = compose([f"{g}=none" for g in ("scheduler", "callbacks", "logger", "metrics")])
+    assert config.scheduler is None
+    assert config.callbacks == config.logger == config.metrics == {}
+
+
+def test_packages_in_pyproject_are_the_folders():
+    import tomllib
+
+    root = Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {
+        ".".join(file.parent.relative_to(root).parts) for file in (root / "genfw").rglob("*.py")
+    }
+    assert set(listed) - {"genfw.conf"} == folders

@@ -1,0 +1,152 @@
+"""Somebody else's class, on genfw's command line, without a line in genfw."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[1]
+
+FLOW = '''
+from genfw import LinearParameterization
+
+
+class Flow(LinearParameterization, name="flow"):
+    """eps - x: the velocity of the straight path."""
+
+    def coefficients(self, alpha, sigma):
+        return -1.0, 1.0
+'''
+
+SCHEDULE = """
+from genfw import NoiseSchedule
+
+
+class Power(NoiseSchedule, name="power"):
+    def __init__(self, log_snr_max: float, log_snr_min: float, power: float = 2.0):
+        self.__dict__["power"] = power
+        super().__init__(log_snr_max, log_snr_min)
+
+    def log_snr(self, t):
+        return -self.power * (t / (1.0001 - t).clamp(min=1e-12)).log()
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package as pip would install it: a folder, and its entry point."""
+    site = tmp_path / "site"
+    (site / "tiny").mkdir(parents=True)
+    (site / "tiny" / "__init__.py").write_text("")
+    (site / "tiny" / "flows.py").write_text(FLOW + SCHEDULE)
+    info = site / "tiny-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[genfw.plugins]\ntiny = tiny.flows\n")
+    return site
+
+
+def genfw(*arguments, site=None, cwd=ROOT):
+    path = os.pathsep.join(map(str, filter(None, [ROOT, site])))
+    return subprocess.run(
+        [sys.executable, "-m", "genfw", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def composed(*arguments, **where):
+    done = genfw("--cfg", "job", *arguments, **where)
+    assert done.returncode == 0, done.stderr
+    return OmegaConf.create(done.stdout)
+
+
+def test_name_without_yaml(package):
+    assert composed("param=flow", site=package).param == {"_target_": "tiny.flows.Flow"}
+
+
+def test_defaults_come_from_the_signature(package):
+    schedule = composed("schedule=power", "schedule.power=3", site=package).schedule
+    assert schedule.power == 3
+    assert schedule.log_snr_min == -10.0
+    for wrong in ("schedule.pwer=3", "+schedule.pwer=3", "schedule.power=x"):
+        done = genfw("schedule=power", wrong, site=package)
+        assert done.returncode == 2
+        assert "schedule.power" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_name_in_an_experiment(package):
+    folder = package / "tiny" / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "straight.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /param: flow\nseed: 7\n"
+    )
+    config = composed("experiment=straight", site=package)
+    assert (config.param._target_, config.seed) == ("tiny.flows.Flow", 7)
+    assert "straight" in genfw("--help", site=package).stdout
+
+
+def test_own_conf_folder_needs_no_import(package):
+    folder = package / "tiny" / "conf" / "param"
+    folder.mkdir(parents=True)
+    (folder / "straight.yaml").write_text("_target_: tiny.flows.Flow\n")
+    (package / "tiny" / "flows.py").write_text("raise SystemExit('imported')")
+    assert composed("param=straight", site=package).param._target_ == "tiny.flows.Flow"
+
+
+def test_help_lists_plugins(package):
+    assert "tiny (tiny.flows)" in genfw("--help", site=package).stdout
+
+
+def test_broken_plugin_is_named_and_only_where_it_matters(package):
+    (package / "tiny" / "flows.py").write_text("import not_there")
+    done = genfw("param=flow", site=package)
+    assert done.returncode == 2
+    assert "plug-in tiny" in done.stderr
+    assert "not_there" in done.stderr
+    composed("param=v", site=package)
+
+
+def test_typo_with_a_plugin_installed(package):
+    done = genfw("param=flwo", site=package)
+    assert done.returncode == 2
+    assert "param=flow" in done.stderr
+
+
+def test_file_beside_the_person(tmp_path):
+    (tmp_path / "my_file.py").write_text(FLOW)
+    config = composed("param._target_=my_file.Flow", cwd=tmp_path)
+    assert config.param._target_ == "my_file.Flow"
+    done = genfw("param._target_=my_file.Flow", "+param.foo=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "param.foo" in done.stderr
+    done = genfw("param._target_=my_file.Flwo", cwd=tmp_path)
+    assert "Flow" in done.stderr
+
+
+SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")
+SMALL = ("sampler.steps=2", "net.width=8", "net.blocks=1", "hydra.run.dir=run")
+
+
+@pytest.mark.slow
+def test_plugin_runs(package, tmp_path):
+    done = genfw("param=flow", *SHORT, *SMALL, site=package, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test/nll"] > 0
+
+
+@pytest.mark.slow
+def test_file_runs_and_in_a_sweep_too(tmp_path):
+    (tmp_path / "my_file.py").write_text(FLOW)
+    done = genfw("--multirun", "param._target_=my_file.Flow", *SHORT, *SMALL[:-1], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (results,) = tmp_path.rglob("results.json")
+    assert json.loads(results.read_text())["test/nll"] > 0
+    assert list(OmegaConf.load(results.parent / "config.yaml").trusted) == ["my_file.Flow"]
