@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.data import TensorDataset
 from genfw.train.features import InceptionFeatures
 from genfw.train.frechet import FrechetDistance
 
-IMAGES = 96
+IMAGES = 48
 
 
 class Images(TensorDataset):
@@ -58,7 +59,7 @@ def random_images(seed: int, smooth: float) -> Tensor:
 
 def by_genfw(real: Tensor, generated: Tensor, weights: Path, cache: Path) -> float:
     distance = FrechetDistance(InceptionFeatures(weights), bins=256, cache=cache)
-    distance.reference(real.numpy(), content_hash="random", batch=32)
+    distance.reference(real.numpy(), split="train", content_hash="random")
     for batch in generated.split(24):
         distance.update(batch)
     value = distance.compute()
@@ -94,6 +95,7 @@ def by_torch_fidelity(real: Tensor, generated: Tensor, weights: Path) -> float:
 
 
 def main() -> None:
+    warnings.filterwarnings("ignore", message=".*worker processes.*")
     logging.basicConfig(format="                %(message)s", level=logging.INFO)
     torch.manual_seed(0)
     real, generated = random_images(1, smooth=0.7), random_images(2, smooth=0.5)

@@ -267,8 +267,8 @@ class InceptionFeatures(FeatureExtractor, name="inception"):
             )
         except Exception as error:
             raise FeaturesUnavailable(
-                f"{file} is not torch-fidelity's Inception network ({_first_line(error)}); "
-                f"it is the file {fidelity.URL_INCEPTION_V3}"
+                f"{file} is not torch-fidelity's Inception network ({type(error).__name__}): "
+                f"take {fidelity.URL_INCEPTION_V3}"
             ) from error
         self.eval()
 
