@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image as PIL
 from rich import progress as rich
 from torch import Tensor
@@ -146,7 +147,7 @@ class Pictures(L.Callback):
             self.images = batch.image[: 2 * self.examples]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.validating or trainer.sanity_checking:
+        if not _fitting(trainer):
             return
         self.validations += 1
         if self.every and self.validations % self.every == 0 and trainer.is_global_zero:
@@ -208,7 +209,7 @@ class Frechet(L.Callback):
         self.referred = False
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.validating or trainer.sanity_checking:
+        if not _fitting(trainer):
             return
         self.validations += 1
         if self.every and self.validations % self.every == 0:
@@ -247,6 +248,11 @@ class Frechet(L.Callback):
         distance.reset()
         distance.update(images)
         return distance.compute()
+
+
+def _fitting(trainer: L.Trainer) -> bool:
+    """Whether this validation is one of a training run."""
+    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
 
 def show(trainer: L.Trainer, key: str, path: Path) -> None:

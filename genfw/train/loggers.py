@@ -65,7 +65,7 @@ class CSV(Logger):
         """The composed configuration is a file of its own in the run folder."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
         row = {"step": step, **plain(metrics)}
         new = [name for name in row if name not in self.columns]
         if new or not self.path.exists():
@@ -153,7 +153,7 @@ class Wandb(Logger):
             self._quietly(lambda: self.run.config.update(config, allow_val_change=True))
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
         if self.run is not None:
             row = {"trainer/global_step": step, **plain(metrics)}
             self._quietly(lambda: self.run.log(row))
@@ -218,7 +218,6 @@ class Wandb(Logger):
                 )
                 break
             except Exception as error:
-                wandb.teardown()
                 if attempt == "offline":
                     raise
                 self.reason = f"no run could be opened online: {one_line(error)}"
@@ -260,12 +259,12 @@ def answers(host: str, patience: float = PATIENCE) -> bool:
     heard = threading.Event()
 
     def ask() -> None:
-        question = urllib.request.Request(
-            f"{host.rstrip('/')}/graphql",
-            data=b'{"query": "{ __typename }"}',
-            headers={"Content-Type": "application/json", "User-Agent": "genfw"},
-        )
         try:
+            question = urllib.request.Request(
+                f"{host.rstrip('/')}/graphql",
+                data=b'{"query": "{ __typename }"}',
+                headers={"Content-Type": "application/json", "User-Agent": "genfw"},
+            )
             with urllib.request.urlopen(question, timeout=patience) as reply:
                 kind = reply.headers.get_content_type()
         except urllib.error.HTTPError as refusal:  # 401 is an answer

@@ -1,0 +1,233 @@
+"""One small run from configuration to folder, and everything that is found there."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf, open_dict
+from PIL import Image as PIL
+from test_loggers import read_wandb
+
+from genfw import evaluate, sample
+from genfw.train.compose import compose, session
+from genfw.train.errors import GenfwError
+from genfw.train.frechet import FrechetDistance
+from genfw.train.job import restore, run, validation_interval
+from genfw.train.runs import command
+
+SMALL = (
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "estimator.strata=1",
+    "callbacks.pictures.every=1",
+    "callbacks.pictures.samples=9",
+    "callbacks.progress.every=3",
+)
+FID = ("metrics.fid.samples=40", "metrics.fid.validation_samples=36", "metrics.fid.every=1")
+VDM = ("model=vdm", "net=mlp", "net.width=16", "net.blocks=1", "sampler.steps=8", *SMALL)
+VAE = ("model=vae", "net@encoder=mlp_encoder", "net@decoder=mlp_decoder", *SMALL)
+
+
+def composed(*overrides):
+    with session():
+        config = compose(overrides)
+    with open_dict(config):
+        config.pop("hydra")
+    return config
+
+
+@pytest.fixture(scope="module")
+def vdm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, run(composed(*VDM, *FID), folder)
+
+
+def test_results_are_flat_complete_and_written(vdm):
+    folder, results = vdm
+    assert json.loads((folder / "results.json").read_text()) == results
+    terms = ("nll", "bpd", "nll_stderr", "nll_std", "reconstruction", "levels", "prior", "count")
+    for key in (*(f"test/{term}" for term in terms), "test/fd_digits", "val/nll", "seconds"):
+        assert math.isfinite(results[key]), key
+    assert results["test/count"] == 447
+    assert results["test/fd_digits_samples"] == 40
+    assert results["test/fd_digits_reference"].startswith("1000 images of train")
+    assert results["parameters"] > 1000
+    assert results["versions/torch"] == torch.__version__
+    dims = 64 * math.log(2)
+    assert results["test/bpd"] == pytest.approx(results["test/nll"] / dims, rel=1e-6)
+    split = -results["test/reconstruction"] + results["test/levels"] + results["test/prior"]
+    assert results["test/nll"] == pytest.approx(split, rel=1e-5)
+
+
+def test_configuration_is_resolved_and_kept(vdm):
+    folder, _ = vdm
+    kept = OmegaConf.load(folder / "config.yaml")
+    assert kept.net.width == 16
+    assert kept.model.denoiser.network.width == 16
+    assert "${" not in (folder / "config.yaml").read_text()
+
+
+def test_every_number_is_in_the_ledger(vdm):
+    folder, results = vdm
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    trained = [row for row in rows if row.get("train/objective")]
+    assert [int(row["step"]) for row in trained] == list(range(6))
+    validated = [row for row in rows if row["val/nll"]]
+    assert len(validated) == 2
+    assert min(float(row["val/nll"]) for row in validated) == pytest.approx(results["val/nll"])
+    assert all(float(row["val/fd_digits"]) > 0 for row in validated)
+    assert all(float(row["val/fd_digits_samples"]) == 36 for row in validated)
+    (tested,) = [row for row in rows if row["test/nll"]]
+    assert float(tested["test/nll"]) == pytest.approx(results["test/nll"])
+
+
+def test_pictures(vdm):
+    folder, _ = vdm
+    assert PIL.open(folder / "samples.png").size == (3 * 9 * 4 + 4, 3 * 9 * 4 + 4)
+    strip = PIL.open(folder / "denoising.png")
+    assert strip.size == (9 * 9 * 4 + 4, 12 * 9 * 4 + 4)  # 8 levels and the end; 6 samples, 2 rows
+    for kind in ("samples", "denoising"):
+        assert [file.name for file in sorted((folder / kind).iterdir())] == [
+            "000003.png",
+            "000006.png",
+        ]
+
+
+def test_checkpoints_hold_plain_types_raw_and_averaged_weights(vdm):
+    folder, _ = vdm
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for name, steps in (("best", (3, 6)), ("last", (6,))):
+        held = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert held["global_step"] in steps
+        raw = {k.removeprefix("model.") for k in held["state_dict"] if k.startswith("model.")}
+        mean = {k.removeprefix("average.") for k in held["state_dict"] if k.startswith("average.")}
+        assert raw == mean != set()
+        assert held["callbacks"]["EMA"]["updates"] == held["global_step"]
+
+
+def test_wandb_holds_configuration_and_numbers(vdm):
+    folder, results = vdm
+    config, history, summary = read_wandb(folder)
+    assert config["net"]["width"] == 16
+    assert "git" in config
+    logged = [row["val/nll"] for row in history if "val/nll" in row]
+    assert min(logged) == pytest.approx(results["val/nll"])
+    assert {"val/reconstruction", "val/levels", "val/prior"} <= set().union(*history)
+    assert any("test/samples/path" in row for row in history)
+    assert summary["test/nll"] == pytest.approx(results["test/nll"])
+    assert list(folder.glob("wandb/offline-run-*/files/media/images/test/samples*.png"))
+
+
+def test_evaluate_gives_the_same_number(vdm, capsys):
+    folder, results = vdm
+    assert command(evaluate.evaluate, [f"run={folder}"]) == 0
+    again = json.loads((folder / "evaluation.json").read_text())
+    for key in ("nll", "nll_stderr", "levels", "count"):
+        assert again[f"test/{key}"] == pytest.approx(results[f"test/{key}"], rel=1e-6)
+    assert f"{results['test/nll']:.2f}" in capsys.readouterr().out
+
+    assert command(evaluate.evaluate, [f"run={folder}", "estimator.strata=2"]) == 0
+    more = json.loads((folder / "evaluation.json").read_text())
+    assert more["test/nll"] != results["test/nll"]
+
+
+def test_samples_of_a_run_are_its_own(vdm, tmp_path):
+    folder, _ = vdm
+    out = tmp_path / "nine.png"
+    assert command(sample.sample, [f"run={folder}", "n=9", "chunk=2", f"out={out}"]) == 0
+    assert PIL.open(out).tobytes() == PIL.open(folder / "samples.png").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "run=<folder>"),
+        (["run=nowhere"], "nowhere"),
+        (["run={}", "estimator.stratta=3"], "estimator.strata"),
+        (["run={}", "checkpoint=worst"], "worst.ckpt"),
+        (["run={}", "n"], "not understood"),
+    ],
+)
+def test_wrong_commands_say_so(vdm, capsys, arguments, said):
+    given = [each.format(vdm[0]) for each in arguments]
+    assert command(sample.sample, given) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_restore_says_which_file_does_not_fit(vdm, tmp_path):
+    config = OmegaConf.load(vdm[0] / "config.yaml")
+    config.model.denoiser.network.width = 8
+    with pytest.raises(GenfwError, match="does not fit"):
+        restore(config, vdm[0] / "checkpoints" / "best.ckpt")
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"<html>not found</html>")
+    with pytest.raises(GenfwError, match="cannot be read"):
+        restore(config, broken)
+
+
+def test_vae_without_loggers_and_with_a_failing_metric(tmp_path, monkeypatch, capsys):
+    """Nothing beside the likelihood can lose a run."""
+
+    def fail(self):
+        raise RuntimeError("singular product")
+
+    monkeypatch.setattr(FrechetDistance, "compute", fail)
+    results = run(composed(*VAE, *FID, "logger=none", "callbacks.pictures.every=0"), tmp_path)
+    assert math.isfinite(results["test/nll"])
+    assert not any("fd_digits" in key for key in results)
+    out = capsys.readouterr().out
+    assert out.count("fd_digits skipped: RuntimeError: singular product") == 1
+    assert "step 3/6" in out
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "checkpoints",
+        "config.yaml",
+        "reconstructions.png",
+        "results.json",
+        "samples.png",
+    }
+
+
+def test_equal_seeds_equal_runs(tmp_path):
+    few = [each for each in VDM if not each.startswith("callbacks")]
+    quick = (*few, "logger=none", "metrics=none", "callbacks=none", "trainer.max_steps=2")
+    found = []
+    for seed in (1, 1, 2):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        found.append(run(composed(*quick, f"seed={seed}"), folder)["test/nll"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_a_short_run_validates_once_at_its_end(tmp_path):
+    config = composed(*VDM, "trainer.max_steps=2", "trainer.val_check_interval=300")
+    assert validation_interval(config.trainer) == 2
+    config.trainer.accumulate_grad_batches = 4
+    assert validation_interval(config.trainer) == 8
+    config.trainer.val_check_interval = 0.5
+    assert validation_interval(config.trainer) == 0.5
+
+
+def test_a_failed_run_ends_its_wandb_run_as_failed(tmp_path, monkeypatch):
+    import wandb
+
+    codes = []
+    finish = wandb.Run.finish
+    monkeypatch.setattr(
+        wandb.Run, "finish", lambda self, exit_code=None: (codes.append(exit_code), finish(self))
+    )
+    config = composed(*VDM, "metrics=none")
+    config.trainer.max_steps = -2  # refused by Lightning
+    with pytest.raises(Exception, match="max_steps"):
+        run(config, tmp_path)
+    assert not Path(tmp_path / "results.json").exists()
+    config.trainer.max_steps = 1
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(config, tmp_path)
+    assert codes == [1]

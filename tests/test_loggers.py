@@ -1,0 +1,295 @@
+"""Numbers reach the disk at once, and Weights & Biases never stops a run."""
+
+import csv
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from genfw.train import loggers
+from genfw.train.loggers import CSV, Wandb, answers, choose_mode
+
+
+def rows(file):
+    with open(file, newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def records(file: Path):
+    """A .wandb file: LevelDB's log, 32 KiB blocks after a header of 7 bytes, holding protobufs."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    data = file.read_bytes()
+    assert data[:4] in (b"", b":W&B")
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if kind == 0:
+            at += left
+            continue
+        if at + 7 + size > len(data):
+            return  # still being written
+        whole += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            record = pb.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def read_wandb(folder: Path):
+    """(config, history rows, summary) of the one offline run in a run folder."""
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20  # W&B's own process writes, a moment after `finish` returns
+    while not any(r.HasField("exit") for r in records(file)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    config, history, summary = {}, [], {}
+
+    def values(items):
+        return {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
+
+    for r in records(file):
+        config |= values([*r.run.config.update, *r.config.update])
+        summary |= values(r.summary.update)
+        if r.history.item:
+            history.append(values(r.history.item))
+    return config, history, summary
+
+
+def test_csv_writes_every_row_at_once_and_grows_columns(tmp_path):
+    logger = CSV(tmp_path)
+    logger.log_metrics({"a": torch.tensor(1.5)}, step=0)
+    assert rows(logger.path) == [{"step": "0", "a": "1.5"}]
+    logger.log_metrics({"b": 2.0}, step=1)
+    logger.log_metrics({"a": 3.0, "b": 4.0}, step=2)
+    again = CSV(tmp_path)  # a resumed run goes on in the same file
+    again.log_metrics({"a": 5.0}, step=3)
+    found = rows(logger.path)
+    assert [row["step"] for row in found] == ["0", "1", "2", "3"]
+    assert [row["a"] for row in found] == ["1.5", "", "3.0", "5.0"]
+    assert [row["b"] for row in found] == ["", "2.0", "4.0", ""]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+class Server:
+    """A local web server that answers with a status and a content type, or is silent."""
+
+    def __init__(self, status: int, kind: str):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", "2")
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            def log_message(self, *args):
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self.url
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and never says a word."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(8)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "heard"),
+    [
+        (200, "application/json; charset=utf-8", True),
+        (401, "application/json", True),
+        (200, "text/html", False),  # a hotel's login page
+        (502, "text/html", False),  # a proxy's regret
+    ],
+)
+def test_answer_is_json(status, kind, heard):
+    with Server(status, kind) as url:
+        assert answers(url) is heard
+
+
+def test_silence_ends_in_time(silent):
+    started = time.monotonic()
+    assert not answers(silent, patience=0.3)
+    assert time.monotonic() - started < 1
+
+
+def test_nobody_there_and_nonsense():
+    assert not answers("http://127.0.0.1:1")
+    assert not answers("no address at all")
+
+
+@pytest.fixture
+def account(monkeypatch):
+    """W&B as if it had credentials, or not, and were served at some address."""
+    import wandb
+
+    def pretend(credentials: bool, url: str):
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setattr(wandb, "login", lambda **asked: credentials and not asked["prompt"])
+        settings = SimpleNamespace(base_url=url)
+        monkeypatch.setattr(wandb, "setup", lambda *given: SimpleNamespace(settings=settings))
+
+    return pretend
+
+
+def test_credentials_and_network(account):
+    with Server(200, "application/json") as url:
+        account(True, url)
+        assert choose_mode() == ("online", "")
+        account(False, url)
+        mode, reason = choose_mode()
+    assert mode == "offline"
+    assert "credentials" in reason
+
+
+def test_credentials_without_network(account, silent):
+    account(True, silent)
+    started = time.monotonic()
+    mode, reason = choose_mode()
+    assert time.monotonic() - started < 3
+    assert mode == "offline"
+    assert silent in reason
+
+
+def test_a_stranger_is_offline_and_not_asked(tmp_path):
+    """No account, no terminal, the real W&B; in its own process, for W&B keeps what it knows."""
+    program = "from genfw.train.loggers import choose_mode; print(*choose_mode(), sep='|')"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**clean, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+    )
+    assert done.stdout.startswith("offline|no credentials")
+    assert done.stderr == ""
+
+
+def test_environment_is_obeyed_by_auto_only(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert choose_mode("auto") == ("disabled", "WANDB_MODE=disabled")
+    assert choose_mode("offline")[0] == "offline"
+    monkeypatch.setenv("WANDB_MODE", "dryrun")
+    assert choose_mode("auto")[0] == "offline"
+
+
+def test_mode_is_one_of_four(tmp_path):
+    with pytest.raises(ValueError, match="auto, online, offline, disabled"):
+        Wandb(tmp_path, mode="ofline")
+
+
+def test_offline_run_holds_config_metrics_and_summary(tmp_path):
+    logger = Wandb(tmp_path, mode="offline", tags=["law"])
+    logger.log_hyperparams({"model": {"name": "vdm"}, "seed": 3})
+    identity = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert identity == logger.version
+    for step in range(3):
+        logger.log_metrics({"val/nll": torch.tensor(90.0 - step)}, step=step)
+    logger.summarize({"test/nll": 88.5})
+    assert "wandb sync" in logger.where
+    synced = Path(logger.where.split("wandb sync ")[1])
+    assert synced.is_dir()
+    assert identity in synced.name
+    logger.finish()
+    assert "wandb sync" in logger.where
+    logger.finish()
+    logger.log_metrics({"val/nll": 1.0}, step=4)  # too late: ignored
+
+    config, history, summary = read_wandb(tmp_path)
+    assert config["model"] == {"name": "vdm"}
+    assert config["seed"] == 3
+    curve = [(row["trainer/global_step"], row["val/nll"]) for row in history if "val/nll" in row]
+    assert curve == [(0, 90.0), (1, 89.0), (2, 88.0)]
+    assert summary["test/nll"] == 88.5
+
+
+def test_refusal_of_a_run_costs_only_the_run(tmp_path, monkeypatch, capsys):
+    import wandb
+
+    def refuse(**settings):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    logger = Wandb(tmp_path, mode="offline")
+    logger.log_hyperparams({"a": 1})
+    logger.log_metrics({"b": 1.0}, step=0)
+    logger.summarize({"c": 1})
+    logger.finish()
+    assert "disk full" in capsys.readouterr().err
+    assert "disk full" in logger.where
+
+
+def test_online_refusal_continues_offline(tmp_path, monkeypatch):
+    import wandb
+
+    init, modes = wandb.init, []
+
+    def refuse_online(**settings):
+        modes.append(settings["mode"])
+        if settings["mode"] == "online":
+            raise wandb.errors.CommError("invalid key")
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", refuse_online)
+    logger = Wandb(tmp_path, mode="online")
+    logger.log_hyperparams({"a": 1})
+    assert modes == ["online", "offline"]
+    assert "invalid key" in logger.where
+    logger.finish()
+    assert read_wandb(tmp_path)[0]["a"] == 1
+
+
+def test_a_failing_log_call_is_said_once(tmp_path, capsys):
+    logger = Wandb(tmp_path, mode="offline")
+    logger.log_hyperparams({"a": 1})
+    run = logger.run
+
+    class Broken:
+        id = "x"
+
+        def log(self, row):
+            raise OSError("no space left")
+
+    logger.run = Broken()
+    for step in range(3):
+        logger.log_metrics({"b": 1.0}, step=step)
+    assert capsys.readouterr().err.count("no space left") == 1
+    run.finish()
+
+
+def test_git_commit(monkeypatch):
+    commit = loggers.git_commit()
+    assert commit is None or len(commit.removesuffix("+")) == 40
+    monkeypatch.setattr(loggers.shutil, "which", lambda name: None)
+    assert loggers.git_commit() is None
