@@ -106,9 +106,9 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         raise TypeError(f"{type(self).__name__} states no log_snr")
 
     def curve_slope(self, u: Tensor) -> Tensor:
-        """-d curve / du, by autograd."""
-        with torch.enable_grad():
-            u = u if u.requires_grad else u.detach().requires_grad_()
+        """-d curve / du, by autograd (under inference mode too, as in Lightning's validation)."""
+        with torch.inference_mode(False), torch.enable_grad():
+            u = u if u.requires_grad else u.clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.curve(u).sum(), u, create_graph=True)
         return -slope if torch.is_grad_enabled() else -slope.detach()
 

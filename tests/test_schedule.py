@@ -95,6 +95,8 @@ def test_a_new_schedule_states_its_curve_and_inherits_the_rest():
     assert torch.allclose(schedule.inverse(schedule.log_snr(t)), t, atol=1e-9)
     u = (2 / 30) ** 0.5 + ((19 / 30) ** 0.5 - (2 / 30) ** 0.5) * t
     assert torch.allclose(schedule.log_snr(t), 10 - 30 * u**2)
+    with torch.inference_mode():
+        assert torch.allclose(schedule.slope(t), 60 * u * (u[-1] - u[0]))
     with pytest.raises(ValueError, match=r"Square reaches log SNR 10 .* asked for 12"):
         Square(12.0, -9.0)
 
