@@ -116,6 +116,32 @@ def test_wrong_command(command, said, capsys, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
 
 
+RIGHT = [
+    "optimizer.lr=1",
+    "trainer.devices=2",
+    "trainer.devices=[0,1]",
+    "trainer.limit_val_batches=0.5",
+    "trainer.precision=bf16-mixed",
+    "model.steps=1000",
+    "callbacks.ema=null",
+    "~callbacks.ema",
+    "~logger.wandb",
+    "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor",
+    "model.times={_target_:genfw.diffusion.times.UniformLogSNR}",
+    "data.binarize=dynamic",
+    "model=vae data.binarize=static likelihood=bernoulli",
+    "model=vae net@encoder=mlp_encoder net@decoder=mlp_decoder model.latents=4",
+    "experiment=digits_vae seed=3",
+    "experiment=digits_vdm param=x0",
+    "schedule._target_=genfw.LogLinear ~schedule.shift",
+]
+
+
+@pytest.mark.parametrize("command", RIGHT)
+def test_right_command(command, capsys):
+    assert main(["--cfg", "job", *command.split()]) == 0, capsys.readouterr().err
+
+
 def test_help_is_quick_and_complete():
     started = time.monotonic()
     done = genfw("--help")
