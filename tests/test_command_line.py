@@ -99,6 +99,10 @@ WRONG = [
     ("likelihood=bernoulli", ["data.binarize"]),
     ("likelihood=categorical", ["bins"]),
     ("model=vae likelihood=bins", ["categorical"]),
+    ("model=vae net@encoder=mlp", ["net@encoder", "mlp_encoder"]),
+    ("net=unet model=vdm +net.latents=2", ["net.latents"]),
+    ("model=vdm net=mlp_decoder +model.latents=2", ["model.latents"]),
+    ("model=vdm net=conv_encoder net.latents=2", ["net cannot be ConvEncoder", "net=conv"]),
     ("model=vae objective=simple", ["objective=elbo"]),
 ]
 

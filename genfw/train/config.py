@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -439,6 +440,18 @@ def _likelihood_reads_model(config: DictConfig) -> None:
             )
 
 
+def _networks_fit_their_place(config: DictConfig) -> None:
+    for place, ending in (("net", ""), ("encoder", "_encoder"), ("decoder", "_decoder")):
+        target = _target(config, place) or ""
+        kind = re.search(r"(Encoder|Decoder)?$", target)
+        if target.startswith("genfw.nets.") and kind and kind[0].lower() != ending.lstrip("_"):
+            key = place if place == "net" else f"net@{place}"
+            raise ConfigError(
+                f"{key} cannot be {target.removeprefix('genfw.nets.')}: use {key}=conv{ending}, "
+                f"mlp{ending} or the like"
+            )
+
+
 def _simple_needs_noise(config: DictConfig) -> None:
     if _target(config, "objective") == "genfw.Simple" and _target(config, "model") == "genfw.VAE":
         raise ConfigError(
@@ -454,5 +467,6 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _bins_agree,
     _bernoulli_is_binary,
     _likelihood_reads_model,
+    _networks_fit_their_place,
     _simple_needs_noise,
 )
