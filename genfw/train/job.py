@@ -211,7 +211,8 @@ def table(results: Mapping[str, Any]) -> Table:
     )
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
-        sheet.add_row("  levels (denoising)", f"{test['levels']:.2f} nats")
+        if test["levels"]:
+            sheet.add_row("  levels (denoising)", f"{test['levels']:.2f} nats")
         sheet.add_row("  prior", f"{test['prior']:.2f} nats")
     for key, value in test.items():
         if f"{key}_samples" in test:

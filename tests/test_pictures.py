@@ -1,0 +1,71 @@
+"""Pictures show what they say: the very samples, and the way that led to them."""
+
+import tiny
+import torch
+
+import genfw
+from genfw.noise import Noise
+from genfw.train.pictures import data_to_bytes, draw_samples, grid, reconstructions, trajectory
+
+
+def test_a_trajectory_ends_in_the_sample():
+    model, noise = tiny.vdm(), Noise(7, torch.arange(5))
+    with torch.no_grad():
+        way, x = trajectory(model, noise)
+        assert (x == model.sample(5, noise=noise)).all()
+    assert [float(step.s) for step in way] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_a_sample_is_its_number_and_seed():
+    model = tiny.vdm()
+    at_once = draw_samples(model, range(7), seed=1)
+    assert (draw_samples(model, range(7), seed=1, chunk=3) == at_once).all()
+    assert (draw_samples(model, range(1, 7, 2), seed=1) == at_once[1::2]).all()  # rank 1 of 2
+    assert (draw_samples(model, range(7), seed=2) != at_once).any()
+
+
+def test_grid_puts_images_row_by_row():
+    images = torch.arange(3, dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 2, 2) * 100
+    picture = torch.tensor(list(grid(images, columns=2, smallest=1).tobytes())).reshape(7, 7)
+    assert picture[1:3, 1:3].unique() == 0
+    assert picture[1:3, 4:6].unique() == 100
+    assert picture[4:6, 1:3].unique() == 200
+    assert picture[:, 3].unique() == picture[4:6, 4:6].unique() == 127
+
+
+def test_grid_of_colours_and_of_vectors():
+    colours = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    colours[:, 1] = 9
+    assert grid(colours, columns=2, smallest=4).getpixel((1, 1)) == (0, 9, 0)
+    assert grid(torch.zeros(2, 5, dtype=torch.uint8), columns=1, smallest=5).size == (7, 5)
+
+
+def test_data_are_bytes_between_their_ends():
+    x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])
+    assert data_to_bytes(x).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_reconstructions_of_a_perfect_vae():
+    """An encoder that copies and a decoder that is sure: the rows below equal the rows above."""
+
+    class Copy(torch.nn.Module):
+        def forward(self, x, y=None):
+            x = x.flatten(1)
+            return torch.cat([x, torch.full_like(x, -7.0)], 1)
+
+    class Read(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(1000.0))
+
+        def forward(self, z, y=None):
+            centres = torch.tensor([-2 / 3, 0.0, 2 / 3])
+            distance = (z[:, None] - centres[:, None]).square()
+            return (-self.gain * distance).reshape(len(z), 3, 2, 2)
+
+    x = torch.randint(3, (4, 1, 2, 2))
+    model = genfw.VAE(Copy(), Read(), genfw.CategoricalLikelihood(3), latents=4)
+    picture = reconstructions(model, x, Noise(0, torch.arange(4)), bins=3)
+    rows = [picture.crop((0, top, picture.width, top + 32)) for top in (16, 64)]  # 16-fold, 1 gap
+    assert rows[0].tobytes() == rows[1].tobytes()
+    assert len(set(rows[0].tobytes())) == 4  # three values and the gap
