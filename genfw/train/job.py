@@ -249,6 +249,7 @@ def quiet() -> None:
         ".*litlogger.*",
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
+        ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
 
