@@ -21,6 +21,7 @@ from genfw.nets import (
     sinusoidal,
 )
 from genfw.nets.blocks import Attention
+from genfw.nets.unet import Stage
 
 CLASSES, LATENTS, OUTPUTS = 3, 5, 4
 SHAPES = [(1, 8, 8), (3, 12, 8)]
@@ -95,9 +96,13 @@ def test_a_denoiser_answers_zero_before_training(cls, shape):
     assert not out.any()
 
 
-@each_net
-def test_the_gradient_reaches_every_parameter(cls):
-    net = build(cls, (1, 8, 8), classes=CLASSES)
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [pytest.param(cls, {}, id=name) for name, cls in NETS]
+    + [pytest.param(Conv, {"attention": True}, id="conv with attention")],
+)
+def test_the_gradient_reaches_every_parameter(cls, options):
+    net = build(cls, (1, 8, 8), classes=CLASSES, **options)
     y = torch.arange(CLASSES + 1)
     torch.sin(7 * net(*arguments(net, len(y)), y)).sum().backward()
     unreached = [
@@ -237,6 +242,20 @@ def test_the_unet_attends_to_the_coarse_and_halves_evenly(size):
     assert net(torch.randn(2, 1, size, size), torch.rand(2)).shape == (2, 1, size, size)
     attends = sum(isinstance(module, Attention) for module in net.modules())
     assert attends == {8: 11, 28: 6, 32: 1}[size]
+
+
+def test_the_unet_gives_each_step_down_to_one_step_up():
+    net = UNet(shape=(1, 8, 8), width=8)
+    down, up = [], []
+    for layer in [net.enter, *net.down]:
+        layer.register_forward_hook(lambda _, inputs, output: down.append(output))
+    for layer in net.up:
+        if isinstance(layer, Stage):
+            layer.register_forward_hook(lambda _, inputs, output: up.append(inputs[0]))
+    net(torch.randn(2, 1, 8, 8), torch.rand(2))
+    assert len(up) == len(down)
+    for given, kept in zip(up, reversed(down), strict=True):
+        assert torch.equal(given[:, -kept.shape[1] :], kept)
 
 
 @pytest.mark.parametrize("cls", [ConvDecoder, MLPDecoder])
