@@ -92,7 +92,7 @@ class BatchNoise(Draws):
         n = self.size * self.chunks
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         position = torch.randperm(n, generator=generator)[self.chunk * self.size :][: self.size]
-        return ((offset + position / n) % 1.0).to(self.device)
+        return ((offset + position.double() / n) % 1.0).to(self.device)
 
     def fold(self, *keys: int | str) -> BatchNoise:
         return self
