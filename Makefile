@@ -32,5 +32,19 @@ check: env  ## formatting, lint, types, doctests, import laws
 	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q genfw tests/test_imports.py
 
+# torchvision must be the one built for torch, so FID by Inception has an environment of its own (5.8 GB on x86_64).
+FID_TORCH := $(if $(filter aarch64,$(shell uname -m)),torch==2.9.1 torchvision==0.24.1,torch==2.14.1 torchvision==0.29.1)
+.venv-fid/ready: constraints.txt
+	$(PYTHON) -m venv .venv-fid
+	.venv-fid/bin/python -m pip install --quiet $(FID_TORCH)
+	.venv-fid/bin/python -m pip install --quiet -c <(grep -v '^torch==' constraints.txt) $(FID_TORCH) \
+	  torch-fidelity==0.4.0 lightning torchmetrics hydra-core wandb jaxtyping matplotlib safetensors \
+	  scikit-learn datasets rich filelock
+	.venv-fid/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+fid-check: .venv-fid/ready  ## FID end to end on random Inception weights, in an environment of its own
+	.venv-fid/bin/python benchmarks/fid_check.py
+
 clean:  ## remove what was made (not runs)
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache

@@ -32,12 +32,6 @@ from genfw.registry import Registered
 from genfw.types import Time
 
 
-def log_snr_max_for(bins: int) -> float:
-    """2 log(3.02 K): half a bin is about three noise deviations at t = 0, so z_0 still tells the K
-    values apart."""
-    return 2 * math.log(3.02 * bins)
-
-
 class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
     """log SNR over time, and everything that follows from it.
 

@@ -86,12 +86,6 @@ def test_likelihood_outputs_are_those_of_the_classes():
         assert resolvers.outputs(node) == build(node).outputs
 
 
-def test_log_snr_max_is_the_schedule_s():
-    from genfw.schedule import log_snr_max_for
-
-    assert resolvers.log_snr_max(17) == pytest.approx(log_snr_max_for(17), rel=1e-15)
-
-
 OURS = {  # where genfw's default is a choice of its own
     *("lr", "betas", "max_steps", "max_epochs", "gradient_clip_val", "use_distributed_sampler"),
     *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps"),

@@ -60,6 +60,7 @@ def test_times_of_one_example_are_stratified_over_its_draws():
 def test_a_batch_covers_time_evenly():
     t = BatchNoise(64).time()
     assert torch.equal((t * 64).floor().sort().values, torch.arange(64).double())
+    assert t.dtype == torch.float64 and (t != t.float()).any()  # not single precision in disguise
 
 
 def test_chunks_of_one_step_cover_time_together():

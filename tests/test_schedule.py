@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from genfw import Cosine, Linear, LogLinear, NoiseSchedule
-from genfw.schedule import log_snr_max_for
+from genfw.train.resolvers import log_snr_max
 
 ALL = pytest.mark.parametrize("cls", NoiseSchedule.registry.values())
 ENDS = pytest.mark.parametrize("ends", [(13.3, -10.0), (7.9, -5.0), (14.0, -14.0), (2.0, 1.0)])
@@ -112,7 +112,7 @@ def test_bad_ends_are_refused(cls):
 def test_default_end_point_separates_the_bins():
     """At t = 0 half a bin is about three noise deviations: 1/K = 3.02 sigma_0 / alpha_0."""
     for bins in (2, 17, 256):
-        schedule = Cosine(log_snr_max_for(bins), -10.0)
+        schedule = Cosine(log_snr_max(bins), -10.0)
         zero = torch.tensor(0.0)
         assert (schedule.sigma(zero) / schedule.alpha(zero)).item() == pytest.approx(
             1 / (3.02 * bins)

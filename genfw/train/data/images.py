@@ -18,10 +18,13 @@ import numpy as np
 from torch import Tensor
 
 from genfw.registry import Registered
+from genfw.train.errors import GenfwError
 
 
-class DataError(ValueError):
+class DataError(GenfwError, ValueError):
     """The data are not what they were said to be; the message is for the person who gave them."""
+
+    exit_code = 2
 
 
 class Batch(NamedTuple):
