@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from genfw.likelihood import Likelihood as Likelihood
     from genfw.model import LatentModel as LatentModel
     from genfw.model import MarkovianHierarchy as MarkovianHierarchy
+    from genfw.model import Weighs as Weighs
     from genfw.models.vae import VAE as VAE
     from genfw.models.vdm import VDM as VDM
     from genfw.noise import BatchNoise as BatchNoise
@@ -83,7 +84,7 @@ _HOMES = {
         "GaussianLikelihood",
         "Likelihood",
     ),
-    "genfw.model": ("LatentModel", "MarkovianHierarchy"),
+    "genfw.model": ("LatentModel", "MarkovianHierarchy", "Weighs"),
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
     "genfw.noise": ("BatchNoise", "Draws", "Noise"),

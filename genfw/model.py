@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,16 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         torch's default."""
         default = torch.get_default_dtype()
         return next((torch.promote_types(p.dtype, default) for p in self.parameters()), default)
+
+
+@runtime_checkable
+class Weighs(Protocol):
+    """A model whose importance weights are known."""
+
+    def log_weight(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> Nats:
+        """log w = log p(x, z) - log q(z | x), all latents together, at one draw z from q, (b,)
+        nats: E[w] = p(x) exactly."""
+        ...
 
 
 class MarkovianHierarchy(LatentModel):
