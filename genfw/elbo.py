@@ -5,7 +5,7 @@ r"""The evidence lower bound, taken apart.
     p(z_T))}_{\text{prior}}
 
 An `ELBO` is never weighted, clipped or averaged over examples. What is minimised is an
-`Objective`, another type. Luo (19) for one level, (58) for many.
+`Objective`, another type. Luo (19) for one level.
 """
 
 from __future__ import annotations

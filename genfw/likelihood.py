@@ -192,7 +192,8 @@ def check_integers(x: Tensor, bins: int) -> None:
             f"images: expected integers 0..{bins - 1}, got {x.dtype}: pass the raw values, "
             "genfw normalizes them itself (likelihood.normalize)"
         )
-    if x.device.type == "cpu" and x.numel() and not (x.min() >= 0 and x.max() < bins):
+    # int(): a uint8 tensor compared with 256 would compare with 0
+    if x.device.type == "cpu" and x.numel() and not (int(x.min()) >= 0 and int(x.max()) < bins):
         raise ValueError(
             f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}.."
             f"{int(x.max())}: set bins to the number of values of your data"

@@ -99,6 +99,13 @@ def test_what_is_not_integers_in_range_is_refused(cls):
         likelihood.normalize(torch.tensor([[0, likelihood.bins]]))
 
 
+@pytest.mark.parametrize("cls", [cls for cls in MASSES if cls is not BernoulliLikelihood])
+def test_bytes_of_all_256_values_are_taken(cls):
+    likelihood = cls(bins=256)
+    x = torch.arange(256).to(torch.uint8).view(2, 128)
+    assert torch.equal(likelihood.normalize(x), likelihood.normalize(x.long()))
+
+
 def test_wrong_bins_and_wrong_heads_are_refused():
     with pytest.raises(ValueError, match="use likelihood=categorical"):
         BernoulliLikelihood(bins=17)

@@ -31,6 +31,13 @@ def test_simple_is_the_bound_without_its_slope(schedule, double):
     assert torch.allclose(level, simple * vdm.schedule.slope(noise.time()))
 
 
+def test_simple_is_unweighted_in_t_steps_too(double):
+    x, noise = torch.randint(17, (8, 4)), Noise(0, torch.arange(8))
+    vdm = network_vdm(Cosine(7.9, -10.0)).at(steps=5)
+    error = vdm.denoising(x, noise=noise).eps_error
+    assert torch.allclose(Simple()(vdm, x, noise=noise), 0.5 * error, rtol=1e-12)
+
+
 def test_simple_depends_on_the_schedule_and_the_bound_does_not(double):
     n, x = 200_000, torch.randint(17, (1, 4)).expand(200_000, 4)
     one, other = network_vdm(Cosine(7.9, -10.0)), network_vdm(Linear(7.9, -10.0))

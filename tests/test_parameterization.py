@@ -24,8 +24,8 @@ def test_the_true_target_gives_back_x_and_eps(cls, point):
     target = param.target(x, eps, alpha, sigma)
     output = target / param.scale(alpha.view(9, 1, 1), sigma.view(9, 1, 1))
     prediction = param.solve(output, z, alpha, sigma)
-    assert torch.allclose(prediction.x, x, atol=1e-9) and torch.allclose(
-        prediction.eps, eps, atol=1e-9
+    assert torch.allclose(prediction.x, x, rtol=0, atol=1e-9) and torch.allclose(
+        prediction.eps, eps, rtol=0, atol=1e-9
     )
 
 
@@ -86,4 +86,4 @@ def test_five_lines_make_a_new_one(point):
 
     x, eps, z, alpha, sigma = point
     prediction = Flow().solve(eps - x, z, alpha, sigma)
-    assert torch.allclose(prediction.x, x, atol=1e-9)
+    assert torch.allclose(prediction.x, x, rtol=0, atol=1e-9)

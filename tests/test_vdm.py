@@ -3,7 +3,7 @@ other coordinates."""
 
 import pytest
 import torch
-from oracles import GaussianDenoiser, LinearDenoiser, gaussian_log_prob
+from oracles import FiniteDenoiser, GaussianDenoiser, LinearDenoiser, gaussian_log_prob
 
 from genfw import (
     VDM,
@@ -55,24 +55,22 @@ def test_gaussian_data_with_the_exact_denoiser_give_the_exact_log_p(schedule, pa
     denoiser = LinearDenoiser(schedule(14.0, -14.0), param(), MEAN, STD)
     vdm = VDM(denoiser, GaussianLikelihood(), shape=(3,))
     exact = gaussian_log_prob(x, MEAN, STD)
-    for read in (vdm, vdm.at(steps=None)):
-        estimate = Bound(sets=2, strata=64)(read, x, noise=Noise(0, torch.arange(n)))
-        error = estimate.variance.sum().sqrt() / n
-        assert abs(estimate.nats.mean() + exact.mean()) < 4 * error
-        assert error < 0.15
+    estimate = Bound(sets=2, strata=64)(vdm, x, noise=Noise(0, torch.arange(n)))
+    error = estimate.variance.sum().sqrt() / n
+    assert abs(estimate.nats.mean() + exact.mean()) < 4 * error
+    assert error < 0.15
 
 
 @SCHEDULES
-def test_times_drawn_through_the_schedule_give_the_same_bound(schedule, double):
-    """The training estimator, -lambda'(t) and all, against exact log p: a wrong slope or density
-    shows here."""
-    n, x = 400_000, gaussian_data(2000).repeat(200, 1)
-    vdm = VDM(GaussianDenoiser(schedule(9.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
-    total = vdm.elbo(x).total
-    straight = vdm.for_evaluation().elbo(x).total
-    error = (total.var() / n + straight.var() / n).sqrt()
-    assert abs(total.mean() - straight.mean()) < 4 * error
-    assert error < 0.15
+def test_times_drawn_through_the_schedule_give_it_too(schedule, double):
+    """The training estimator, -lambda'(t) and all: a wrong slope or density shows here."""
+    n, repeats = 2000, 200
+    x = gaussian_data(n).repeat(repeats, 1)
+    vdm = VDM(GaussianDenoiser(schedule(10.0, -10.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
+    gap = vdm.elbo(x).total - gaussian_log_prob(x, MEAN, STD)
+    error = gap.std() / (n * repeats) ** 0.5
+    assert abs(gap.mean()) < 4 * error
+    assert error < 0.2
 
 
 @pytest.mark.parametrize("steps", [None, 1, 7])
@@ -91,7 +89,7 @@ def test_parameterizations_give_one_bound(steps, double):
         for param in LINEAR
     ]
     for bound in bounds[1:]:
-        assert torch.allclose(bound, bounds[0], rtol=1e-10)
+        assert torch.allclose(bound, bounds[0], rtol=1e-10, atol=0)
 
 
 @SCHEDULES
@@ -167,16 +165,19 @@ def test_an_example_keeps_its_number_whatever_its_batch(double):
         assert torch.allclose(part, whole[order], rtol=1e-10)
 
 
-@pytest.mark.parametrize("param", ["eps", "x0", "v"])
-def test_probabilities_of_all_binary_images_sum_to_at_most_one(param, double):
-    """sum_x exp(ELBO(x)) <= 1 over the 16 images of 4 binary pixels, for random networks."""
+@pytest.mark.parametrize("steps", [None, 40])
+def test_probabilities_of_all_binary_images_sum_to_at_most_one(steps, double):
+    """sum_x exp(ELBO(x)) <= 1 over the 16 images of 4 binary pixels. With the exact denoiser of all
+    of them, or of some, the sum nearly gets there, so a dropped constant or factor is seen."""
     x = torch.tensor([[i >> b & 1 for b in range(4)] for i in range(16)])
-    for seed in range(2):
-        torch.manual_seed(seed)
-        vdm = network_vdm(Cosine(6.0, -8.0), bins=2, param=param)
-        estimate = Bound(sets=2, strata=128)(vdm, x, noise=Noise(0, torch.arange(16)))
+    likelihood = BinsLikelihood(2)
+    for known in (x, x[:5]):
+        points = likelihood.normalize(known)
+        vdm = VDM(FiniteDenoiser(Cosine(8.0, -9.0), points), likelihood, steps, shape=(4,))
+        estimate = Bound(sets=4, strata=64)(vdm, x, noise=Noise(0, torch.arange(16)))
         p = (-estimate.nats).exp()
         assert p.sum() <= 1 + 4 * (p**2 * estimate.variance).sum().sqrt()
+        assert p.sum() > (0.9 if steps is None else 0.5)
 
 
 def test_sampling_at_t_steps_is_the_hierarchys_own(double):

@@ -30,14 +30,14 @@ class Denoising:
         eps_error: (b,) ||eps - eps_hat||^2, summed over dimensions.
         measure: (b,) what turns a mean over draws into an integral over log SNR: -d log SNR / du
             for the uniform number u that t was made of; T expm1(log SNR_s - log SNR_t) in T steps.
-        slope: (b,) -d log SNR / dt; measure / slope does the same for an integral over t.
+        dt: (b,) what turns it into an integral over t: dt / du; 1 where t is uniform.
     """
 
     t: Tensor
     log_snr: Tensor
     eps_error: Nats
     measure: Tensor
-    slope: Tensor
+    dt: Tensor
 
     @property
     def cost(self) -> Nats:

@@ -90,8 +90,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         )
 
     def for_evaluation(self) -> VDM:
-        """Looks at all log SNR alike: the bound depends on the schedule's end points only, its
-        variance on more."""
+        """In continuous time, looks at all log SNR alike: the bound depends on the schedule's end
+        points only, its variance on more. T steps are looked at alike anyway."""
         return VDM(
             self.denoiser,
             self.likelihood,
@@ -124,11 +124,12 @@ class VDM(MarkovianHierarchy, name="vdm"):
         u = noise.time().to(data.device)
         if self.steps is None:
             t, measure = self.times(u, self.schedule)
+            dt = measure / self.schedule.slope(t)
         else:
             i = (u * self.steps).floor().clamp_max(self.steps - 1) + 1
             t = i / self.steps
             gained = self.schedule.log_snr((i - 1) / self.steps) - self.schedule.log_snr(t)
-            measure = self.steps * gained.expm1()
+            measure, dt = self.steps * gained.expm1(), torch.ones_like(t)
         eps = noise.normal("eps", data)
         alpha, sigma = (
             broadcast(self.schedule.alpha(t), data),
@@ -136,7 +137,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         )
         prediction = self.denoiser(alpha * data + sigma * eps, t, y)
         error = per_example((eps - prediction.eps).square())
-        return Denoising(t, self.schedule.log_snr(t), error, measure, self.schedule.slope(t))
+        return Denoising(t, self.schedule.log_snr(t), error, measure, dt)
 
     # The three conditionals of a hierarchy of T + 1 latents.
 
