@@ -44,9 +44,19 @@ if TYPE_CHECKING:
     from genfw.noise import BatchNoise as BatchNoise
     from genfw.noise import Draws as Draws
     from genfw.noise import Noise as Noise
-    from genfw.objective import Elbo as Elbo
-    from genfw.objective import Objective as Objective
-    from genfw.objective import Simple as Simple
+    from genfw.objective.denoising import Simple as Simple
+    from genfw.objective.importance import Ciwae as Ciwae
+    from genfw.objective.importance import Dreg as Dreg
+    from genfw.objective.importance import Iwae as Iwae
+    from genfw.objective.importance import Miwae as Miwae
+    from genfw.objective.importance import Stl as Stl
+    from genfw.objective.objective import Elbo as Elbo
+    from genfw.objective.objective import Objective as Objective
+    from genfw.objective.rate import L2 as L2
+    from genfw.objective.rate import Beta as Beta
+    from genfw.objective.rate import CyclicWarmup as CyclicWarmup
+    from genfw.objective.rate import FreeBits as FreeBits
+    from genfw.objective.rate import LinearWarmup as LinearWarmup
     from genfw.parameterization import X0 as X0
     from genfw.parameterization import Eps as Eps
     from genfw.parameterization import LinearParameterization as LinearParameterization
@@ -88,7 +98,10 @@ _HOMES = {
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
     "genfw.noise": ("BatchNoise", "Draws", "Noise"),
-    "genfw.objective": ("Elbo", "Objective", "Simple"),
+    "genfw.objective.denoising": ("Simple",),
+    "genfw.objective.importance": ("Ciwae", "Dreg", "Iwae", "Miwae", "Stl"),
+    "genfw.objective.objective": ("Elbo", "Objective"),
+    "genfw.objective.rate": ("L2", "Beta", "CyclicWarmup", "FreeBits", "LinearWarmup"),
     "genfw.parameterization": (
         "Eps",
         "LinearParameterization",

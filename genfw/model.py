@@ -10,13 +10,14 @@ three conditionals,
 and the bound, the importance weights and the ancestral sampler follow here, once, for every model:
 a VAE is the chain of one level, a diffusion model the chain whose encoder is fixed.
 
-Luo (19) for one level, (58) for many; sections 1 and 2 of the paper.
+Luo (19) for one level.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -69,9 +70,14 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 class Weighs(Protocol):
     """A model whose importance weights are known."""
 
-    def log_weight(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> Nats:
-        """log w = log p(x, z) - log q(z | x), all latents together, at one draw z from q, (b,)
-        nats: E[w] = p(x) exactly."""
+    def log_weight(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+    ) -> Tensor:
+        """log w = log p(x, z) - log q(z | x), all latents together, at k draws z from q, (b * k,)
+        nats, those of an example side by side: E[w] = p(x) exactly.
+
+        `noise` is for b * k rows. What q reads of x alone is computed once per example.
+        """
         ...
 
 
@@ -93,41 +99,52 @@ class MarkovianHierarchy(LatentModel):
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
         """p(z_{t-1} | z_t) given z = z_t; t = 1 is p(x | z_1), a distribution over integers."""
 
-    def _climb(self, x: Image, y: Labels | None, noise: Draws) -> Iterator[_Rung]:
-        """One sampled chain, level by level: q(z_t | .), its draw, and p(. | z_t) of the level
-        below."""
-        below: Tensor = x
+    def climb(
+        self,
+        x: Image,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        k: int = 1,
+        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+    ) -> list[Rung]:
+        """Sampled chains, k of each example side by side, level by level from z_1 to z_T.
+
+        Args:
+            noise: for b * k rows. What q reads of x alone is computed once per example.
+            draw: takes z_t from q(z_t | z_{t-1}).
+        """
+        q = self.encode(x, 1, y)
+        if k > 1:
+            x, y = x.repeat_interleave(k, 0), None if y is None else y.repeat_interleave(k, 0)
+            q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
+        noise, below, rungs = draws(noise, x), x, []
         for t in range(1, self.levels + 1):
-            q = self.encode(below, t, y)
-            z = q.sample(noise.fold(f"z{t}"))
-            yield _Rung(q, z, self.decode(z, t, y).log_prob(below))
+            q = q if t == 1 else self.encode(below, t, y)
+            z = draw(q, noise.fold(f"z{t}"))
+            p = self.decode(z, t, y)
+            rungs.append(Rung(q, z, p, p.log_prob(below)))
             below = z
+        return rungs
 
     def ancestral_elbo(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> ELBO:
-        r"""The joint log ratio on one sampled chain, the top level in closed form.
+        """`bound` of one sampled chain."""
+        return bound(self.climb(x, y, noise=noise), self.prior(len(x)))
 
-        .. math:: \log p(x|z_1) - \sum_{t<T} [\log q(z_t|z_{t-1}) - \log p(z_t|z_{t+1})]
-            - KL(q(z_T|z_{T-1}) \| p(z_T))
-
-        Both log densities of a level are taken at the SAME draw z_t. An analytic
-        KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1})) is not the bound: under q, z_t and z_{t+1} are
-        dependent.
-        """
-        rungs = list(self._climb(x, y, draws(noise, x)))
-        levels = tuple(rung.q.log_prob(rung.z) - above.log_below for rung, above in pairwise(rungs))
-        top = rungs[-1].q.kl(self.prior(len(x)))
-        return ELBO(reconstruction=rungs[0].log_below, levels=levels, prior=top)
-
-    def log_weight(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> Nats:
-        """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at a draw from q: E[w] = p(x) exactly.
+    def log_weight(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+    ) -> Tensor:
+        """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at k draws from q, (b * k,), those of
+        an example side by side: E[w] = p(x) exactly.
 
         The top level enters by its log densities at the draw, never by a KL: with the KL, E[w] is
         not p(x).
         """
-        rungs = list(self._climb(x, y, draws(noise, x)))
-        log_p = self.prior(len(x)).log_prob(rungs[-1].z) + sum(rung.log_below for rung in rungs)
+        rungs = self.climb(x, y, noise=noise, k=k)
+        top = rungs[-1].z
+        log_p = self.prior(len(top)).log_prob(top) + sum(rung.log_below for rung in rungs)
         return log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
 
     def ancestral_sample(
@@ -143,8 +160,31 @@ class MarkovianHierarchy(LatentModel):
         return z
 
 
-class _Rung:
-    """One level of a sampled chain."""
+@dataclass(frozen=True)
+class Rung:
+    """One level of a sampled chain.
 
-    def __init__(self, q: Normal, z: Tensor, log_below: Nats):
-        self.q, self.z, self.log_below = q, z, log_below
+    Attributes:
+        q: q(z_t | z_{t-1}).
+        z: z_t, its draw.
+        p: p(z_{t-1} | z_t).
+        log_below: (b,) log p(z_{t-1} | z_t) at the draw below; at t = 1, log p(x | z_1).
+    """
+
+    q: Normal
+    z: Tensor
+    p: Distribution
+    log_below: Nats
+
+
+def bound(rungs: Sequence[Rung], prior: Normal) -> ELBO:
+    r"""The joint log ratio on one sampled chain, the top level in closed form.
+
+    .. math:: \log p(x|z_1) - \sum_{t<T} [\log q(z_t|z_{t-1}) - \log p(z_t|z_{t+1})]
+        - KL(q(z_T|z_{T-1}) \| p(z_T))
+
+    Both log densities of a level are taken at the SAME draw z_t. An analytic
+    KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1})) is not the bound: under q, z_t and z_{t+1} are dependent.
+    """
+    levels = tuple(rung.q.log_prob(rung.z) - above.log_below for rung, above in pairwise(rungs))
+    return ELBO(reconstruction=rungs[0].log_below, levels=levels, prior=rungs[-1].q.kl(prior))

@@ -56,6 +56,10 @@ class Draws(ABC):
     def fold(self, *keys: int | str) -> Draws:
         """Draws for the same examples, independent of these and of those under other keys."""
 
+    @abstractmethod
+    def each(self, first: int, last: int) -> Draws:
+        """Draws first..last - 1 of every example, those of an example side by side."""
+
 
 class BatchNoise(Draws):
     """Draws from torch's global generator, for `size` examples at once.
@@ -97,6 +101,15 @@ class BatchNoise(Draws):
     def fold(self, *keys: int | str) -> BatchNoise:
         return self
 
+    def each(self, first: int, last: int) -> BatchNoise:
+        return BatchNoise(
+            self.size * (last - first),
+            self.device,
+            seed=self.seed,
+            chunk=self.chunk,
+            chunks=self.chunks,
+        )
+
 
 class Noise(Draws):
     """Draws keyed by (seed, example index, purpose): the same wherever and beside whomever they
@@ -107,6 +120,8 @@ class Noise(Draws):
         index: (b,) integers, the examples' indices in their data set (or the samples' numbers).
         stratum: (j, m): this is draw j of m for these examples. The m times of an example are
             stratified, t_j = (u + j / m) mod 1, and everything else is independent.
+        draw: (b,) integers, where an example stands in several rows: which of its draws each row
+            is.
 
     Example:
         >>> a = Noise(0, torch.arange(4)).normal("eps", torch.empty(4, 2))
@@ -115,7 +130,14 @@ class Noise(Draws):
         True
     """
 
-    def __init__(self, seed: int, index: Tensor, stratum: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        seed: int,
+        index: Tensor,
+        stratum: tuple[int, int] = (0, 1),
+        *,
+        draw: Tensor | None = None,
+    ):
         if index.ndim != 1 or index.is_floating_point():
             raise ValueError(
                 f"index: expected integers of shape (b,), got {index.dtype} {tuple(index.shape)}"
@@ -123,7 +145,11 @@ class Noise(Draws):
         j, m = stratum
         if not 0 <= j < m:
             raise ValueError(f"stratum: expected (j, m) with 0 <= j < m, got {stratum}")
-        self.seed, self.index, self.stratum = seed, index.long(), stratum
+        if draw is not None and draw.shape != index.shape:
+            raise ValueError(
+                f"draw: expected one per index, {(*index.shape,)}, got {(*draw.shape,)}"
+            )
+        self.seed, self.index, self.stratum, self.draw = seed, index.long(), stratum, draw
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         return torch.special.ndtri(self._uniform64(purpose, like)).to(like.dtype)
@@ -134,20 +160,39 @@ class Noise(Draws):
 
     def time(self) -> Tensor:
         j, m = self.stratum
-        start = _uniform(_stream(mix(self.seed, "time"), self.index))
+        start = _uniform(self._stream(mix(self.seed, "time")))
         return (start + j / m) % 1.0
 
     def fold(self, *keys: int | str) -> Noise:
-        return Noise(mix(self.seed, *keys), self.index, self.stratum)
+        return Noise(mix(self.seed, *keys), self.index, self.stratum, draw=self.draw)
 
     def stratified(self, j: int, m: int) -> Noise:
         """Draw j of m for the same examples: stratified times, independent otherwise."""
-        return Noise(self.seed, self.index, (j, m))
+        return Noise(self.seed, self.index, (j, m), draw=self.draw)
+
+    def each(self, first: int, last: int) -> Noise:
+        """Draws first..last - 1 of every example, those of an example side by side: independent
+        of one another, and each the same in whatever range it is asked for."""
+        if self.draw is not None:
+            raise ValueError("each: these rows are draws of their examples already")
+        draw = torch.arange(first, last, device=self.index.device)
+        index = self.index.repeat_interleave(last - first)
+        return Noise(self.seed, index, self.stratum, draw=draw.repeat(len(self.index)))
+
+    def of(self, rows: slice) -> Noise:
+        """Draws for some of the examples."""
+        draw = None if self.draw is None else self.draw[rows]
+        return Noise(self.seed, self.index[rows], self.stratum, draw=draw)
+
+    def _stream(self, seed: int) -> Tensor:
+        """A 64-bit stream key per row."""
+        keys = _stream(seed, self.index)
+        return keys if self.draw is None else _splitmix(keys ^ _splitmix(self.draw + seed))
 
     def _uniform64(self, purpose: str, like: Tensor) -> Tensor:
         if len(like) != len(self.index):
             raise ValueError(f"noise is for {len(self.index)} examples, asked for {len(like)}")
-        key = _stream(mix(self.seed, purpose, *self.stratum), self.index.to(like.device))
+        key = self._stream(mix(self.seed, purpose, *self.stratum)).to(like.device)
         count = torch.arange(like[0].numel(), device=like.device)
         return _uniform(_splitmix(key[:, None] + count * _signed(_GAMMA))).reshape(like.shape)
 

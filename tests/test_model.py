@@ -98,3 +98,12 @@ def test_an_example_keeps_its_number_whatever_its_batch(levels, double):
     assert torch.allclose(part, whole[order], rtol=1e-12)
     some = chain.ancestral_sample(4, noise=Noise(5, order))
     assert torch.allclose(some, chain.ancestral_sample(10, noise=Noise(5, torch.arange(10)))[order])
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_k_weights_of_an_example_are_those_of_k_rows(double, levels):
+    chain, x = LinearGaussianChain(levels, bias=0.3, stretch=1.2), torch.randn(4, 2)
+    noise = Noise(0, torch.arange(4)).each(0, 5)
+    together = chain.log_weight(x, noise=noise, k=5)
+    apart = chain.log_weight(x.repeat_interleave(5, 0), noise=noise)
+    assert together.shape == (20,) and torch.allclose(together, apart, rtol=1e-12)

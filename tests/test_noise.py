@@ -87,3 +87,21 @@ def test_bad_arguments_are_refused():
         Noise(0, torch.arange(3)).normal("x", torch.empty(4, 1))
     with pytest.raises(ValueError, match="common seed"):
         BatchNoise(4, chunks=2)
+
+
+def test_draws_of_an_example_are_the_same_in_any_range_and_unrelated(double):
+    noise, like = Noise(3, torch.arange(100)), torch.empty(300 * 100, 2)
+    every = noise.each(0, 300).normal("eps", like).view(100, 300, 2)
+    some = noise.of(slice(4, 6)).each(7, 9).fold().normal("eps", torch.empty(4, 2))
+    plain = Noise(mix(3), torch.arange(100)).each(0, 300).normal("eps", like).view(100, 300, 2)
+    assert torch.equal(some.view(2, 2, 2), plain[4:6, 7:9])
+    assert every.flatten().unique().numel() == every.numel()
+    assert stats.kstest(every.flatten().numpy(), "norm").pvalue > 1e-3
+    by_draw, by_example = every[..., 0].T, every[..., 0]
+    for rows in (by_draw[:100], by_example):
+        off = torch.corrcoef(rows) - torch.eye(100)
+        assert off.abs().max() < 5 / rows.shape[1] ** 0.5  # standard errors
+    with pytest.raises(ValueError, match="draws of their examples already"):
+        noise.each(0, 2).each(0, 2)
+    with pytest.raises(ValueError, match="one per index"):
+        Noise(0, torch.arange(3), draw=torch.arange(2))

@@ -96,6 +96,7 @@ class LatentModule(L.LightningModule):
             chunks=accumulate * world,
         )
         torch.manual_seed(mix(self.seed, step, chunk))
+        self.objective.advance(step)
         nats = self.objective(self.model, batch.image, batch.label, noise=noise)
         if nats.shape != (len(batch.image),):
             raise ValueError(

@@ -1,42 +1,17 @@
-r"""Objectives: what is minimised. Never what is reported.
+r"""Objectives of diffusion models:
 
-The bound (`ELBO`) is a statement about log p(x); an objective may weigh, clip or bend it in any
-way that trains well. Reported numbers come from `genfw.estimators`, which do not know objectives.
+.. math:: \tfrac12 \int w(\lambda) \|\epsilon - \hat\epsilon\|^2 d\lambda,
 
-A diffusion objective is :math:`\tfrac12 \int w(\lambda) \|\epsilon - \hat\epsilon\|^2 d\lambda`,
 estimated at one random time per example; each docstring states its w and its measure.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
-from torch import nn
-
 from genfw.diffusion.denoising import Denoises, Denoising
 from genfw.model import LatentModel
 from genfw.noise import Draws
-from genfw.registry import Registered
+from genfw.objective.objective import Objective
 from genfw.types import Image, Labels, Nats
-
-
-class Objective(Registered, nn.Module, ABC, group="objective"):
-    """A loss per example."""
-
-    @abstractmethod
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        """(b,) to be minimised in the mean. x: (b, *shape) integers."""
-
-
-class Elbo(Objective, name="elbo"):
-    """The negative bound itself, w = 1 in the measure d lambda."""
-
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        return -model.elbo(x, y, noise=noise).total
 
 
 class Simple(Objective, name="simple"):

@@ -1,0 +1,229 @@
+r"""Bounds of many draws, and gradients by the sampled path.
+
+.. math:: \log p(x) \ge E \log \frac1k \sum_{i=1}^k w_i, \quad w = p(x, z_1..z_T) /
+    q(z_1..z_T \mid x)
+
+k = 1 is the bound, the top level by its log densities at the draw; it rises with k towards log
+p(x). The -log k belongs to it.
+
+**Two gradients.** `Iwae`, `Miwae` and `Ciwae` are differentiated as they stand, z being a function
+of the encoder's parameters and of noise. That derivative has two parts: by the path, through the
+draws z_t, and by the score, through the parameters of every log q(z_t | z_{t-1}) with all draws
+held fixed. `Stl` and `Dreg` drop the score terms, all T of them and nothing else. What is kept:
+the slope of log q(z_t | z_{t-1}) in z_{t-1}, which moves its mean and width, belongs to the path.
+(For one draw its expectation is zero as well; but only with it does the slope of log w in every z_t
+vanish where q is the true posterior, and only then is the gradient free of variance there.)
+
+References:
+    Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015,
+        https://arxiv.org/abs/1509.00519;
+    Tighter Variational Bounds are Not Necessarily Better, Rainforth et al., 2018,
+        https://arxiv.org/abs/1802.04537;
+    Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational Inference,
+        Roeder, Wu, Duvenaud, 2017, https://arxiv.org/abs/1703.09194;
+    Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives, Tucker, Lawson, Gu,
+        Maddison, 2018, https://arxiv.org/abs/1810.04152.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from genfw.distributions import Normal, per_example
+from genfw.model import LatentModel, MarkovianHierarchy, Weighs
+from genfw.noise import Draws, draws
+from genfw.objective.objective import Objective
+from genfw.types import Image, Labels, Nats
+
+
+class Iwae(Objective, name="iwae"):
+    """The negative importance-weighted bound of k draws.
+
+    Args:
+        k: draws per example.
+    """
+
+    def __init__(self, k: int = 50):
+        super().__init__()
+        self.k = _draws("k", k)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        return -log_mean_exp(_log_weights(self, model, x, y, noise, self.k))
+
+    def extra_repr(self) -> str:
+        return f"log 1/{self.k} sum w"
+
+
+class Miwae(Objective, name="miwae"):
+    """The mean of m importance-weighted bounds of k draws each: m k draws per example.
+
+    A better signal for the encoder than one bound of m k draws.
+
+    Args:
+        m: bounds that are averaged.
+        k: draws of each.
+    """
+
+    def __init__(self, m: int = 8, k: int = 8):
+        super().__init__()
+        self.m, self.k = _draws("m", m), _draws("k", k)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        log_w = _log_weights(self, model, x, y, noise, self.m * self.k)
+        return -log_mean_exp(log_w.unflatten(1, (self.m, self.k))).mean(1)
+
+    def extra_repr(self) -> str:
+        return f"1/{self.m} sum log 1/{self.k} sum w"
+
+
+class Ciwae(Objective, name="ciwae"):
+    """weight times the bound plus (1 - weight) times the importance-weighted one, of the same k
+    draws.
+
+    Args:
+        k: draws per example.
+        weight: of the bound, 0..1 (beta in the paper).
+    """
+
+    def __init__(self, k: int = 50, weight: float = 0.5):
+        super().__init__()
+        self.k = _draws("k", k)
+        if not 0 <= weight <= 1:
+            raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
+        self.weight = weight
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        log_w = _log_weights(self, model, x, y, noise, self.k)
+        return -(self.weight * log_w.mean(1) + (1 - self.weight) * log_mean_exp(log_w))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight:g} mean log w + {1 - self.weight:g} log 1/{self.k} sum w"
+
+
+class Stl(Objective, name="stl"):
+    """The negative bound of one draw, its encoder gradient by the path alone: no variance where the
+    encoder is the true posterior. The decoder's gradient is the plain one."""
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        with torch.enable_grad():
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, 1)
+            return _moved(-log_w, -(log_p + path)).squeeze(1)
+
+
+class Dreg(Objective, name="dreg"):
+    r"""The negative importance-weighted bound of k draws, its encoder gradient doubly
+    reparameterized.
+
+    .. math:: \sum_i \tilde w_i^2 \, \frac{\partial \log w_i}{\partial z_i} \frac{d z_i}{d \phi},
+        \quad \tilde w_i = w_i / \sum_j w_j
+
+    Unbiased for the encoder's gradient of `Iwae`, and its signal does not drown as k grows. The
+    decoder's gradient is `Iwae`'s own. Tucker et al. (8).
+
+    Args:
+        k: draws per example; 1 is sticking the landing.
+    """
+
+    def __init__(self, k: int = 50):
+        super().__init__()
+        self.k = _draws("k", k)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        with torch.enable_grad():
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k)
+            share = log_w.detach().softmax(1)
+            return _moved(-log_mean_exp(log_w), -(share * log_p + share.square() * path).sum(1))
+
+    def extra_repr(self) -> str:
+        return f"log 1/{self.k} sum w, encoder by sum of (w / sum w)^2 dlog w/dz dz"
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    """log 1/k sum_k w over the last axis, of k log weights."""
+    return log_w.logsumexp(-1) - math.log(log_w.shape[-1])
+
+
+def _log_weights(
+    objective: Objective,
+    model: LatentModel,
+    x: Image,
+    y: Labels | None,
+    noise: Draws | None,
+    k: int,
+) -> Tensor:
+    """k log weights per example, (b, k)."""
+    if not isinstance(model, Weighs):
+        raise TypeError(
+            f"objective={objective.name} needs importance weights and {type(model).__name__} has "
+            "none: use objective=elbo, or a model with log_weight"
+        )
+    return model.log_weight(x, y, noise=draws(noise, x).each(0, k), k=k).unflatten(0, (-1, k))
+
+
+def _apart(
+    model: MarkovianHierarchy, x: Image, y: Labels | None, noise: Draws | None, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log w of k draws in three readings, (b, k) each: its value; what has the gradient of log
+    p(x, z) with all draws held fixed; what has the gradient of log w by the path alone,
+    d log w / dz * dz / dphi.
+
+    Every density is taken at a copy of its draw that knows no past, so that the slope in each copy
+    is the partial one; the chain rule then goes down the levels by hand.
+    """
+    paths: list[Tensor] = []
+
+    def copied(q: Normal, noise: Draws) -> Tensor:
+        paths.append(q.sample(noise))
+        return paths[-1].detach().requires_grad_()
+
+    rungs = model.climb(x, y, noise=draws(noise, x).each(0, k), k=k, draw=copied)
+    z = [rung.z for rung in rungs]
+    log_p = model.prior(len(z[-1])).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
+    log_w = log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
+    path = torch.zeros_like(log_w)
+    slopes = torch.autograd.grad(log_w.sum(), z, retain_graph=True)
+    moved = torch.zeros_like(z[-1])  # how z_{t+1} passes the slope on to z_t
+    for t in reversed(range(len(z))):
+        slope = slopes[t] + moved
+        path = path + per_example(slope * paths[t])
+        if t > 0:
+            (moved,) = torch.autograd.grad(
+                *(paths[t], z[t - 1], slope),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+    return log_w.unflatten(0, (-1, k)), log_p.unflatten(0, (-1, k)), path.unflatten(0, (-1, k))
+
+
+def _moved(value: Tensor, gradient: Tensor) -> Tensor:
+    """The value of one and the gradient of the other."""
+    return value.detach() + gradient - gradient.detach()
+
+
+def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
+    if not isinstance(model, MarkovianHierarchy):
+        raise TypeError(
+            f"objective={objective.name} follows a chain of latents from x up, which "
+            f"{type(model).__name__} is not: use objective=elbo, or a VAE or MHVAE"
+        )
+    return model
+
+
+def _draws(name: str, value: int) -> int:
+    if isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: expected at least 1 draw, got {value}")
+    return value

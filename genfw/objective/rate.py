@@ -1,0 +1,285 @@
+r"""Other prices for the latents. The bound is reconstruction - rate; here the rate is weighed,
+warmed up or floored, or the reconstruction replaced.
+
+.. math:: -E_q[\log p(x \mid z_1)] + \beta \cdot \text{rate}
+
+None of these is a likelihood, except `beta` at 1, which is the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from genfw.diffusion.denoising import Denoises
+from genfw.distributions import Normal, per_example
+from genfw.likelihood import Likelihood
+from genfw.model import LatentModel, MarkovianHierarchy, bound
+from genfw.noise import Draws
+from genfw.objective.objective import Objective
+from genfw.types import Image, Labels, Nats
+
+
+class Beta(Objective, name="beta"):
+    """The negative bound with `beta` times the rate.
+
+    Args:
+        beta: 1 is the bound; more makes latents dearer.
+
+    References:
+        beta-VAE: Learning Basic Visual Concepts with a Constrained Variational Framework, Higgins
+            et al., 2017, https://openreview.net/forum?id=Sy2fzU9gl.
+    """
+
+    def __init__(self, beta: float = 4.0):
+        super().__init__()
+        self.beta = _price("beta", beta)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        return _weighted(model, x, y, noise, self.beta)
+
+    def extra_repr(self) -> str:
+        return f"reconstruction - {self.beta:g} rate"
+
+
+class LinearWarmup(Objective, name="warmup"):
+    """Beta rises from `start` to `beta` over `steps` optimizer steps, and stays.
+
+    Args:
+        steps: optimizer steps until beta is reached.
+        start: beta of the first step.
+        beta: of the steps from `steps` on; 1 is the bound.
+
+    References:
+        Generating Sentences from a Continuous Space, Bowman et al., 2015,
+            https://arxiv.org/abs/1511.06349;
+        Ladder Variational Autoencoders, Sønderby et al., 2016, https://arxiv.org/abs/1602.02282.
+    """
+
+    def __init__(self, steps: int = 1000, start: float = 0.0, beta: float = 1.0):
+        super().__init__()
+        self.steps = _count("steps", steps)
+        self.start, self.beta = _price("start", start), _price("beta", beta)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        return _weighted(model, x, y, noise, self.beta_at(_step(self)))
+
+    def beta_at(self, step: int) -> float:
+        """Beta of the optimizer step number `step`, counted from 0."""
+        return self.start + (self.beta - self.start) * min(1.0, step / self.steps)
+
+    def extra_repr(self) -> str:
+        return f"reconstruction - beta rate, {self.start:g} -> {self.beta:g} in {self.steps} steps"
+
+
+class CyclicWarmup(Objective, name="cyclic"):
+    """Beta rises from 0 to `beta` and starts again, `cycles` times; then it stays at `beta`.
+
+    Args:
+        period: optimizer steps of a cycle.
+        cycles: how many.
+        ramp: the part of a cycle in which beta rises, in (0, 1]; in the rest it stays.
+        beta: the top; 1 is the bound.
+
+    References:
+        Cyclical Annealing Schedule: A Simple Approach to Mitigating KL Vanishing, Fu et al., 2019,
+            https://arxiv.org/abs/1903.10145.
+    """
+
+    def __init__(self, period: int = 1000, cycles: int = 4, ramp: float = 0.5, beta: float = 1.0):
+        super().__init__()
+        self.period, self.cycles = _count("period", period), _count("cycles", cycles)
+        if not 0 < ramp <= 1:
+            raise ValueError(f"ramp: expected a part of the cycle, above 0 and up to 1, got {ramp}")
+        self.ramp, self.beta = ramp, _price("beta", beta)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        return _weighted(model, x, y, noise, self.beta_at(_step(self)))
+
+    def beta_at(self, step: int) -> float:
+        """Beta of the optimizer step number `step`, counted from 0."""
+        if step >= self.period * self.cycles:
+            return self.beta
+        return self.beta * min(1.0, step % self.period / self.period / self.ramp)
+
+    def extra_repr(self) -> str:
+        return (
+            f"reconstruction - beta rate, 0 -> {self.beta:g} in {self.ramp:g} of "
+            f"{self.period} steps, {self.cycles} times"
+        )
+
+
+class Floor(Enum):
+    """What a floor under the rate may be laid under."""
+
+    EXAMPLE_LEVEL = "example_level"
+    """Each level of each example: sum over levels of max(KL, nats)."""
+
+    BATCH_LEVEL = "batch_level"
+    """Each level's mean over the batch: sum over levels of max(mean KL, nats)."""
+
+    EXAMPLE_DIMENSION = "example_dimension"
+    """Each latent dimension of each example."""
+
+    BATCH_DIMENSION = "batch_dimension"
+    """Each latent dimension's mean over the batch."""
+
+
+class FreeBits(Objective, name="free_bits"):
+    """The negative bound, in which no level (or dimension) gains by costing less than `nats`.
+
+    Below the floor the cost counts as `nats` and has no gradient. "Free bits" names four different
+    objectives in the literature: `per` says which. The paper's is `batch_level`, its levels being
+    groups of latents.
+
+    Args:
+        nats: the floor, for each level or dimension.
+        per: what the floor is laid under, a `Floor` or its value.
+
+    The batch is what `forward` is given: one micro-batch of one rank. Levels are the terms of the
+    model's `ELBO`: closed-form KLs where it has them; elsewhere (below the top of a Markovian
+    hierarchy) log ratios at one draw, noisy and of either sign, so that floors per example are
+    taken of noise: prefer `batch_level` there. Per dimension needs a KL that splits by dimension in
+    closed form: the one level of a VAE.
+
+    Raises:
+        TypeError: a model whose latents are noise, or, per dimension, not one level.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow, Kingma, Salimans, et al.,
+            2016, https://arxiv.org/abs/1606.04934.
+    """
+
+    def __init__(self, nats: float = 0.5, per: Floor | str = Floor.BATCH_LEVEL):
+        super().__init__()
+        self.nats = _price("nats", nats)
+        values = [each.value for each in Floor]
+        if per not in [*Floor, *values]:
+            raise ValueError(f"per: expected one of {', '.join(values)}, got {per!r}")
+        self.per = Floor(per)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        if isinstance(model, Denoises):
+            raise TypeError(
+                "objective=free_bits lays a floor under what learned latents cost, and those of "
+                f"{type(model).__name__} are fixed noise: use objective=elbo"
+            )
+        if self.per in (Floor.EXAMPLE_DIMENSION, Floor.BATCH_DIMENSION):
+            reconstruction, costs = self._dimensions(model, x, y, noise)
+        else:
+            elbo = model.elbo(x, y, noise=noise)
+            reconstruction, costs = elbo.reconstruction, torch.stack((*elbo.levels, elbo.prior), 1)
+        alone = self.per in (Floor.EXAMPLE_LEVEL, Floor.EXAMPLE_DIMENSION)
+        judged = costs if alone else costs.mean(0, keepdim=True)
+        return torch.where(judged > self.nats, costs, self.nats).sum(1) - reconstruction
+
+    def _dimensions(
+        self, model: LatentModel, x: Image, y: Labels | None, noise: Draws | None
+    ) -> tuple[Nats, Tensor]:
+        """Reconstruction and the KL of every latent dimension, (b, D)."""
+        if not isinstance(model, MarkovianHierarchy) or model.levels != 1:
+            raise TypeError(
+                f"objective=free_bits with per={self.per.value} needs a KL per dimension in closed "
+                f"form, which a VAE of one level has and this {type(model).__name__} has not: use "
+                "per=batch_level"
+            )
+        (rung,) = model.climb(x, y, noise=noise)
+        apart = _by_dimension(rung.q).kl(_by_dimension(model.prior(len(x))))
+        return rung.log_below, apart.unflatten(0, (len(x), -1))
+
+    def extra_repr(self) -> str:
+        return f"at least {self.nats:g} nats per {self.per.value.replace('_', ' and ')}"
+
+
+class L2(Objective, name="l2"):
+    r"""Squared error plus rate, as in many tutorials. NOT a likelihood: it trains, nothing more.
+
+    .. math:: \|\text{normalize}(x) - \text{normalize}(E[x \mid z_1])\|^2 + \text{rate} \cdot
+        (\text{what the latents cost})
+
+    Summed over dimensions, on the scale (-1, 1) of normalized data. As a likelihood it would lack
+    its variance and its constant, and be a density besides; its value compares with no NLL. Of
+    what the likelihood says only the mean is trained.
+
+    Args:
+        rate: weight of the rate; 2 s^2 stands for a normal decoder of standard deviation s.
+    """
+
+    def __init__(self, rate: float = 1.0):
+        super().__init__()
+        self.rate = _price("rate", rate)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        likelihood = getattr(model, "likelihood", None)
+        if (
+            not isinstance(model, MarkovianHierarchy)
+            or isinstance(model, Denoises)
+            or not isinstance(likelihood, Likelihood)
+        ):
+            raise TypeError(
+                "objective=l2 compares data with what a learned decoder means, and "
+                f"{type(model).__name__} is no chain with one: use objective=elbo, or a VAE"
+            )
+        rungs = model.climb(x, y, noise=noise)
+        mean = rungs[0].p.mean
+        error = likelihood.normalize(x).to(mean) - _normalized(mean, likelihood)
+        rate = bound(rungs, model.prior(len(x))).rate
+        return per_example(error.square()) + self.rate * rate
+
+    def extra_repr(self) -> str:
+        return f"||x - E[x|z]||^2 + {self.rate:g} rate: no likelihood"
+
+
+def _weighted(
+    model: LatentModel, x: Image, y: Labels | None, noise: Draws | None, beta: float
+) -> Nats:
+    elbo = model.elbo(x, y, noise=noise)
+    return -(elbo.reconstruction - beta * elbo.rate)
+
+
+def _normalized(mean: Tensor, likelihood: Likelihood) -> Tensor:
+    """An expected integer on the scale of normalized data, which is an affine map; a density's mean
+    as it is."""
+    if likelihood.bins is None:
+        return mean
+    first, second = likelihood.centres()[:2].tolist()
+    return first + (second - first) * mean
+
+
+def _by_dimension(q: Normal) -> Normal:
+    """A batch of b normals over D dimensions as one of b D normals over one."""
+    return Normal(q.mean.reshape(-1, 1), q.std.reshape(-1, 1))
+
+
+def _step(objective: Objective) -> int:
+    if objective.step is None:
+        raise ValueError(
+            f"objective={objective.name} depends on the training step and was not told it: "
+            "call objective.advance(step) before each optimizer step"
+        )
+    return objective.step
+
+
+def _price(name: str, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    return value
+
+
+def _count(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
+    return value
