@@ -30,7 +30,7 @@ class Simple(Objective, name="simple"):
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
         draw = _denoising(self, model, x, y, noise)
-        return (0.5 * draw.measure / draw.slope * draw.eps_error).to(draw.eps_error.dtype)
+        return (0.5 * draw.dt * draw.eps_error).to(draw.eps_error.dtype)
 
 
 def _denoising(
