@@ -53,7 +53,7 @@ def build(cls: type[Network], shape: tuple[int, ...], **options: Any) -> Network
 def arguments(net: Network, size: int, seed: int = 1) -> tuple[torch.Tensor, ...]:
     """A batch of what this kind of network is called with, labels left out."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (net.latents,) if isinstance(net, Decoder) else net.shape
+    shape = net.latents if isinstance(net, Decoder) else net.shape
     data = torch.randn(size, *shape, generator=generator, dtype=torch.float64)
     if not isinstance(net, DenoisingNetwork):
         return (data,)
@@ -265,6 +265,30 @@ def test_decoders_fit_odd_sizes(cls, size):
     assert net(torch.randn(2, 3)).shape == (2, 10, *size)
 
 
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+def test_between_levels_latents_have_any_shape(kind):
+    """A level above maps (4, 6, 5) to (2, 3, 3) and back: 2 numbers of each, mean and log std."""
+    encoder = Network.registry[f"{kind}_encoder"](shape=(4, 6, 5), latents=(2, 3, 3))
+    decoder = Network.registry[f"{kind}_decoder"](shape=(4, 6, 5), latents=(2, 3, 3), outputs=2)
+    assert encoder(torch.randn(2, 4, 6, 5)).shape == (2, 4, 3, 3)
+    assert decoder(torch.randn(2, 2, 3, 3)).shape == (2, 8, 6, 5)
+    with pytest.raises(ValueError, match=r"Decoder reads 2x3x3 per example, got 5: .*match\?"):
+        decoder(torch.randn(2, 5))
+    with pytest.raises(ValueError, match=r"Encoder reads 4x6x5 per example, got 4x6x6: .*match\?"):
+        encoder(torch.randn(2, 4, 6, 6))
+
+
+def test_a_decoder_starts_at_the_bias_it_is_given():
+    bias = torch.randn(2, 3, 4)
+    decoder = MLPDecoder((2, 3, 4), 5, 1, output_bias=bias.flatten().tolist())
+    before = MLPDecoder((2, 3, 4), 5, 1)
+    before.load_state_dict(decoder.state_dict())
+    torch.nn.init.zeros_(before.layers[-1].bias)
+    z = torch.randn(2, 5)
+    torch.testing.assert_close(decoder(z), before(z) + bias)
+    assert (MLPDecoder(4, 2, 1, output_bias=-1.5).layers[-1].bias == -1.5).all()
+
+
 def test_networks_print_what_they_map():
     net = Conv((1, 8, 8), out_channels=17, width=8, blocks=1)
     count = sum(p.numel() for p in net.parameters())
@@ -289,6 +313,8 @@ def _unet(**options: Any) -> Callable[[], Network]:
         (lambda: Conv((1, 8, 8), classes=0), "classes: expected a positive number or None, got 0"),
         (lambda: MLP((0,)), r"shape: expected positive sizes \(D,\) or \(C, \*dims\)"),
         (lambda: ConvDecoder((1, 2, 2), 3, 4, channels=(8, 8, 8)), "3 resolutions do not fit"),
+        (lambda: MLPDecoder((4,), (3, 0), 4), r"latents: expected positive sizes .*, got \(3, 0\)"),
+        (lambda: MLPDecoder((4,), 3, 1, output_bias=[1.0] * 3), "expected 1 number or 4, got 3"),
         (lambda: MLPDecoder((4,), 3, 4, activation="sillu"), "expected one of silu, .*'sillu'"),
     ],
 )

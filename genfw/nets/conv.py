@@ -17,6 +17,7 @@ from genfw.nets.network import (
     Features,
     Level,
     example_shape,
+    fed,
     multiple,
 )
 from genfw.types import Labels
@@ -81,8 +82,8 @@ class ConvEncoder(Encoder, name="conv_encoder"):
     """A residual block per resolution, halved in between, then one linear layer.
 
     Args:
-        shape: (C, H, W) of the data.
-        latents: dimensions of z.
+        shape: (C, H, W) of the data, or of the latents of the level below.
+        latents: size of z, or its shape (channels first).
         classes: number of labels; None ignores labels.
         channels: of each resolution, from the finest.
         dropout: in every block.
@@ -94,13 +95,13 @@ class ConvEncoder(Encoder, name="conv_encoder"):
     def __init__(
         self,
         shape: Sequence[int],
-        latents: int,
+        latents: int | Sequence[int],
         classes: int | None = None,
         channels: Sequence[int] = (32, 64),
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape, self.latents = example_shape(shape, rank=3), latents
+        self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
         sizes = halvings(self.shape, channels)
         self.label = None if classes is None else LabelEmbedding(classes, channels[-1])
         self.enter = nn.Conv2d(self.shape[0], channels[0], 3, padding=1)
@@ -110,23 +111,25 @@ class ConvEncoder(Encoder, name="conv_encoder"):
             layers += [PlainBlock(coarse, dropout)]
         self.layers = nn.Sequential(*layers)
         self.leave = nn.Sequential(group_norm(channels[-1]), nn.SiLU(), nn.Flatten())
-        self.output = nn.Linear(channels[-1] * math.prod(sizes[-1]), 2 * latents)
+        size = 2 * math.prod(self.latents)
+        self.output = nn.Linear(channels[-1] * math.prod(sizes[-1]), size)
 
     def forward(self, x: Features, y: Labels | None = None) -> Features:
-        h = self.layers(self.enter(x))
+        h = self.layers(self.enter(fed(self, x, self.shape)))
         if self.label is not None:
             h = h + self.label(y, len(x))[..., None, None]
-        return self.output(self.leave(h))
+        out = self.output(self.leave(h))
+        return out.reshape(len(x), 2 * self.latents[0], *self.latents[1:])
 
 
 class ConvDecoder(Decoder, name="conv_decoder"):
     """`ConvEncoder` backwards: a linear layer, a residual block per resolution, doubled between.
 
     Args:
-        shape: (C, H, W) of the data.
-        latents: dimensions of z.
+        shape: (C, H, W) of the data, or of the latents of the level below.
+        latents: size of z, or its shape (channels first).
         outputs: numbers per channel of the data that the likelihood reads: K for categorical,
-            1 for Bernoulli, 2 for a Gaussian.
+            1 for Bernoulli, 2 for a Gaussian and for latents (mean, log std).
         classes: number of labels; None ignores labels.
         channels: of each resolution, from the finest.
         dropout: in every block.
@@ -138,17 +141,18 @@ class ConvDecoder(Decoder, name="conv_decoder"):
     def __init__(
         self,
         shape: Sequence[int],
-        latents: int,
+        latents: int | Sequence[int],
         outputs: int,
         classes: int | None = None,
         channels: Sequence[int] = (32, 64),
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape, self.latents, self.outputs = example_shape(shape, rank=3), latents, outputs
-        sizes = halvings(self.shape, channels)
-        self.label = None if classes is None else LabelEmbedding(classes, latents)
-        self.enter = nn.Linear(latents, channels[-1] * math.prod(sizes[-1]))
+        self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
+        self.outputs = outputs
+        sizes, size = halvings(self.shape, channels), math.prod(self.latents)
+        self.label = None if classes is None else LabelEmbedding(classes, size)
+        self.enter = nn.Linear(size, channels[-1] * math.prod(sizes[-1]))
         layers: list[nn.Module] = [nn.Unflatten(1, (channels[-1], *sizes[-1]))]
         layers += [PlainBlock(channels[-1], dropout)]
         finer = zip(channels[-2::-1], channels[:0:-1], sizes[-2::-1])
@@ -160,9 +164,10 @@ class ConvDecoder(Decoder, name="conv_decoder"):
         self.output = nn.Conv2d(channels[0], outputs * self.shape[0], 3, padding=1)
 
     def forward(self, z: Features, y: Labels | None = None) -> Features:
+        h = fed(self, z, self.latents).flatten(1)
         if self.label is not None:
-            z = z + self.label(y, len(z))
-        return self.output(self.layers(self.enter(z)))
+            h = h + self.label(y, len(z))
+        return self.output(self.layers(self.enter(h)))
 
 
 def halvings(shape: tuple[int, ...], channels: Sequence[int]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
@@ -16,6 +17,7 @@ from genfw.nets.network import (
     Features,
     Level,
     example_shape,
+    fed,
     multiple,
 )
 from genfw.types import Labels
@@ -99,8 +101,8 @@ class MLPEncoder(Encoder, name="mlp_encoder"):
     """Linear layers with activations between, (b, *shape) to (b, 2 * latents).
 
     Args:
-        shape: of the data.
-        latents: dimensions of z.
+        shape: of the data, or of the latents of the level below.
+        latents: size of z, or its shape (channels first).
         classes: number of labels; None ignores labels.
         hidden: widths of the layers between.
         activation: one of silu, gelu, relu, leaky_relu, elu, tanh.
@@ -112,36 +114,38 @@ class MLPEncoder(Encoder, name="mlp_encoder"):
 
     def __init__(
         self,
-        shape: Sequence[int],
-        latents: int,
+        shape: int | Sequence[int],
+        latents: int | Sequence[int],
         classes: int | None = None,
         hidden: Sequence[int] = (256, 256),
         activation: str = "silu",
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape, self.latents = example_shape(shape), latents
+        self.shape, self.latents = example_shape(shape), example_shape(latents, name="latents")
         dims = math.prod(self.shape)
         self.label = None if classes is None else LabelEmbedding(classes, dims)
-        self.layers = layers([dims, *hidden, 2 * latents], activation, dropout)
+        self.layers = layers([dims, *hidden, 2 * math.prod(self.latents)], activation, dropout)
 
     def forward(self, x: Features, y: Labels | None = None) -> Features:
-        h = x.flatten(1)
-        return self.layers(h if self.label is None else h + self.label(y, len(x)))
+        h = fed(self, x, self.shape).flatten(1)
+        out = self.layers(h if self.label is None else h + self.label(y, len(x)))
+        return out.reshape(len(x), 2 * self.latents[0], *self.latents[1:])
 
 
 class MLPDecoder(Decoder, name="mlp_decoder"):
     """Linear layers with activations between, (b, latents) to (b, outputs * C, *dims).
 
     Args:
-        shape: (C, *dims) of the data.
-        latents: dimensions of z.
+        shape: (C, *dims) of the data, or of the latents of the level below.
+        latents: size of z, or its shape (channels first).
         outputs: numbers per channel of the data that the likelihood reads: K for categorical,
-            1 for Bernoulli, 2 for a Gaussian.
+            1 for Bernoulli, 2 for a Gaussian and for latents (mean, log std).
         classes: number of labels; None ignores labels.
         hidden: widths of the layers between.
         activation: one of silu, gelu, relu, leaky_relu, elu, tanh.
         dropout: after every activation.
+        output_bias: where the bias of the last layer starts (`start_at`).
 
     Raises:
         ValueError: a size out of range, an unknown activation.
@@ -149,22 +153,46 @@ class MLPDecoder(Decoder, name="mlp_decoder"):
 
     def __init__(
         self,
-        shape: Sequence[int],
-        latents: int,
+        shape: int | Sequence[int],
+        latents: int | Sequence[int],
         outputs: int,
         classes: int | None = None,
         hidden: Sequence[int] = (256, 256),
         activation: str = "silu",
         dropout: float = 0.0,
+        output_bias: float | Sequence[float] | None = None,
     ):
         super().__init__()
-        self.shape, self.latents, self.outputs = example_shape(shape), latents, outputs
-        dims = outputs * math.prod(self.shape)
-        self.label = None if classes is None else LabelEmbedding(classes, latents)
-        self.layers = layers([latents, *hidden, dims], activation, dropout)
+        self.shape, self.latents = example_shape(shape), example_shape(latents, name="latents")
+        self.outputs = outputs
+        size, dims = math.prod(self.latents), outputs * math.prod(self.shape)
+        self.label = None if classes is None else LabelEmbedding(classes, size)
+        self.layers = layers([size, *hidden, dims], activation, dropout)
+        if output_bias is not None:
+            self.start_at(torch.as_tensor(output_bias))
+
+    def start_at(self, bias: torch.Tensor) -> None:
+        """Sets the bias of the last layer: the output before anything is learned of z. For
+        Bernoulli the logits of the mean image spare the first steps.
+
+        Args:
+            bias: one number, or the outputs in the order of the output, (outputs * C, *dims).
+
+        Raises:
+            ValueError: another number of them.
+        """
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        if bias.numel() not in (1, last.bias.numel()):
+            raise ValueError(
+                f"output_bias: expected 1 number or {last.bias.numel()}, got {bias.numel()}"
+            )
+        with torch.no_grad():
+            last.bias.copy_(bias.flatten().to(last.bias))
 
     def forward(self, z: Features, y: Labels | None = None) -> Features:
-        out = self.layers(z if self.label is None else z + self.label(y, len(z)))
+        h = fed(self, z, self.latents).flatten(1)
+        out = self.layers(h if self.label is None else h + self.label(y, len(z)))
         return out.reshape(len(z), self.outputs * self.shape[0], *self.shape[1:])
 
 

@@ -54,31 +54,32 @@ class DenoisingNetwork(Network, ABC):
 
 
 class Encoder(Network, ABC):
-    """The half of a VAE that reads the data."""
+    """The half of a VAE that reads the data; between two levels of latents, those below."""
 
-    latents: int
+    latents: tuple[int, ...]
 
     def extra_repr(self) -> str:
-        return f"x {by(*self.shape)} -> {2 * self.latents}"
+        channels, *dims = self.latents
+        return f"x {by(*self.shape)} -> {by(2 * channels, *dims)}"
 
     @abstractmethod
     def forward(self, x: Features, y: Labels | None = None) -> Features:
-        """(b, C, *dims) to (b, 2 * latents)."""
+        """(b, *shape) to (b, 2 * latents[0], *latents[1:])."""
 
 
 class Decoder(Network, ABC):
-    """The half of a VAE that writes the data."""
+    """The half of a VAE that writes the data; between two levels, the latents below (outputs=2)."""
 
-    latents: int
+    latents: tuple[int, ...]
     outputs: int
 
     def extra_repr(self) -> str:
         channels, *dims = self.shape
-        return f"z {self.latents} -> {by(self.outputs * channels, *dims)}"
+        return f"z {by(*self.latents)} -> {by(self.outputs * channels, *dims)}"
 
     @abstractmethod
     def forward(self, z: Features, y: Labels | None = None) -> Features:
-        """(b, latents) to (b, outputs * C, *dims)."""
+        """(b, *latents) to (b, outputs * C, *dims)."""
 
 
 def by(*sizes: int) -> str:
@@ -86,17 +87,33 @@ def by(*sizes: int) -> str:
     return "x".join(map(str, sizes))
 
 
-def example_shape(shape: Sequence[int], rank: int | None = None) -> tuple[int, ...]:
-    """`shape` as a tuple of positive integers.
+def example_shape(
+    shape: int | Sequence[int], rank: int | None = None, name: str = "shape"
+) -> tuple[int, ...]:
+    """`shape` as a tuple of positive integers; a number is a vector of that size.
 
     Raises:
         ValueError: it is empty or not positive, or has another rank than asked for.
     """
-    found = tuple(int(size) for size in shape)
+    found = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
     if not found or min(found) < 1 or (rank is not None and len(found) != rank):
         wanted = "(C, H, W)" if rank == 3 else "(D,) or (C, *dims)"
-        raise ValueError(f"shape: expected positive sizes {wanted}, got {found}")
+        raise ValueError(f"{name}: expected positive sizes {wanted}, got {found}")
     return found
+
+
+def fed(network: Network, given: Features, expected: tuple[int, ...]) -> Features:
+    """`given`, an input of `network`, of the shape it was made for.
+
+    Raises:
+        ValueError: another one.
+    """
+    if given.shape[1:] != expected:
+        raise ValueError(
+            f"{type(network).__name__} reads {by(*expected)} per example, got "
+            f"{by(*given.shape[1:])}: do the latents of neighbouring levels match?"
+        )
+    return given
 
 
 def multiple(out_channels: int | None, channels: int) -> int:
