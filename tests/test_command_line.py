@@ -104,6 +104,12 @@ WRONG = [
     ("model=vdm net=mlp_decoder +model.latents=2", ["model.latents"]),
     ("model=vdm net=conv_encoder net.latents=2", ["net cannot be ConvEncoder", "net=conv"]),
     ("model=vae objective=simple", ["objective=elbo"]),
+    ("model=vdm objective=iwae", ["iwae", "continuous time", "model.steps=100"]),
+    ("model=vdm objective=dreg objective.k=5", ["dreg", "continuous time", "objective=elbo"]),
+    ("model=vdm objective=free_bits", ["free_bits", "noise", "objective=elbo"]),
+    ("model=vdm objective=l2", ["l2", "noise", "objective=elbo"]),
+    ("model=vae objective=free_bits objective.per=level", ["objective.per", "batch_level"]),
+    ("model=vae objective=iwae objective.k=many", ["objective.k", "int"]),
 ]
 
 
@@ -135,6 +141,8 @@ RIGHT = [
     "data.binarize=dynamic",
     "model=vae data.binarize=static likelihood=bernoulli",
     "model=vae net@encoder=mlp_encoder net@decoder=mlp_decoder model.latents=4",
+    "model=vae objective=free_bits objective.per=example_level objective.nats=1",
+    "model=vdm model.steps=4 objective=iwae objective.k=2",
     "experiment=digits_vae seed=3",
     "experiment=digits_vdm param=x0",
     "schedule._target_=genfw.LogLinear ~schedule.shift",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -429,8 +430,11 @@ def _bernoulli_is_binary(config: DictConfig) -> None:
 
 def _likelihood_reads_model(config: DictConfig) -> None:
     model, likelihood = _target(config, "model"), _target(config, "likelihood")
+    from_network = (("bins",), "categorical, bernoulli or discretized_gaussian")
     unreadable, others = {
-        "genfw.VAE": (("bins",), "categorical, bernoulli or discretized_gaussian"),
+        "genfw.VAE": from_network,
+        "genfw.MHVAE": from_network,
+        "genfw.HVAE": from_network,
         "genfw.VDM": (("categorical", "bernoulli"), "bins or discretized_gaussian"),
     }.get(str(model), ((), ""))
     for name in unreadable:
@@ -452,11 +456,25 @@ def _networks_fit_their_place(config: DictConfig) -> None:
             )
 
 
-def _simple_needs_noise(config: DictConfig) -> None:
-    if _target(config, "objective") == "genfw.Simple" and _target(config, "model") == "genfw.VAE":
-        raise ConfigError(
-            "objective=simple weighs noise levels, and model=vae has none: use objective=elbo"
-        )
+def _objective_reads_model(config: DictConfig) -> None:
+    endless = OmegaConf.select(config, "model.steps") is None
+    weighted = "weighs whole chains of latents, and in continuous time they are infinite"
+    for objectives, models, reason in (
+        ("Simple", "VAE MHVAE HVAE", "weighs noise levels, and there are none: use objective=elbo"),
+        ("L2 FreeBits", "VDM", "is for learned latents, and these are noise: use objective=elbo"),
+        ("L2 Stl Dreg", "HVAE", "needs a chain from x up, and this goes down: use objective=elbo"),
+        (
+            "Iwae Miwae Ciwae Stl Dreg",
+            "VDM" if endless else "",
+            f"{weighted}: use objective=elbo, or model.steps=100",
+        ),
+    ):
+        for objective, model in itertools.product(objectives.split(), models.split()):
+            if _target(config, "objective") == f"genfw.{objective}" and (
+                _target(config, "model") == f"genfw.{model}"
+            ):
+                name = re.sub("(?<=[a-z])(?=[A-Z])", "_", objective).lower()
+                raise ConfigError(f"objective={name}, model={model.lower()}: {name} {reason}")
 
 
 def _target(config: DictConfig, key: str) -> str | None:
@@ -468,5 +486,5 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _bernoulli_is_binary,
     _likelihood_reads_model,
     _networks_fit_their_place,
-    _simple_needs_noise,
+    _objective_reads_model,
 )
