@@ -1,8 +1,8 @@
 r"""The evidence lower bound, taken apart.
 
 .. math:: \log p(x) \ge \underbrace{E_q \log p(x \mid z_1)}_{\text{reconstruction}}
-    - \sum_t \underbrace{\ldots}_{\text{levels}} - \underbrace{KL(q(z_T \mid \cdot) \|
-    p(z_T))}_{\text{prior}}
+    - \sum_t \underbrace{\ldots}_{\text{levels}} - \underbrace{KL(q(z_T \mid \cdot)
+    \| p(z_T))}_{\text{prior}}
 
 An `ELBO` is never weighted, clipped or averaged over examples. What is minimised is an
 `Objective`, another type. Luo (19) for one level.

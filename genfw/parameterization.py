@@ -4,8 +4,8 @@ A latent is :math:`z = \alpha x + \sigma \epsilon`. A network may predict any co
 eps; given z they all say the same. A linear parameterization is a change of coordinates,
 
 .. math:: \text{target} = a x + b \epsilon, \qquad \Delta = \alpha b - \sigma a, \qquad
-    \hat x = (b z - \sigma\, \text{target}) / \Delta, \quad \hat\epsilon = (\alpha\, \text{target}
-    - a z) / \Delta,
+    \hat x = (b z - \sigma\, \text{target}) / \Delta, \quad
+    \hat\epsilon = (\alpha\, \text{target} - a z) / \Delta,
 
 so a new one is one line:
 

@@ -41,8 +41,8 @@ def transition(z_s: Data, s: Time, t: Time, schedule: NoiseSchedule) -> Normal:
 def posterior(z_t: Data, x: Data, s: Time, t: Time, schedule: NoiseSchedule) -> Normal:
     r"""The reverse of one step when the data are known. Luo (84).
 
-    .. math:: q(z_s \mid z_t, x) = \mathcal{N}(\alpha_s (c\, x + (1 - c)\, z_t / \alpha_t), \; c\,
-    \sigma_s^2 I)
+    .. math:: q(z_s \mid z_t, x) = \mathcal{N}(\alpha_s (c\, x + (1 - c)\, z_t / \alpha_t),
+        \; c\, \sigma_s^2 I)
     """
     c = lost_snr(s, t, schedule)
     alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
