@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from genfw.model import LatentModel as LatentModel
     from genfw.model import MarkovianHierarchy as MarkovianHierarchy
     from genfw.model import Weighs as Weighs
+    from genfw.models.hvae import HVAE as HVAE
+    from genfw.models.mhvae import MHVAE as MHVAE
     from genfw.models.vae import VAE as VAE
     from genfw.models.vdm import VDM as VDM
     from genfw.noise import BatchNoise as BatchNoise
@@ -95,6 +97,8 @@ _HOMES = {
         "Likelihood",
     ),
     "genfw.model": ("LatentModel", "MarkovianHierarchy", "Weighs"),
+    "genfw.models.hvae": ("HVAE",),
+    "genfw.models.mhvae": ("MHVAE",),
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
     "genfw.noise": ("BatchNoise", "Draws", "Noise"),

@@ -2,6 +2,7 @@
 
 from genfw.nets.conv import Conv, ConvDecoder, ConvEncoder
 from genfw.nets.embedding import Fourier, sinusoidal
+from genfw.nets.ladder import Ladder
 from genfw.nets.mlp import MLP, MLPDecoder, MLPEncoder
 from genfw.nets.network import Decoder, DenoisingNetwork, Encoder, Network
 from genfw.nets.unet import UNet
@@ -15,6 +16,7 @@ __all__ = [
     "DenoisingNetwork",
     "Encoder",
     "Fourier",
+    "Ladder",
     "MLPDecoder",
     "MLPEncoder",
     "Network",

@@ -102,7 +102,7 @@ def example_shape(
     return found
 
 
-def fed(network: Network, given: Features, expected: tuple[int, ...]) -> Features:
+def fed(network: nn.Module, given: Features, expected: tuple[int, ...]) -> Features:
     """`given`, an input of `network`, of the shape it was made for.
 
     Raises:

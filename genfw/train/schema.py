@@ -80,11 +80,13 @@ class ConfFiles:
                     self.files.setdefault(target, []).append(file)
 
     def schema(self, target: str) -> Schema | None:
-        """All arguments that a conf file gives to this class; None where no file names it."""
+        """All arguments that a conf file gives to this class, its own file first; None where no
+        file names it."""
         found: dict[str, Argument] = {}
         complete = target.startswith("genfw.")
-        for file in self.files.get(target, []):
-            content = OmegaConf.load(file)
+        loaded = [(OmegaConf.load(file), file) for file in self.files.get(target, [])]
+        loaded.sort(key=lambda each: OmegaConf.select(each[0], "_target_") != target)
+        for content, file in loaded:
             comments = _Comments(file.read_text())
             for node in nodes(content, target):
                 complete |= node is content  # the class's own file

@@ -1,0 +1,208 @@
+r"""The top-down hierarchical variational autoencoder (ladder, NVAE, VDVAE).
+
+.. math:: p(x, z_{1:T}) = p(z_T) \prod_{t<T} p(z_t | z_{>t}) \, p(x | z_{1:T}), \quad
+    q(z_{1:T} | x) = q(z_T | x) \prod_{t<T} q(z_t | z_{>t}, x)
+
+Both sides go down the same path, z_T first, so that both condition on the same draws and every term
+of the bound is a divergence in closed form:
+
+.. math:: \log p(x) \ge E_q \Big[ \log p(x | z_{1:T})
+    - \sum_{t<T} KL(q(z_t | z_{>t}, x) \| p(z_t | z_{>t})) \Big] - KL(q(z_T | x) \| p(z_T))
+
+This is no Markovian hierarchy, whose q goes up and for which these divergences are no bound
+(`genfw.model`). z_t sees all z above it, not the next one alone.
+
+References:
+    Ladder Variational Autoencoders, Soenderby et al., 2016, https://arxiv.org/abs/1602.02282;
+    NVAE: A Deep Hierarchical Variational Autoencoder, Vahdat, Kautz, 2020,
+        https://arxiv.org/abs/2007.03898 (the residual posterior);
+    Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images, Child, 2020,
+        https://arxiv.org/abs/2011.10650.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from genfw.distributions import Distribution, Normal
+from genfw.elbo import ELBO
+from genfw.likelihood import Likelihood
+from genfw.model import LatentModel
+from genfw.noise import Draws, draws
+from genfw.types import Data, Image, Labels
+
+BOUND = 5.0
+"""Log standard deviations, and the posterior's change of them, stay in (-BOUND, BOUND)."""
+
+
+@runtime_checkable
+class TopDown(Protocol):
+    """What an HVAE asks of its network; `genfw.nets.Ladder` is one.
+
+    Attributes:
+        shapes: of z_1 .. z_T.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+
+    def read(self, x: Data, y: Labels | None = None) -> Sequence[Tensor]:
+        """What the posteriors are told of normalized x, (b, ...) each."""
+        ...
+
+    def __call__(
+        self,
+        draw: Callable[[Tensor, Tensor | None], Tensor],
+        n: int,
+        y: Labels | None = None,
+        seen: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """What the likelihood reads, for n examples. Calls `draw(prior, posterior)`, which gives
+        z_t, for t = T .. 1: the prior is mean and log standard deviation of p(z_t | z_{>t}), (n,
+        2 C, ...); the posterior how q's differ, of the same shape, None where `seen` is."""
+        ...
+
+
+class HVAE(LatentModel, name="hvae"):
+    r"""A top-down hierarchy with the residual posterior of NVAE: q is given relative to p,
+
+    .. math:: p(z_t | z_{>t}) = \mathcal{N}(\mu, \sigma^2), \quad
+        q(z_t | z_{>t}, x) = \mathcal{N}(\mu + \sigma \Delta\mu, (\sigma \Delta\sigma)^2),
+
+    so that a posterior that says nothing costs nothing, and the KL does not depend on the prior's
+    scale. It loses no generality: any normal can be written so. Log standard deviations are bounded
+    smoothly.
+
+    Args:
+        ladder: the network (`TopDown`).
+        likelihood: p(x | z), from a network's output.
+
+    Raises:
+        TypeError: the ladder is none.
+        ValueError: when called, the ladder gives latents of another shape than it says.
+    """
+
+    def __init__(self, ladder: TopDown, likelihood: Likelihood):
+        super().__init__()
+        if not isinstance(ladder, TopDown):
+            raise TypeError(
+                f"ladder: expected a network with `read` and `shapes` (genfw.models.hvae.TopDown), "
+                f"got {type(ladder).__name__}"
+            )
+        self.ladder, self.likelihood = ladder, likelihood
+
+    @property
+    def levels(self) -> int:
+        """T, the number of latents."""
+        return len(self.ladder.shapes)
+
+    def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
+        """The bound of the page above; `levels[t - 1]` is z_t's divergence, z_T's is `prior`."""
+        p_x, steps = self._descend(x, y, draws(noise, x))
+        kl = [step.q.kl(step.p) for step in steps]
+        return ELBO(reconstruction=p_x.log_prob(x), levels=tuple(kl[:0:-1]), prior=kl[0])
+
+    def log_weight(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+    ) -> Tensor:
+        """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at k draws from q, (b * k,), those of
+        an example side by side: E[w] = p(x) exactly.
+
+        `noise` is for b * k rows. The way up is walked once per example.
+        """
+        rows = x.repeat_interleave(k, 0)
+        p_x, steps = self._descend(x, y, draws(noise, rows), k)
+        ratios = (step.p.log_prob(step.z) - step.q.log_prob(step.z) for step in steps)
+        return sum(ratios, start=p_x.log_prob(rows))
+
+    def sample(
+        self,
+        n: int,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        temperature: float | Sequence[float] = 1.0,
+    ) -> Image:
+        """All z from their priors, z_T first, then x, (n, *shape) integers.
+
+        Args:
+            temperature: a factor of every prior's standard deviation, or one for each of z_1 ..
+                z_T; 0 takes the means. x itself is drawn from p(x | z) as it is.
+
+        Raises:
+            ValueError: another number of temperatures than levels, or a negative one.
+        """
+        given = [temperature] if isinstance(temperature, (int, float)) else list(temperature)
+        factors = given * self.levels if isinstance(temperature, (int, float)) else given
+        if len(factors) != self.levels or min(factors) < 0:
+            raise ValueError(
+                f"temperature: expected one number >= 0, or one for each of {self.levels} levels, "
+                f"got {temperature}"
+            )
+        noise = draws(noise, torch.empty(n, device=self.device))
+        t = self.levels
+
+        def draw(prior: Tensor, _: Tensor | None) -> Tensor:
+            nonlocal t
+            p = self._prior(prior, t)
+            z = Normal(p.mean, factors[t - 1] * p.std).sample(noise.fold(f"z{t}"))
+            t -= 1
+            return z
+
+        return self.likelihood(self.ladder(draw, n, y).to(self.dtype)).sample(noise.fold("z0"))
+
+    def _descend(
+        self, x: Image, y: Labels | None, noise: Draws, k: int = 1
+    ) -> tuple[Distribution, list[_Step]]:
+        """k ways down for every example: p(x | z) and the steps, z_T's first."""
+        seen = self.ladder.read(self.likelihood.normalize(x).to(self.dtype), y)
+        if k > 1:
+            seen = [each.repeat_interleave(k, 0) for each in seen]
+            y = None if y is None else y.repeat_interleave(k, 0)
+        steps: list[_Step] = []
+
+        def draw(prior: Tensor, posterior: Tensor | None) -> Tensor:
+            t = self.levels - len(steps)
+            p = self._prior(prior, t)
+            assert posterior is not None
+            change, log_change = posterior.to(self.dtype).chunk(2, dim=1)
+            q = Normal(p.mean + p.std * change, p.std * _bounded(log_change).exp())
+            steps.append(_Step(p, q, q.sample(noise.fold(f"z{t}"))))
+            return steps[-1].z
+
+        h = self.ladder(draw, len(x) * k, y, seen)
+        return self.likelihood(h.to(self.dtype)), steps
+
+    def _prior(self, head: Tensor, t: int) -> Normal:
+        """p(z_t | z_{>t})."""
+        channels, *dims = shape = self.ladder.shapes[t - 1]
+        if head.shape[1:] != (2 * channels, *dims):
+            raise ValueError(
+                f"the ladder gives {tuple(head.shape[1:])} numbers for z_{t} of shape {shape}: "
+                f"expected {(2 * channels, *dims)}, its mean, then its log standard deviation"
+            )
+        mean, log_std = head.to(self.dtype).chunk(2, dim=1)
+        return Normal(mean, _bounded(log_std).exp())
+
+    def extra_repr(self) -> str:
+        return (
+            f"log p(x) >= E log p(x|z) - sum_t KL(q(z_t|z_>t, x) || p(z_t|z_>t)), T = {self.levels}"
+        )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One latent of a sampled way down: p(z_t | z_{>t}), q(z_t | z_{>t}, x) and z_t from q."""
+
+    p: Normal
+    q: Normal
+    z: Tensor
+
+
+def _bounded(log_std: Tensor) -> Tensor:
+    """Nearly the identity around 0, never beyond +-BOUND: no gradient dies as a clamp's does."""
+    return BOUND * (log_std / BOUND).tanh()

@@ -1,0 +1,101 @@
+r"""The Markovian hierarchical variational autoencoder: any number of learned levels.
+
+.. math:: q(z_{1:T} | x) = q(z_1 | x) \prod_{t=2}^T q(z_t | z_{t-1}), \quad
+    p(x, z_{1:T}) = p(z_T) \, p(x | z_1) \prod_{t=2}^T p(z_{t-1} | z_t), \quad p(z_T) =
+    \mathcal{N}(0, I)
+
+Every conditional has a network of its own, with as many deterministic layers as it likes; nothing
+but z_t passes from one level to the next. Level t stands at index t - 1 of the three lists. The
+bound is Luo (58) with both sides learned, `MarkovianHierarchy.ancestral_elbo`. `VAE` is the case
+T = 1.
+
+References:
+    Understanding Diffusion Models: A Unified Perspective, Luo, 2022, section 2,
+        https://arxiv.org/abs/2208.11970;
+    Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015,
+        https://arxiv.org/abs/1509.00519 (two such levels on MNIST).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genfw.distributions import Distribution, Normal, normal_head
+from genfw.elbo import ELBO
+from genfw.likelihood import Likelihood
+from genfw.model import MarkovianHierarchy
+from genfw.noise import Draws
+from genfw.types import Image, Labels
+
+
+class MHVAE(MarkovianHierarchy, name="mhvae"):
+    """A chain of Gaussian latents, learned in both directions.
+
+    Args:
+        encoders: (what is below, y) -> (b, 2 * latents[t - 1], ...): mean and log standard
+            deviation of q(z_t | z_{t-1}). The first reads normalized x, (b, *shape).
+        decoders: (z_t, y) -> what is below. The first gives what the likelihood reads, (b,
+            likelihood.outputs * C, ...); each other mean and log standard deviation of
+            p(z_{t-1} | z_t).
+        likelihood: p(x | z_1), from a network's output.
+        latents: size of each z_t, or its shape (channels first), from z_1 to z_T.
+
+    Raises:
+        ValueError: the three lists are empty or of different lengths, or a size is not positive;
+            when called, a network gives latents of another shape than `latents`.
+    """
+
+    def __init__(
+        self,
+        encoders: Sequence[nn.Module],
+        decoders: Sequence[nn.Module],
+        likelihood: Likelihood,
+        latents: Sequence[int | Sequence[int]],
+    ):
+        super().__init__()
+        if not len(encoders) == len(decoders) == len(latents) > 0:
+            raise ValueError(
+                "expected one encoder, one decoder and one size of latents per level, got "
+                f"{len(encoders)}, {len(decoders)} and {len(latents)}"
+            )
+        self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders)
+        self.likelihood = likelihood
+        self.latents = tuple((z,) if isinstance(z, int) else tuple(z) for z in latents)
+        if not all(z and min(z) > 0 for z in self.latents):
+            raise ValueError(f"latents: expected positive sizes, got {list(latents)}")
+        self.levels = len(self.latents)
+
+    def prior(self, n: int) -> Normal:
+        zero = torch.zeros(n, *self.latents[-1], device=self.device, dtype=self.dtype)
+        return Normal(zero, torch.ones_like(zero))
+
+    def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
+        below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z
+        return self._latent(self.encoders[t - 1](below, y).to(self.dtype), t, f"encoder {t}")
+
+    def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
+        h = self.decoders[t - 1](z, y).to(self.dtype)
+        return self.likelihood(h) if t == 1 else self._latent(h, t - 1, f"decoder {t}")
+
+    def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
+        return self.ancestral_elbo(x, y, noise=noise)
+
+    def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
+        return self.ancestral_sample(n, y, noise=noise)
+
+    def _latent(self, h: Tensor, t: int, network: str) -> Normal:
+        """A network's output as a normal over z_t."""
+        channels, *dims = shape = self.latents[t - 1]
+        if h.shape[1:] != (2 * channels, *dims):
+            raise ValueError(
+                f"{network} gives {tuple(h.shape[1:])} numbers for z_{t} of shape {shape}: "
+                f"expected {(2 * channels, *dims)}, its means, then its log standard deviations"
+            )
+        return normal_head(h)
+
+    def extra_repr(self) -> str:
+        chain = " -> ".join(f"z_{t} in R^{list(z)}" for t, z in enumerate(self.latents, 1))
+        return f"q: x -> {chain}; p: N(0, I) and back"
