@@ -3,7 +3,7 @@ every objective.
 
 The bound weighs the error by minus half the slope of log SNR,
 
-.. math:: \tfrac12 E_t[-\lambda'(t) \|\epsilon - \hat\epsilon\|^2] 
+.. math:: \tfrac12 E_t[-\lambda'(t) \|\epsilon - \hat\epsilon\|^2]
     = \tfrac12 \int \|\epsilon - \hat\epsilon\|^2 d\lambda;
 
 other objectives put another weight there.

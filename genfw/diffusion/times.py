@@ -1,7 +1,8 @@
 r"""Which noise levels a random draw of the bound looks at.
 
 .. math:: \tfrac12 \int \|\epsilon - \hat\epsilon\|^2 d\lambda
-    = \tfrac12 E_u\left[-\frac{d\lambda}{du} \|\epsilon - \hat\epsilon\|^2\right], \quad u \sim U(0, 1)
+    = \tfrac12 E_u\left[-\frac{d\lambda}{du} \|\epsilon - \hat\epsilon\|^2\right],
+    \quad u \sim U(0, 1)
 
 for any falling map u -> lambda. The mean is the same for all; the variance is not.
 """
