@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from genfw.diffusion.process import transition as transition
     from genfw.diffusion.sampler import Ancestral as Ancestral
     from genfw.diffusion.sampler import Sampler as Sampler
+    from genfw.discretized import BinSoftmax as BinSoftmax
+    from genfw.discretized import DiscretizedLogistic as DiscretizedLogistic
+    from genfw.discretized import DiscretizedNormal as DiscretizedNormal
+    from genfw.discretized import LogisticMixture as LogisticMixture
     from genfw.distributions import Bernoulli as Bernoulli
-    from genfw.distributions import BinSoftmax as BinSoftmax
     from genfw.distributions import Categorical as Categorical
-    from genfw.distributions import DiscretizedNormal as DiscretizedNormal
     from genfw.distributions import Distribution as Distribution
     from genfw.distributions import Normal as Normal
     from genfw.elbo import ELBO as ELBO
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from genfw.likelihood import BinsLikelihood as BinsLikelihood
     from genfw.likelihood import CategoricalLikelihood as CategoricalLikelihood
     from genfw.likelihood import DiscretizedGaussianLikelihood as DiscretizedGaussianLikelihood
+    from genfw.likelihood import DiscretizedLogisticLikelihood as DiscretizedLogisticLikelihood
     from genfw.likelihood import GaussianLikelihood as GaussianLikelihood
     from genfw.likelihood import Likelihood as Likelihood
+    from genfw.likelihood import LogisticMixtureLikelihood as LogisticMixtureLikelihood
     from genfw.model import LatentModel as LatentModel
     from genfw.model import MarkovianHierarchy as MarkovianHierarchy
     from genfw.model import Weighs as Weighs
@@ -77,14 +81,13 @@ _HOMES = {
     "genfw.diffusion.denoising": ("Denoising",),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
     "genfw.diffusion.sampler": ("Ancestral", "Sampler"),
-    "genfw.distributions": (
-        "Bernoulli",
+    "genfw.discretized": (
         "BinSoftmax",
-        "Categorical",
+        "DiscretizedLogistic",
         "DiscretizedNormal",
-        "Distribution",
-        "Normal",
+        "LogisticMixture",
     ),
+    "genfw.distributions": ("Bernoulli", "Categorical", "Distribution", "Normal"),
     "genfw.elbo": ("ELBO", "bits_per_dim"),
     "genfw.estimators.bound": ("Bound",),
     "genfw.estimators.estimator": ("Estimate", "Estimator"),
@@ -93,8 +96,10 @@ _HOMES = {
         "BinsLikelihood",
         "CategoricalLikelihood",
         "DiscretizedGaussianLikelihood",
+        "DiscretizedLogisticLikelihood",
         "GaussianLikelihood",
         "Likelihood",
+        "LogisticMixtureLikelihood",
     ),
     "genfw.model": ("LatentModel", "MarkovianHierarchy", "Weighs"),
     "genfw.models.hvae": ("HVAE",),

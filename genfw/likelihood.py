@@ -21,15 +21,8 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from genfw.distributions import (
-    Bernoulli,
-    BinSoftmax,
-    Categorical,
-    DiscretizedNormal,
-    Distribution,
-    Normal,
-    normal_head,
-)
+from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal, LogisticMixture
+from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
 from genfw.registry import Registered
 from genfw.types import Data, Image
 
@@ -143,6 +136,71 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
     def forward(self, h: Head) -> DiscretizedNormal:
         assert self.bins is not None
         return DiscretizedNormal(*_location_scale(h), self.bins)
+
+
+class DiscretizedLogisticLikelihood(Likelihood, name="discretized_logistic"):
+    r"""The mass of a logistic between the edges of a bin; the end bins reach to infinity
+    (`DiscretizedLogistic`).
+
+    From a network only: (mean, log scale), the log scale kept in [-9, 3]. The noise of a diffusion
+    model is normal, not logistic.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins, self.outputs = check_bins(bins), 2
+
+    def forward(self, h: Head) -> DiscretizedLogistic:
+        assert self.bins is not None
+        where, log_width = _split(h, 2, "discretized_logistic").unbind(1)
+        return DiscretizedLogistic(where, log_width.clamp(-9, 3).exp(), self.bins)
+
+
+class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
+    r"""A mixture of discretized logistics per pixel, joint over its channels, with PixelCNN++'s
+    coupling of the colours where there are three (`LogisticMixture`).
+
+    From a network only. Its outputs are read as (b, 4, components, C, ...), the four being:
+
+    * logits of the weights, which all channels of a pixel share: the mean over C is taken;
+    * means;
+    * log scales, kept in [-9, 3];
+    * coefficients, through tanh: of R in G, of R in B, of G in B, in this order over the channels.
+      Unread unless C = 3.
+
+    PixelCNN++ packs the same into 10 components numbers per pixel of three colours; 4 components
+    per channel hold for any C.
+
+    Axis 1 of the data is the channels: data without other axes, (b, D), are one pixel of D
+    channels.
+
+    Args:
+        bins: K.
+        components: logistics per pixel; 10 as in PixelCNN++'s code.
+
+    Raises:
+        ValueError: fewer than 1 component.
+
+    References:
+        PixelCNN++, Salimans, Karpathy, Chen, Kingma, 2017, https://arxiv.org/abs/1701.05517.
+    """
+
+    def __init__(self, bins: int, components: int = 10):
+        super().__init__()
+        if isinstance(components, bool) or not isinstance(components, int) or components < 1:
+            raise ValueError(f"components: expected an integer of at least 1, got {components!r}")
+        self.bins, self.components, self.outputs = check_bins(bins), components, 4 * components
+
+    def forward(self, h: Head) -> LogisticMixture:
+        assert self.bins is not None
+        numbers = _split(h, self.outputs, "logistic_mixture").unflatten(1, (4, self.components))
+        logits, where, log_width, coefficients = numbers.unbind(1)
+        coupling = coefficients.tanh() if where.shape[2] == 3 else None
+        width = log_width.clamp(-9, 3).exp()
+        return LogisticMixture(logits.mean(2), where, width, self.bins, coupling)
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, components={self.components}"
 
 
 class GaussianLikelihood(Likelihood, name="gaussian"):

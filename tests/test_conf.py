@@ -84,6 +84,9 @@ def test_likelihood_outputs_are_those_of_the_classes():
         if name == "gaussian":
             del node["bins"]
         assert resolvers.outputs(node) == build(node).outputs
+        if name == "logistic_mixture":
+            node.components = 3
+            assert resolvers.outputs(node) == build(node).outputs == 12
 
 
 OURS = {  # where genfw's default is a choice of its own

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "genfw"
 
-BASE = {"types", "registry", "noise", "elbo", "distributions"}
+BASE = {"types", "registry", "noise", "elbo", "distributions", "discretized"}
 INTERFACES = {"model", "likelihood", "schedule", "parameterization"}
 MODELS = {"models", "objective", "estimators"}
 

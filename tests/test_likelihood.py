@@ -8,8 +8,10 @@ from genfw import (
     BinsLikelihood,
     CategoricalLikelihood,
     DiscretizedGaussianLikelihood,
+    DiscretizedLogisticLikelihood,
     GaussianLikelihood,
     Likelihood,
+    LogisticMixtureLikelihood,
 )
 
 MASSES = [cls for cls in Likelihood.registry.values() if not cls.density]
@@ -25,6 +27,7 @@ def heads(likelihood, n):
     if not isinstance(likelihood, BinsLikelihood):
         for size in (1.0, 30.0, 1e4):
             yield (size * torch.randn(1, likelihood.outputs)).expand(n, -1)
+            yield torch.full((n, likelihood.outputs), -size)
     if isinstance(likelihood, BinsLikelihood | DiscretizedGaussianLikelihood):
         for where in (-3.0, 0.31, 0.999):
             for width in (1e-3, 0.05, 3.0):
@@ -50,6 +53,18 @@ def test_in_single_precision_too(cls):
 
 
 @pytest.mark.parametrize("cls", MASSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_finite_at_extremes(cls, dtype):
+    likelihood = make(cls)
+    x = torch.arange(likelihood.bins).view(-1, 1)
+    for head in heads(likelihood, likelihood.bins):
+        parts = head if isinstance(head, tuple) else (head,)
+        parts = tuple(part.to(dtype, copy=True).requires_grad_() for part in parts)
+        likelihood(parts if isinstance(head, tuple) else parts[0]).log_prob(x).sum().backward()
+        assert all(part.grad.dtype == dtype and part.grad.isfinite().all() for part in parts)
+
+
+@pytest.mark.parametrize("cls", MASSES)
 def test_normalize_gives_bin_centres(cls):
     likelihood = make(cls)
     k = likelihood.bins
@@ -59,7 +74,9 @@ def test_normalize_gives_bin_centres(cls):
     assert v[0] == pytest.approx(-1 + 1 / k) and v.abs().max() < 1
 
 
-@pytest.mark.parametrize("cls", [CategoricalLikelihood, DiscretizedGaussianLikelihood])
+@pytest.mark.parametrize(
+    "cls", [CategoricalLikelihood, DiscretizedGaussianLikelihood, DiscretizedLogisticLikelihood]
+)
 def test_images_and_flat_data_are_read_alike(cls, double):
     likelihood = cls(bins=5)
     x = torch.randint(5, (3, 2, 4, 4))
@@ -113,7 +130,14 @@ def test_wrong_bins_and_wrong_heads_are_refused():
         CategoricalLikelihood(bins=1)
     with pytest.raises(ValueError, match="17 channels per data channel, got 18"):
         CategoricalLikelihood(bins=17)(torch.zeros(2, 18))
-    with pytest.raises(TypeError, match="use bins or discretized_gaussian"):
-        CategoricalLikelihood(bins=17)((torch.zeros(2, 1), torch.ones(2, 1)))
+    pair = torch.zeros(2, 1), torch.ones(2, 1)
+    for cls in (CategoricalLikelihood, DiscretizedLogisticLikelihood, LogisticMixtureLikelihood):
+        with pytest.raises(TypeError, match="use bins or discretized_gaussian"):
+            cls(bins=17)(pair)
+    with pytest.raises(ValueError, match="40 channels per data channel, got 50"):
+        LogisticMixtureLikelihood(bins=17)(torch.zeros(2, 50))
+    for components in (0, True):
+        with pytest.raises(ValueError, match="components: expected an integer of at least 1"):
+            LogisticMixtureLikelihood(bins=17, components=components)
     with pytest.raises(TypeError, match="use categorical"):
         BinsLikelihood(bins=17)(torch.zeros(2, 17))

@@ -430,15 +430,16 @@ def _bernoulli_is_binary(config: DictConfig) -> None:
 
 def _likelihood_reads_model(config: DictConfig) -> None:
     model, likelihood = _target(config, "model"), _target(config, "likelihood")
-    from_network = (("bins",), "categorical, bernoulli or discretized_gaussian")
+    from_network = (("bins",), "categorical, bernoulli, logistic_mixture or the like")
+    logistic = ("discretized_logistic", "logistic_mixture")
     unreadable, others = {
         "genfw.VAE": from_network,
         "genfw.MHVAE": from_network,
         "genfw.HVAE": from_network,
-        "genfw.VDM": (("categorical", "bernoulli"), "bins or discretized_gaussian"),
+        "genfw.VDM": (("categorical", "bernoulli", *logistic), "bins or discretized_gaussian"),
     }.get(str(model), ((), ""))
     for name in unreadable:
-        if likelihood == f"genfw.{name.capitalize()}Likelihood":
+        if likelihood == f"genfw.{name.title().replace('_', '')}Likelihood":
             raise ConfigError(
                 f"likelihood={name} cannot read what {model} decodes: use likelihood={others}"
             )

@@ -40,6 +40,8 @@ def outputs(likelihood: DictConfig) -> int:
         "genfw.BernoulliLikelihood": 1,
         "genfw.BinsLikelihood": 1,
         "genfw.DiscretizedGaussianLikelihood": 2,
+        "genfw.DiscretizedLogisticLikelihood": 2,
+        "genfw.LogisticMixtureLikelihood": 4 * likelihood.get("components", 10),
         "genfw.GaussianLikelihood": 2,
     }
     if likelihood._target_ in known:
