@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
@@ -86,7 +86,7 @@ class HVAE(LatentModel, name="hvae"):
         ValueError: when called, the ladder gives latents of another shape than it says.
     """
 
-    def __init__(self, ladder: TopDown, likelihood: Likelihood):
+    def __init__(self, ladder: nn.Module, likelihood: Likelihood):
         super().__init__()
         if not isinstance(ladder, TopDown):
             raise TypeError(
