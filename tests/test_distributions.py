@@ -2,12 +2,20 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from genfw import Bernoulli, BinSoftmax, Categorical, DiscretizedNormal, Noise, Normal
+from genfw import (
+    Bernoulli,
+    BinSoftmax,
+    Categorical,
+    DiscretizedLogistic,
+    DiscretizedNormal,
+    LogisticMixture,
+    Noise,
+    Normal,
+)
 from genfw.distributions import normal_head
 
 
@@ -44,57 +52,23 @@ def test_normal_head_reads_mean_then_log_std(double):
     assert wild.std.isfinite().all()
 
 
-@pytest.mark.parametrize("mean", [0.3, -1.0, 40.0, -3e3])
-@pytest.mark.parametrize("std", [1e-3, 0.05, 1.0, 1e4])
-@pytest.mark.parametrize("bins", [2, 17, 256])
-def test_discretized_normal_is_a_mass(double, mean, std, bins):
-    x = torch.arange(bins).view(bins, 1)
-    p = DiscretizedNormal(torch.full((bins, 1), mean), torch.tensor(std), bins).log_prob(x)
-    assert p.isfinite().all()
-    assert p.logsumexp(0).item() == pytest.approx(0, abs=1e-9)
-
-
-def test_discretized_normal_against_scipy(double):
-    mean, std, bins = 0.2, 0.1, 17
-    edges = np.linspace(-1, 1, bins + 1)
-    edges[0], edges[-1] = -np.inf, np.inf
-    expected = np.diff(stats.norm.cdf(edges, mean, std))
-    x = torch.arange(bins).view(bins, 1)
-    p = DiscretizedNormal(torch.full((bins, 1), mean), torch.tensor(std), bins).log_prob(x).exp()
-    assert np.allclose(p.numpy(), expected, rtol=1e-9, atol=1e-15)
-
-
-def test_discretized_normal_far_out_keeps_value_and_gradient():
-    mean = torch.tensor([[0.9]], requires_grad=True)
-    log_p = DiscretizedNormal(mean, torch.tensor(0.01), 256).log_prob(torch.tensor([[3]]))
-    log_p.sum().backward()
-    right_edge = 2 * 4 / 256 - 1
-    assert log_p.item() == pytest.approx(stats.norm.logcdf((right_edge - 0.9) / 0.01), rel=1e-5)
-    assert mean.grad.item() < 0 and mean.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("width", [1e-3, 0.02, 0.7, 50.0])
-@pytest.mark.parametrize("where", [-1.3, -0.02, 0.999])
-@pytest.mark.parametrize("bins", [2, 17, 256])
-def test_bin_softmax_window_equals_all_bins(double, width, where, bins):
-    centres = (2 * torch.arange(bins) + 1) / bins - 1
-    expected = (-0.5 * ((where - centres) / width) ** 2).log_softmax(0)
-    x = torch.arange(bins).view(bins, 1)
-    p = BinSoftmax(torch.full((bins, 1), where), torch.tensor(width), bins)
-    assert torch.allclose(p.log_prob(x), expected, rtol=1e-9, atol=1e-12)
-    assert p.log_prob(x).logsumexp(0).item() == pytest.approx(0, abs=1e-12)
-    assert torch.allclose(p.mean[0], expected.exp() @ torch.arange(bins).double(), atol=1e-9)
-
-
 @pytest.mark.parametrize(
     "make",
     [
         lambda n: Categorical(torch.tensor([0.1, 2.0, -1.0, 0.5]).view(1, 4, 1).expand(n, 4, 1)),
         lambda n: DiscretizedNormal(torch.full((n, 1), 0.1), torch.tensor(0.6), 4),
         lambda n: BinSoftmax(torch.full((n, 1), 0.1), torch.tensor(0.6), 4),
+        lambda n: DiscretizedLogistic(torch.full((n, 1), 0.1), torch.tensor(0.3), 4),
+        lambda n: LogisticMixture(
+            torch.tensor([0.2, -0.4]).expand(n, 2),
+            torch.tensor([[-0.6], [0.3]]).expand(n, 2, 1),
+            torch.tensor([[0.05], [0.4]]).expand(n, 2, 1),
+            4,
+            None,
+        ),
         lambda n: Bernoulli(torch.full((n, 1), -0.7)),
     ],
-    ids=["categorical", "discretized_normal", "bin_softmax", "bernoulli"],
+    ids=["categorical", "normal", "bin_softmax", "logistic", "mixture", "bernoulli"],
 )
 def test_samples_have_the_stated_masses(double, make):
     n = 40_000
