@@ -1,0 +1,31 @@
+"""What README and docs say can be typed is typed."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from genfw import Parameterization
+from genfw.train.compose import compose, jobs, session
+
+ROOT = Path(__file__).parents[1]
+TEXT = "\n".join(file.read_text() for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+COMMANDS = sorted(set(re.findall(r"python -m genfw (?!-)([^`#\n]+)|(--multirun [^`#\n]+)", TEXT)))
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("command", sorted({"".join(found).strip() for found in COMMANDS}))
+def test_commands_compose(command):
+    words = shlex.split(command.replace("--multirun", "").replace("<folder of parquet files>", "x"))
+    words = [word for word in words if not word.startswith("param._target_")]  # test_plugins runs it
+    with session():
+        first, *_, last = [*jobs(words), *jobs(words)]
+        for job in (first, last):
+            compose(job)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_run(block):
+    exec(block, {"__name__": "readme"})
+    Parameterization.registry.pop("flow", None)
