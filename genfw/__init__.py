@@ -29,9 +29,12 @@ if TYPE_CHECKING:
     from genfw.distributions import Normal as Normal
     from genfw.elbo import ELBO as ELBO
     from genfw.elbo import bits_per_dim as bits_per_dim
+    from genfw.estimators.annealed import Annealed as Annealed
+    from genfw.estimators.annealed import Sandwich as Sandwich
     from genfw.estimators.bound import Bound as Bound
     from genfw.estimators.estimator import Estimate as Estimate
     from genfw.estimators.estimator import Estimator as Estimator
+    from genfw.estimators.importance import ImportanceWeighted as ImportanceWeighted
     from genfw.likelihood import BernoulliLikelihood as BernoulliLikelihood
     from genfw.likelihood import BinsLikelihood as BinsLikelihood
     from genfw.likelihood import CategoricalLikelihood as CategoricalLikelihood
@@ -89,8 +92,10 @@ _HOMES = {
     ),
     "genfw.distributions": ("Bernoulli", "Categorical", "Distribution", "Normal"),
     "genfw.elbo": ("ELBO", "bits_per_dim"),
+    "genfw.estimators.annealed": ("Annealed", "Sandwich"),
     "genfw.estimators.bound": ("Bound",),
     "genfw.estimators.estimator": ("Estimate", "Estimator"),
+    "genfw.estimators.importance": ("ImportanceWeighted",),
     "genfw.likelihood": (
         "BernoulliLikelihood",
         "BinsLikelihood",

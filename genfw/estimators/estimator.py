@@ -4,7 +4,8 @@ objectives."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -26,11 +27,14 @@ class Estimate:
         variance: (b,) float64, the Monte-Carlo variance of `nats`: of this number around its own
             mean over draws, not of images around each other.
         elbo: the terms of the bound averaged over draws, where the estimator is made of them.
+        diagnostics: what else is known of each number, (b,) each, such as its effective sample
+            size; means over images are reported.
     """
 
     nats: Nats
     variance: Nats
     elbo: ELBO | None = None
+    diagnostics: Mapping[str, Nats] = field(default_factory=dict)
 
 
 class Estimator(Registered, nn.Module, ABC, group="estimator"):
@@ -38,9 +42,11 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
 
     Attributes:
         kind: what `nats` is in the mean: "upper bound on -log p(x)", "unbiased", ...
+        diagnostics: the names that may stand in `Estimate.diagnostics`.
     """
 
     kind: ClassVar[str]
+    diagnostics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def forward(

@@ -12,6 +12,7 @@ batches or ranks changes the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class NLL(Metric):
     * `nll_stderr`, `nll_std`: see above (`nll_std` is 0 for a single image).
     * `reconstruction`, `levels`, `prior`: the terms of the bound, nll = -reconstruction + levels +
       prior; absent where an estimator has no such terms.
+    * `ess`, `khat`, ...: the mean over images of each of the estimator's diagnostics.
     * `count`: images, and `nonfinite`: how many of them had an infinite or undefined NLL. They are
       *not* left out: `nll` is then itself not finite.
     """
@@ -44,9 +46,16 @@ class NLL(Metric):
     dims: Tensor
     explained: Tensor
     nonfinite: Tensor
+    diagnosed: Tensor
+    diagnosis: Tensor
 
-    def __init__(self, **kwargs: Any):
+    def __init__(self, diagnostics: Iterable[str] = (), **kwargs: Any):
+        """Args: diagnostics: the names that estimates may bring."""
         super().__init__(**kwargs)
+        self.diagnostics = tuple(dict.fromkeys(diagnostics))
+        for name in ("diagnosed", "diagnosis"):  # how many images, and their sum, by name
+            zeros = torch.zeros(len(self.diagnostics), dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
         for name in ("nats", "squares", "variance"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("terms", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
@@ -57,7 +66,8 @@ class NLL(Metric):
         """One batch of estimates, of images with C * H * W = `dims` dimensions.
 
         Raises:
-            ValueError: the estimates are not one per example.
+            ValueError: the estimates are not one per example, or bring a diagnostic that was not
+                announced.
         """
         nats = estimate.nats.detach().double()
         if nats.ndim != 1:
@@ -76,6 +86,13 @@ class NLL(Metric):
             rows = torch.stack([bound.reconstruction, levels, bound.prior])
             self.terms += rows.detach().double().sum(1)
             self.explained += len(nats)
+        for name, value in estimate.diagnostics.items():
+            if name not in self.diagnostics:
+                raise ValueError(
+                    f"diagnostic {name}: not among those its estimator announces in `diagnostics`"
+                )
+            self.diagnosed[self.diagnostics.index(name)] += len(nats)
+            self.diagnosis[self.diagnostics.index(name)] += value.detach().double().sum()
 
     def compute(self) -> dict[str, Tensor]:
         """The numbers over all images so far.
@@ -97,6 +114,11 @@ class NLL(Metric):
         }
         if self.explained == n:
             values |= zip(("reconstruction", "levels", "prior"), self.terms / n, strict=True)
+        for name, number, total in zip(
+            self.diagnostics, self.diagnosed, self.diagnosis, strict=True
+        ):
+            if number > 0:
+                values[name] = total / number
         if self.nonfinite > 0:
             values["nonfinite"] = self.nonfinite
         return values

@@ -66,7 +66,8 @@ class LatentModule(L.LightningModule):
         self.estimator = Bound() if estimator is None else estimator
         self.validation_estimator = validation_estimator or Bound(sets=2, strata=4)
         self.seed = seed
-        self.nll = NLL()
+        known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
+        self.nll = NLL(diagnostics=known)
 
     @property
     def evaluated(self) -> LatentModel:
