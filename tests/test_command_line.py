@@ -98,6 +98,8 @@ WRONG = [
     ("likelihood.bins=3", ["17"]),
     ("likelihood=bernoulli", ["data.binarize"]),
     ("likelihood=categorical", ["bins"]),
+    ("likelihood=discretized_logistic", ["bins"]),
+    ("likelihood=logistic_mixture", ["bins"]),
     ("model=vae likelihood=bins", ["categorical"]),
     ("model=vae net@encoder=mlp", ["net@encoder", "mlp_encoder"]),
     ("net=unet model=vdm +net.latents=2", ["net.latents"]),

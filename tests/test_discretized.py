@@ -106,6 +106,14 @@ def test_discretized_logistic_far_out_keeps_value_and_gradient():
     assert where.grad.item() == pytest.approx(-1e4, rel=1e-6)
 
 
+def test_discretized_logistic_so_wide_that_a_bin_is_nothing_of_it(double):
+    """Width of a bin times density at the centre: 2 / K times 1 / (4 s)."""
+    p = DiscretizedLogistic(torch.zeros(1, 1), torch.tensor(1e12), 256).log_prob(
+        torch.tensor([[100]])
+    )
+    assert p.exp().item() == pytest.approx(1 / (2 * 256 * 1e12), rel=1e-12)
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3])
 @pytest.mark.parametrize("size", [0.3, 1.0, 5.0, 1e4])
 def test_mixture_is_one_mass_over_all_colours(double, channels, size):
