@@ -142,9 +142,11 @@ def test_top_floor_files_name_real_arguments(target):
 
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
 def test_experiment_composes(experiment):
+    """And says what it trains on in its name or its comment."""
     with session():
         config = compose([f"experiment={experiment}"])
-    assert config.data.name in experiment
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
+    assert config.data.name in experiment + text.lower()
 
 
 def test_every_option_of_the_other_groups_composes():

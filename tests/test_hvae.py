@@ -8,7 +8,14 @@ from oracles import gaussian_log_prob
 from torch.distributions import Normal as Reference
 from torch.distributions import kl_divergence
 
-from genfw import HVAE, BernoulliLikelihood, GaussianLikelihood, Noise, Weighs
+from genfw import (
+    HVAE,
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    GaussianLikelihood,
+    Noise,
+    Weighs,
+)
 from genfw.models.hvae import BOUND
 from genfw.nets import Ladder
 
@@ -24,7 +31,7 @@ def random_hvae(blocks=(2, 1), **options):
         for parameter in ladder.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
         for block in ladder.down:
-            block.posterior.last.weight *= 0.3
+            block.posterior.last.weight *= 0.5
             block.posterior.last.bias.zero_()[2:] += 0.2
     return HVAE(ladder, BernoulliLikelihood()).eval()
 
@@ -181,16 +188,19 @@ def test_labels_matter_on_both_ways_and_follow_k(double):
     assert (weights != model.log_weight(IMAGES, 1 - y, noise=noise, k=3)).all()
 
 
-def test_before_training_every_prior_is_standard_normal():
+def test_before_training_every_prior_is_standard_normal_and_the_data_say_nothing():
     ladder, seen = Ladder((1, 8, 8), 17), []
 
     def draw(prior, posterior):
-        seen.append(prior)
+        seen.extend([prior, posterior])
         return torch.randn_like(prior.chunk(2, 1)[0])
 
-    assert ladder(draw, 3).shape == (3, 17, 8, 8)
-    assert [prior.shape[2] for prior in seen] == [2, 4, 4, 8, 8]
-    assert not torch.cat([prior.flatten() for prior in seen]).any()
+    assert ladder(draw, 3, seen=ladder.read(torch.randn(3, 1, 8, 8))).shape == (3, 17, 8, 8)
+    assert [head.shape[2] for head in seen[::2]] == [2, 4, 4, 8, 8]
+    assert not torch.cat([head.flatten() for head in seen]).any()
+    assert (
+        not HVAE(ladder, CategoricalLikelihood(17)).elbo(torch.zeros(2, 1, 8, 8).long()).rate.any()
+    )
 
 
 def test_the_variance_on_the_way_down_does_not_grow_with_depth():

@@ -9,7 +9,8 @@ r"""The network of a top-down hierarchy: a deterministic way up, a shared way do
 A z is reached from the data and from the output by additions only (skip connections), so that depth
 costs little to train: the last convolution of every residual block on the way down, and every
 projection of z, start at 1/sqrt(N) of their usual size, N blocks in all, which keeps the variance
-of h at any depth. The last layer of every prior starts at zero: p = N(0, I) at first.
+of h at any depth. The last layers of priors and posteriors start at zero: p = N(0, I) at first,
+and q = p.
 
 References:
     Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images, Child, 2020,
@@ -166,8 +167,9 @@ class TopDownBlock(nn.Module):
             for layer in (self.residual.layers[-1], self.project):
                 for parameter in layer.parameters():
                     parameter *= depth**-0.5
-            for parameter in self.prior.last.parameters():
-                parameter.zero_()
+            for head in (self.prior, self.posterior):
+                for parameter in head.last.parameters():
+                    parameter.zero_()
 
     def forward(
         self,
