@@ -111,6 +111,8 @@ WRONG = [
     ("model=vdm objective=free_bits", ["free_bits", "noise", "objective=elbo"]),
     ("model=vdm objective=l2", ["l2", "noise", "objective=elbo"]),
     ("model=vae objective=free_bits objective.per=level", ["objective.per", "batch_level"]),
+    ("model=hvae objective=free_bits objective.per=batch_dimension", ["per=batch_level"]),
+    ("model=hvae objective=dreg", ["dreg", "hvae", "objective=elbo"]),
     ("model=vae objective=iwae objective.k=many", ["objective.k", "int"]),
 ]
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from oracles import LinearGaussianChain
+from test_hvae import random_hvae
 from test_objective_rate import tiny_vae
 from test_vae import Map, random_vae
 from test_vdm import network_vdm
@@ -365,6 +366,21 @@ def test_a_diffusion_model_in_steps_has_weights_and_in_continuous_time_has_not(d
     for objective in (Iwae(3), Miwae(2, 3), Ciwae(3), Stl(), Dreg(3)):
         with pytest.raises(ValueError, match=r"continuous time .* infinite: .* vdm.at\(steps=T\)"):
             objective(vdm, x)
+
+
+def test_a_top_down_hierarchy_has_levels_and_weights_and_no_way_up(double):
+    hvae, x = random_hvae(), torch.randint(2, (8, 1, 2, 2))
+    elbo, log_w = hvae.elbo(x, noise=noise()), weights(hvae, x, 3)
+    costs = torch.stack((*elbo.levels, elbo.prior), 1)
+    for objective, expected in (
+        (Beta(3.0), 3 * costs.sum(1) - elbo.reconstruction),
+        (FreeBits(0.3, "example_level"), costs.clamp_min(0.3).sum(1) - elbo.reconstruction),
+        (Iwae(3), -log_mean(log_w)),
+    ):
+        assert torch.allclose(objective(hvae, x, noise=noise()), expected)
+    for objective in (Stl(), Dreg(3), L2(), FreeBits(0.3, "batch_dimension")):
+        with pytest.raises(TypeError, match=f"objective={objective.name} .* HVAE .*use "):
+            objective(hvae, x)
 
 
 class Unweighted(LatentModel):

@@ -460,10 +460,16 @@ def _networks_fit_their_place(config: DictConfig) -> None:
 def _objective_reads_model(config: DictConfig) -> None:
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
+    apart = str(OmegaConf.select(config, "objective.per")).endswith("dimension")
     for objectives, models, reason in (
         ("Simple", "VAE MHVAE HVAE", "weighs noise levels, and there are none: use objective=elbo"),
         ("L2 FreeBits", "VDM", "is for learned latents, and these are noise: use objective=elbo"),
         ("L2 Stl Dreg", "HVAE", "needs a chain from x up, and this goes down: use objective=elbo"),
+        (
+            "FreeBits",
+            "MHVAE HVAE" if apart else "",
+            "per dimension needs a VAE of one level: use objective.per=batch_level",
+        ),
         (
             "Iwae Miwae Ciwae Stl Dreg",
             "VDM" if endless else "",
