@@ -127,14 +127,41 @@ def test_wandb_holds_configuration_and_numbers(vdm):
 def test_evaluate_gives_the_same_number(vdm, capsys):
     folder, results = vdm
     assert command(evaluate.evaluate, [f"run={folder}"]) == 0
-    again = json.loads((folder / "evaluation.json").read_text())
+    again = json.loads((folder / "evaluation.json").read_text())["bound(sets=2, strata=1) of best"]
     for key in ("nll", "nll_stderr", "levels", "count"):
         assert again[f"test/{key}"] == pytest.approx(results[f"test/{key}"], rel=1e-6)
     assert f"{results['test/nll']:.2f}" in capsys.readouterr().out
 
     assert command(evaluate.evaluate, [f"run={folder}", "estimator.strata=2"]) == 0
-    more = json.loads((folder / "evaluation.json").read_text())
-    assert more["test/nll"] != results["test/nll"]
+    entries = json.loads((folder / "evaluation.json").read_text())
+    more = entries["bound(sets=2, strata=2) of best"]
+    assert more["test/nll"] != results["test/nll"] and len(entries) == 2
+    assert more["kind"] == "upper bound on -log p(x)" and more["changed"] == ["estimator.strata=2"]
+
+
+def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
+    folder, _ = vdm
+    kept = (folder / "results.json").read_bytes()
+    chosen = ["estimator=importance_weighted", "estimator.k=25", "estimator.chunk=1000"]
+    given = [f"run={folder}", "model.steps=2", *chosen]
+    assert command(evaluate.evaluate, given) == 0
+    entry = json.loads((folder / "evaluation.json").read_text())[
+        "importance_weighted(k=25) of best"
+    ]
+    assert 1 <= entry["test/ess"] <= 25 and 0 <= entry["test/khat_over_0.7"] <= 1
+    assert math.isfinite(entry["test/nll"]) and "test/khat" in entry
+    assert (folder / "results.json").read_bytes() == kept
+    assert "importance_weighted(k=25)" in capsys.readouterr().out
+    for wrong, said in (
+        (["estimator=importance_wheighted"], "Did you mean estimator=importance_weighted?"),
+        (["estimator=importance_weighted", "estimator.strata=3"], "estimator has k, chunk"),
+        (["estimator=importance_weighted"], "model.steps=1000"),
+        (["estimator=annealed"], "moves one latent"),
+        (["data=mnist"], "keeps its data"),
+        (["estimator=importance_weighted", "model.steps=2", "estimator.k=0"], "at least 1"),
+    ):
+        assert command(evaluate.evaluate, [f"run={folder}", *wrong]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):

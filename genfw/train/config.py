@@ -484,6 +484,23 @@ def _objective_reads_model(config: DictConfig) -> None:
                 raise ConfigError(f"objective={name}, model={model.lower()}: {name} {reason}")
 
 
+def _estimator_reads_model(config: DictConfig) -> None:
+    estimator, model = _target(config, "estimator"), _target(config, "model")
+    steps = OmegaConf.select(config, "model.steps")
+    if estimator == "genfw.ImportanceWeighted" and model == "genfw.VDM" and steps is None:
+        raise ConfigError(
+            "estimator=importance_weighted weighs a chain of finitely many latents, and "
+            "model.steps=null is continuous time: set model.steps=1000, or use estimator=bound"
+        )
+    levels = len(OmegaConf.select(config, "model.encoders") or [None])
+    one_level = model == "genfw.VAE" or (model == "genfw.MHVAE" and levels == 1)
+    if estimator == "genfw.Annealed" and str(model).startswith("genfw.") and not one_level:
+        raise ConfigError(
+            f"estimator=annealed moves one latent, and {model} has more: use "
+            "estimator=importance_weighted"
+        )
+
+
 def _target(config: DictConfig, key: str) -> str | None:
     return OmegaConf.select(config, f"{key}._target_")
 
@@ -494,4 +511,5 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _likelihood_reads_model,
     _networks_fit_their_place,
     _objective_reads_model,
+    _estimator_reads_model,
 )

@@ -10,8 +10,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from genfw.train.compose import compose, session
 from genfw.train.config import keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
+
+CHOSEN_ANEW = ("estimator",)  # groups that a finished run does not depend on
 
 
 def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +37,8 @@ def read(
 
     Args:
         arguments: `key=value`, `run` among them.
-        defaults: the command's options. Every other key must be one of the run's config.yaml.
+        defaults: the command's options. Every other key must be one of the run's config.yaml, or a
+            group that may be chosen anew, `estimator=importance_weighted`.
         usage: said where `run` is missing.
 
     Raises:
@@ -52,13 +56,28 @@ def read(
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     options = OmegaConf.create(dict(defaults))
+    for group in CHOSEN_ANEW:
+        if group in given:
+            config[group] = _option(group, given.pop(group))
     known = [*defaults, *keys(config)]
     for key, value in given.items():
         if key not in known:
             raise unknown_key(key, known)
+        if key not in defaults and isinstance(config.get(key), DictConfig):
+            raise ConfigError(
+                f"{key}={value}: a finished run keeps its {key}. "
+                f"Groups that may be chosen anew: {', '.join(CHOSEN_ANEW)}"
+            )
         target = options if key in defaults else config
         try:
             OmegaConf.update(target, key, OmegaConf.create(f"value: {value}").value)
         except (OmegaConfBaseException, ValueError) as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
     return folder, config, options
+
+
+def _option(group: str, name: str) -> DictConfig:
+    """What conf/<group>/<name>.yaml says, also a plug-in's."""
+    with session():
+        composed = compose(["model=vae", f"{group}={name}"])  # which any estimator can read
+    return OmegaConf.create({group: OmegaConf.to_container(composed[group], resolve=True)})[group]
