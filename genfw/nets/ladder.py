@@ -61,7 +61,7 @@ class Ladder(nn.Module):
         shape: Sequence[int],
         outputs: int,
         classes: int | None = None,
-        width: int = 48,
+        width: int = 32,
         latents: int = 4,
         blocks: Sequence[int] = (2, 2, 1),
         encoder_blocks: int = 1,
@@ -158,8 +158,8 @@ class TopDownBlock(nn.Module):
 
     def __init__(self, width: int, latents: int, depth: int, dropout: float):
         super().__init__()
-        self.prior = Head(width, 2 * latents + width)
-        self.posterior = Head(2 * width, 2 * latents)
+        self.prior = Head(width, width, 2 * latents + width)
+        self.posterior = Head(2 * width, width, 2 * latents)
         self.project = nn.Conv2d(latents, width, 1)
         self.residual = PlainBlock(width, dropout)
         self.sizes = (2 * latents, width)
@@ -185,12 +185,12 @@ class TopDownBlock(nn.Module):
 class Head(nn.Module):
     """One hidden layer, (b, channels, h, w) to (b, out_channels, h, w)."""
 
-    def __init__(self, channels: int, out_channels: int):
+    def __init__(self, channels: int, width: int, out_channels: int):
         super().__init__()
         self.norm1 = group_norm(channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = group_norm(channels)
-        self.last = nn.Conv2d(channels, out_channels, 1)
+        self.conv = nn.Conv2d(channels, width, 3, padding=1)
+        self.norm2 = group_norm(width)
+        self.last = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, h: Features) -> Features:
         h = self.conv(nn.functional.silu(self.norm1(h)))
