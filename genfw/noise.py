@@ -209,19 +209,19 @@ def _stream(seed: int, index: Tensor) -> Tensor:
 
 def _splitmix(x: Tensor) -> Tensor:
     """The finalizer of splitmix64 on int64 (arithmetic modulo 2^64)."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+    x = (x ^ _shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: Tensor, n: int) -> Tensor:
     """Logical right shift: torch's own repeats the sign bit."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
+    return (x >> n).bitwise_and_((1 << (64 - n)) - 1)
 
 
 def _uniform(bits: Tensor) -> Tensor:
     """53 of 64 random bits as a number in (0, 1), float64, never 0 or 1."""
-    return (_shift(bits, 11).double() + 0.5) * 2.0**-53
+    return _shift(bits, 11).double().add_(0.5).mul_(2.0**-53)
 
 
 def _signed(x: int) -> int:
