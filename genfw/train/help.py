@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,4 +72,5 @@ def defaults(file: Path) -> dict[str, str | None]:
 
 def _line(group: str, names: Sequence[str], default: str | None, indent: str = "  ") -> str:
     starred = "  ".join(f"*{name}" if name == default else name for name in names)
-    return f"{indent}{group:<{20 - len(indent)}}{starred}"
+    first = f"{indent}{group:<{20 - len(indent)}}"
+    return textwrap.fill(starred, 120, initial_indent=first, subsequent_indent=" " * 20)
