@@ -215,6 +215,8 @@ def test_vae_without_loggers_and_with_a_failing_metric(tmp_path, monkeypatch, ca
         "checkpoints",
         "config.yaml",
         "reconstructions.png",
+        "interpolation.png",
+        "traversal_1.png",
         "results.json",
         "samples.png",
     }

@@ -155,6 +155,23 @@ class HVAE(LatentModel, name="hvae"):
 
         return self.likelihood(self.ladder(draw, n, y).to(self.dtype)).sample(noise.fold("z0"))
 
+    def posteriors(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[tuple[Normal, Tensor]]:
+        """q(z_t | z_{>t}, x) on one sampled way down, and the draw of z_t, from z_1 to z_T."""
+        _, steps = self._descend(x, y, draws(noise, x))
+        return [(step.q, step.z) for step in reversed(steps)]
+
+    def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
+        """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are
+        the means of their priors."""
+        given = list(above)
+
+        def draw(prior: Tensor, _: Tensor | None) -> Tensor:
+            return given.pop() if given else prior.to(self.dtype).chunk(2, dim=1)[0]
+
+        return self.likelihood(self.ladder(draw, len(above[0]), y).to(self.dtype)).mean
+
     def _descend(
         self, x: Image, y: Labels | None, noise: Draws, k: int = 1
     ) -> tuple[Distribution, list[_Step]]:

@@ -1,0 +1,340 @@
+r"""What the latents of a learned hierarchy do: what each level costs, how many of its units follow
+the data, and pictures of what they mean.
+
+A unit u of z_t is active (Burda et al.) where its posterior mean moves with the data,
+
+.. math:: A_u = \mathrm{Var}_x \, E_{q(z_t | x)}[u] > 0.01.
+
+Where z_t depends on other latents the inner expectation is a mean over k draws, whose own variance,
+Var[mean] = E_x Var_q[m | x] / k with m the mean of z_t given the draws, is subtracted.
+
+References:
+    Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
+        https://arxiv.org/abs/1509.00519 (active units: appendix C).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image as PIL
+from torch import Tensor
+
+from genfw.elbo import ELBO
+from genfw.model import LatentModel
+from genfw.noise import Noise, mix
+from genfw.train.callbacks import show
+from genfw.train.data.images import Batch
+from genfw.train.latents import Latents, Means, latents_of
+from genfw.train.module import LatentModule
+from genfw.train.pictures import grid, save
+from genfw.types import Image, Labels
+
+ACTIVE = 0.01
+"""A_u above which a unit is active (Burda et al., 2016)."""
+
+COLLAPSED = 0.1
+"""Nats per image that a level must cost: less carries nothing."""
+
+
+class Diagnostics(L.Callback):
+    """Logs, for learned hierarchies, `kl_<t>` and `active_units_<t>` of every level, z_1 next to
+    the data, `rate` (their sum) and `distortion` (minus the reconstruction), in nats per image, and
+    draws pictures. Does nothing for other models, diffusion models among them.
+
+    `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a
+    divergence; the others may be negative, see `genfw.model.bound`.
+
+    `interpolation.png` and `traversal_<t>.png` in the run folder are of the last weights that were
+    drawn: in the end, those that were tested.
+
+    Args:
+        bins: K of the data.
+        images: how many are looked at, the first of the split.
+        draws: k, of all latents, for each of them: at least 2.
+        patience: validations after which a level that has no active unit, or costs less than 0.1
+            nat, is called collapsed, in one warning.
+        every: validations between pictures; 0: only at the end.
+        columns: images in a row of a picture.
+        units: of a level, the most active ones, in a traversal.
+
+    Raises:
+        ValueError: fewer images or draws than two.
+    """
+
+    def __init__(
+        self,
+        bins: int,
+        images: int = 256,
+        draws: int = 8,
+        patience: int = 5,
+        every: int = 5,
+        columns: int = 9,
+        units: int = 8,
+    ):
+        if min(images, draws) < 2:
+            raise ValueError(f"expected two images and draws at least, got {images} and {draws}")
+        self.bins, self.images, self.draws = bins, images, draws
+        self.patience, self.every, self.columns, self.units = patience, every, columns, units
+        self.validations = 0
+        self.alarmed: set[int] = set()
+        self.sums: Sums | None = None
+        self.pair: tuple[Image, Labels] | None = None
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sums = None
+
+    def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sums = None
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._look(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._look(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = self._report(trainer, pl_module, "val")
+        if found is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self.validations += 1
+        if self.validations >= self.patience and trainer.is_global_zero:
+            self._alarm(found)
+        if self.every and self.validations % self.every == 0:
+            self._draw(trainer, pl_module, "val", found)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        found = self._report(trainer, pl_module, "test")
+        if found is not None:
+            self._draw(trainer, pl_module, "test", found)
+
+    def _look(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
+        assert isinstance(module, LatentModule)
+        mine = -(-self.images // trainer.world_size)  # rank r has images r, r + world, ...
+        rows = mine - (0 if self.sums is None else int(self.sums.count))
+        if trainer.sanity_checking or rows <= 0 or latents_of(module.evaluated) is None:
+            return
+        x, y, index = batch.image[:rows], batch.label[:rows], batch.index[:rows]
+        if self.sums is None:
+            self.pair = x[:2], y[:2]
+        noise = Noise(mix(module.seed, "diagnostics"), index)
+        with module.evaluating() as model:
+            sums = look(model, x, y, noise, self.draws)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def _report(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Findings | None:
+        if self.sums is None:
+            return None
+        found = self.sums.over_ranks().findings()
+        for t, (kl, activity) in enumerate(zip(found.kl, found.activity, strict=True), 1):
+            module.log(f"{split}/kl_{t}", kl)
+            module.log(f"{split}/active_units_{t}", float((activity > ACTIVE).sum()))
+        module.log(f"{split}/rate", sum(found.kl))
+        module.log(f"{split}/distortion", found.distortion)
+        return found
+
+    def _alarm(self, found: Findings) -> None:
+        for t in found.collapsed():
+            if t not in self.alarmed:
+                self.alarmed.add(t)
+                active = int((found.activity[t - 1] > ACTIVE).sum())
+                warnings.warn(
+                    f"level {t} of {len(found.kl)} has collapsed: z_{t} costs "
+                    f"{found.kl[t - 1]:.3f} nats and {active} of its units are active; "
+                    "objective=warmup or objective=free_bits may help",
+                    stacklevel=2,
+                )
+
+    def _draw(
+        self, trainer: L.Trainer, module: L.LightningModule, split: str, found: Findings
+    ) -> None:
+        if not trainer.is_global_zero or self.pair is None:
+            return
+        assert isinstance(module, LatentModule)
+        x, y = self.pair
+        with module.evaluating() as model:
+            latents = latents_of(model)
+            assert latents is not None
+            pictures = {"interpolation": interpolation(latents, x, y, self.bins, self.columns)}
+            for t in range(1, latents.levels + 1):
+                units = found.most_active(t, self.units)
+                scale = found.activity[t - 1].clamp_min(0).sqrt()
+                pictures[f"traversal_{t}"] = traversal(
+                    latents, x[:1], y[:1], t, units, scale, self.bins, self.columns
+                )
+        for name, picture in pictures.items():
+            path = save(picture, Path(trainer.default_root_dir) / f"{name}.png")
+            show(trainer, f"{split}/{name}", path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations, "alarmed": sorted(self.alarmed)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations, self.alarmed = state_dict["validations"], set(state_dict["alarmed"])
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Means over images.
+
+    Attributes:
+        kl: nats of every level, z_1's first.
+        activity: A_u of every unit, (units,) for each level; estimates, which may be negative.
+        distortion: nats.
+    """
+
+    kl: list[float]
+    activity: list[Tensor]
+    distortion: float
+
+    def collapsed(self) -> list[int]:
+        """The levels t that carry nothing. A term far below 0 (in a chain) is no collapse."""
+        pairs = enumerate(zip(self.kl, self.activity, strict=True), 1)
+        return [t for t, (kl, each) in pairs if abs(kl) < COLLAPSED or each.max() <= ACTIVE]
+
+    def most_active(self, t: int, n: int) -> Tensor:
+        """The n units of z_t that move most, or all of them."""
+        activity = self.activity[t - 1]
+        return activity.topk(min(n, len(activity))).indices
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over images, float64, from which findings follow; sums of batches and ranks add up.
+
+    Attributes:
+        count: of images.
+        terms: (T + 1,) nats: every level's, and the distortion.
+        moments: (3, units) for each level, of m, the mean over draws of a posterior mean: m, m
+            squared, and the variance of m that is due to the draws.
+    """
+
+    count: Tensor
+    terms: Tensor
+    moments: list[Tensor]
+
+    def __add__(self, other: Sums) -> Sums:
+        moments = [a + b for a, b in zip(self.moments, other.moments, strict=True)]
+        return Sums(self.count + other.count, self.terms + other.terms, moments)
+
+    def over_ranks(self) -> Sums:
+        """The sums of all ranks together."""
+        everything = [self.count.clone(), self.terms.clone(), *(m.clone() for m in self.moments)]
+        if dist.is_available() and dist.is_initialized():
+            for each in everything:
+                dist.all_reduce(each)
+        return Sums(everything[0], everything[1], everything[2:])
+
+    def findings(self) -> Findings:
+        """The means over all images."""
+        n = self.count
+        activity = []
+        for total, squares, own in self.moments:
+            spread = (squares - total.square() / n) / (n - 1).clamp_min(1)
+            activity.append((spread - own / n).cpu())
+        *kl, distortion = (self.terms / n).tolist()
+        return Findings(kl, activity, distortion)
+
+
+def look(model: LatentModel, x: Image, y: Labels | None, noise: Noise, draws: int) -> Sums:
+    """The sums over one batch, with `draws` draws of every latent for each image.
+
+    Raises:
+        TypeError: the model's latents are not learned.
+    """
+    latents = latents_of(model)
+    if latents is None:
+        raise TypeError(f"{type(model).__name__} has no learned latents to look at")
+    terms, means = [], []
+    for j in range(draws):
+        drawn = noise.fold(j)
+        terms.append(by_level(model.elbo(x, y, noise=drawn)))
+        posteriors = latents.posteriors(x, y, noise=drawn)
+        means.append([q.mean.flatten(1).double() for q, _ in posteriors])
+    moments = []
+    for level in zip(*means, strict=True):
+        m = torch.stack(level)  # (draws, b, units)
+        mean, own = m.mean(0), m.var(0) / draws
+        moments.append(torch.stack([mean.sum(0), mean.square().sum(0), own.sum(0)]))
+    count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+    return Sums(count, torch.stack(terms).mean(0).sum(1), moments)
+
+
+def by_level(elbo: ELBO) -> Tensor:
+    """(T + 1, b) nats: what z_1 .. z_T cost, and the distortion; their sum is -total."""
+    return torch.stack([*elbo.levels, elbo.prior, -elbo.reconstruction]).double()
+
+
+def interpolation(
+    latents: Latents, x: Image, y: Labels | None, bins: int, columns: int = 9
+) -> PIL.Image:
+    """Between the two images x: they at both ends of every row, and between them E[x | z] on the
+    straight line between their latents. In row t, z_t .. z_T are on the line, and what is below
+    z_t is the mean of its prior, so that rows tell what a level and those above hold."""
+    means = [z for _, z in latents.posteriors(x, y, noise=Means())]
+    w = torch.linspace(0, 1, columns - 2, device=x.device)
+    labels = None if y is None else y[(w > 0.5).long()]
+    rows = []
+    for t in range(latents.levels):
+        lines = [torch.lerp(z[:1], z[1:2], _column(w, z)) for z in means[t:]]
+        between = pixels(latents.expected(lines, labels), bins)
+        rows.append(torch.cat([pixels(x[:1], bins), between, pixels(x[1:2], bins)]))
+    return grid(torch.cat(rows), columns)
+
+
+def traversal(
+    latents: Latents,
+    x: Image,
+    y: Labels | None,
+    t: int,
+    units: Sequence[int] | Tensor,
+    scale: Tensor,
+    bins: int,
+    columns: int = 9,
+) -> PIL.Image:
+    """What single units of z_t mean: a row for each of `units`, in which it goes from -3 to 3
+    `scale`s (units,) away from where the image x (1, ...) has it. All else at z_t and above stays
+    with x, what is below z_t is the mean of its prior."""
+    above = [z for _, z in latents.posteriors(x, y, noise=Means())][t - 1 :]
+    steps = torch.linspace(-3, 3, columns, device=x.device)
+    labels = None if y is None else y.expand(columns)
+    rows = []
+    for unit in units:
+        z, *rest = (z.repeat(columns, *(1,) * (z.ndim - 1)) for z in above)
+        flat = z.flatten(1)
+        flat[:, int(unit)] += steps.to(z) * float(scale[int(unit)])
+        rows.append(pixels(latents.expected([flat.view_as(z), *rest], labels), bins))
+    return grid(torch.cat(rows), columns)
+
+
+def pixels(x: Tensor, bins: int) -> Tensor:
+    """Expected values, 0..bins - 1, as bytes: those of binary images are shades of grey."""
+    return (x.double() * 255 / (bins - 1)).round().clamp(0, 255).to(torch.uint8)
+
+
+def _column(w: Tensor, like: Tensor) -> Tensor:
+    return w.to(like).reshape(-1, *(1,) * (like.ndim - 1))

@@ -1,0 +1,88 @@
+"""What diagnostics ask of a hierarchy: where its latents lie for given images, and what images
+given latents stand for.
+
+Every learned hierarchy answers. A diffusion model does not: its encoder is fixed, and its latents
+are noisy images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from genfw.distributions import Normal
+from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.models.vdm import VDM
+from genfw.noise import Draws
+from genfw.types import Image, Labels
+
+
+@runtime_checkable
+class Latents(Protocol):
+    """The latents of a hierarchy, z_1 (next to the data) .. z_T."""
+
+    @property
+    def levels(self) -> int:
+        """T."""
+        ...
+
+    def posteriors(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[tuple[Normal, Tensor]]:
+        """q of every z_t given x and the draws it depends on, and the draw of z_t, from z_1 to
+        z_T."""
+        ...
+
+    def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
+        """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are
+        the means of their priors."""
+        ...
+
+
+class Chain:
+    """The latents of a Markovian hierarchy: everything below z_t depends on z_t alone."""
+
+    def __init__(self, model: MarkovianHierarchy):
+        self.model, self.levels = model, model.levels
+
+    def posteriors(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[tuple[Normal, Tensor]]:
+        return [(rung.q, rung.z) for rung in self.model.climb(x, y, noise=noise)]
+
+    def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
+        z = above[0]
+        for t in range(self.levels - len(above) + 1, 0, -1):
+            z = self.model.decode(z, t, y).mean
+        return z
+
+
+def latents_of(model: LatentModel) -> Latents | None:
+    """What can be asked about the latents of this model; None where they are not learned."""
+    if isinstance(model, VDM):
+        return None
+    if isinstance(model, MarkovianHierarchy):
+        return Chain(model)
+    return model if isinstance(model, Latents) else None
+
+
+class Means(Draws):
+    """No noise: every normal draw is its mean, every uniform one 1/2."""
+
+    def normal(self, purpose: str, like: Tensor) -> Tensor:
+        return torch.zeros_like(like)
+
+    def uniform(self, purpose: str, like: Tensor) -> Tensor:
+        return torch.full_like(like, 0.5)
+
+    def time(self) -> Tensor:
+        raise TypeError("there is no mean time")
+
+    def fold(self, *keys: int | str) -> Means:
+        return self
+
+    def each(self, first: int, last: int) -> Means:
+        return self

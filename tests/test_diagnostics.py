@@ -1,0 +1,274 @@
+"""Diagnostics say what is so: costs and active units against exact answers, an alarm where a level
+is dead, pictures of the latents they claim to show."""
+
+import math
+import warnings
+
+import oracles
+import pytest
+import tiny
+import torch
+
+import genfw
+from genfw.noise import Noise
+from genfw.train.diagnostics import (
+    ACTIVE,
+    Diagnostics,
+    Findings,
+    interpolation,
+    look,
+    traversal,
+)
+from genfw.train.latents import Chain, Means, latents_of
+from genfw.train.module import LatentModule
+
+
+def noise(n):
+    return Noise(3, torch.arange(n))
+
+
+def test_levels_of_a_chain_against_the_exact_answer(double):
+    """z_1 = g_1 x + ..., z_2 = g_2 z_1 + ...: every expectation is one of normals."""
+    model = oracles.LinearGaussianChain(2, bias=0.0, stretch=1.3)
+    x, draws = torch.randn(200, 2), 200
+    found = look(model, x, None, noise(200), draws).findings()
+    gain = [model.a * model.var[t] / model.var[t - 1] for t in (1, 2)]
+    var = [1.69 * (model.var[t] - gain[t - 1] ** 2 * model.var[t - 1]) for t in (1, 2)]
+    square = var[0] + gain[0] ** 2 * x.square()  # E z_1^2, per image and dimension
+    miss = (1 - model.a * gain[1]) ** 2 * square + model.a**2 * var[1]  # E (z_1 - a z_2)^2
+    kl_1 = -0.5 * (1 + math.log(var[0])) + 0.5 * (math.log(model.s**2) + miss / model.s**2)
+    kl_2 = 0.5 * (var[1] + gain[1] ** 2 * square - 1 - math.log(var[1]))
+    assert found.kl == pytest.approx([float(k.sum(1).mean()) for k in (kl_1, kl_2)], abs=0.05)
+
+    spread = x.var(0)
+    torch.testing.assert_close(found.activity[0], gain[0] ** 2 * spread)
+    exact = (gain[0] * gain[1]) ** 2 * spread
+    error = 2 * gain[1] ** 2 * (var[0] / draws * exact / 200) ** 0.5  # of Var_x, to first order
+    assert ((found.activity[1] - exact).abs() < 5 * error + 1e-3).all()
+
+
+def test_draws_are_not_taken_for_activity(double):
+    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing."""
+    model = oracles.LinearGaussianChain(2)
+    blind = genfw.Normal(torch.zeros(500, 2), torch.ones(500, 2))
+    encode = model.encode
+    model.encode = lambda z, t, y=None: blind if t == 1 else encode(z, t, y)
+    found = look(model, torch.randn(500, 2), None, noise(500), 4).findings()
+    assert found.activity[0].abs().max() < 1e-12
+    moved = (model.a * model.var[2] / model.var[1]) ** 2 / 4  # what k = 4 draws alone would show
+    assert moved > 10 * ACTIVE
+    assert found.activity[1].abs().max() < 5 * moved * (2 / 500) ** 0.5
+
+
+def test_the_terms_are_those_of_the_bound():
+    x = torch.randint(3, (6, 1, 2, 2))
+    for model in (vae(), chain(), hvae()):
+        found = look(model, x, None, noise(6), 2).findings()
+        bounds = [model.elbo(x, noise=noise(6).fold(j)) for j in range(2)]
+        assert found.distortion == pytest.approx(
+            -sum(float(b.reconstruction.mean()) for b in bounds) / 2, rel=1e-5
+        )
+        assert sum(found.kl) == pytest.approx(
+            sum(float(b.rate.mean()) for b in bounds) / 2, rel=1e-4, abs=1e-5
+        )
+        top = sum(float(b.prior.mean()) for b in bounds) / 2
+        assert found.kl[-1] == pytest.approx(top, rel=1e-4, abs=1e-5)
+
+
+def test_sums_of_batches_add_up():
+    x, model = torch.randint(3, (6, 1, 2, 2)), chain()
+    whole = look(model, x, None, noise(6), 3).findings()
+    index = torch.arange(6)
+    parts = [look(model, x[i], None, Noise(3, index[i]), 3) for i in (slice(2), slice(2, 6))]
+    halves = (parts[0] + parts[1]).findings()
+    assert halves.kl == pytest.approx(whole.kl, rel=1e-5)
+    for a, b in zip(halves.activity, whole.activity, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+class Linear(torch.nn.Module):
+    """A linear layer that takes labels and reshapes."""
+
+    def __init__(self, inputs, outputs, shape=None):
+        super().__init__()
+        self.layer = torch.nn.Linear(inputs, outputs)
+        self.shape = shape
+
+    def forward(self, x, y=None):
+        h = self.layer(x.flatten(1))
+        return h if self.shape is None else h.view(len(h), *self.shape)
+
+
+def vae():
+    return genfw.VAE(Linear(4, 6), Linear(3, 12, (3, 2, 2)), genfw.CategoricalLikelihood(3), 3)
+
+
+def chain():
+    encoders, decoders = [Linear(4, 6), Linear(3, 4)], [Linear(3, 12, (3, 2, 2)), Linear(2, 6)]
+    return genfw.MHVAE(encoders, decoders, genfw.CategoricalLikelihood(3), [3, 2])
+
+
+def hvae():
+    ladder = genfw.nets.Ladder((1, 2, 2), 3, width=8, latents=2, blocks=[1, 1])
+    for p in ladder.parameters():  # posteriors begin as the priors
+        p.data += 0.1 * torch.randn_like(p)
+    return genfw.HVAE(ladder, genfw.CategoricalLikelihood(3)).eval()
+
+
+def module(model, lr=1e-4):
+    return LatentModule(
+        model, genfw.Elbo(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr)
+    )
+
+
+def test_who_is_looked_at():
+    assert isinstance(latents_of(vae()), Chain)
+    assert latents_of(hvae()) is not None
+    assert latents_of(tiny.vdm()) is None
+    assert latents_of(tiny.vdm().at(4)) is None
+
+
+@pytest.mark.parametrize("made", [vae, chain, hvae])
+def test_logged_and_drawn(tmp_path, made):
+    net = made()
+    diagnostics = Diagnostics(bins=3, images=4, draws=2, patience=99, every=2, columns=5)
+    trainer = tiny.trainer(tmp_path, 4, val_check_interval=2, callbacks=[diagnostics])
+    lightning = module(net)
+    trainer.fit(lightning, tiny.Images(batch=3))
+    levels = range(1, net.levels + 1)
+    names = {f"{kind}_{t}" for kind in ("kl", "active_units") for t in levels}
+    names |= {"rate", "distortion"}
+    assert {f"val/{name}" for name in names} <= trainer.callback_metrics.keys()
+    assert int(diagnostics.sums.count) == 4  # of five images, in batches of three
+    pictures = {"interpolation.png", *(f"traversal_{t}.png" for t in levels)}
+    assert {file.name for file in tmp_path.glob("*.png")} == pictures
+    tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
+    assert {f"test/{name}" for name in names} <= tested.keys()
+    held = sum(tested[f"test/kl_{t}"] for t in levels)
+    assert tested["test/rate"] == pytest.approx(held, rel=1e-5)
+
+
+def test_nothing_for_a_diffusion_model(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*collapsed.*")
+        trainer = tiny.trainer(
+            tmp_path, 2, val_check_interval=1, callbacks=[Diagnostics(3, patience=0, every=1)]
+        )
+        trainer.fit(tiny.module(), tiny.Images())
+    assert not any("kl_" in key or "rate" in key for key in trainer.callback_metrics)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def fit(folder, model, patience, callback=None):
+    callback = callback or Diagnostics(3, draws=2, patience=patience, every=0)
+    trainer = tiny.trainer(folder, 4, val_check_interval=1, callbacks=[callback])
+    trainer.fit(module(model, lr=0.0), tiny.Images())
+    return callback
+
+
+def test_alarm_names_the_dead_level_once(tmp_path):
+    model = chain()
+    with torch.no_grad():
+        for p in model.encoders[0].parameters():
+            p.mul_(3)  # z_1 is alive
+        for p in model.encoders[1].parameters():
+            p.zero_()  # q(z_2 | z_1) = N(0, I)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, model, patience=3)
+    said = [str(each.message) for each in caught if "collapsed" in str(each.message)]
+    assert len(said) == 1
+    assert said[0].startswith("level 2 of 2 has collapsed: z_2 costs 0.000 nats and 0 of")
+
+
+def test_no_alarm_before_its_time_nor_for_the_living(tmp_path):
+    dead = vae()
+    with torch.no_grad():
+        for p in dead.encoder.parameters():
+            p.zero_()
+    alive = vae()
+    with torch.no_grad():
+        alive.encoder.layer.weight.mul_(3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*collapsed.*")
+        fit(tmp_path, alive, patience=1)
+        early = fit(tmp_path, dead, patience=5)
+        again = Diagnostics(3, draws=2, patience=5, every=0)
+        again.load_state_dict(early.state_dict())
+    with pytest.warns(UserWarning, match="level 1 of 1 has collapsed"):
+        fit(tmp_path, dead, 5, again)
+
+
+def test_collapse_needs_activity_and_cost():
+    dead, active = torch.zeros(2), torch.tensor([0.0, 1.0])
+    found = Findings([0.05, 3.0, 3.0, -2.0], [active, dead, active, active], 0.0)
+    assert found.collapsed() == [1, 2]
+    assert Findings([1.0], [torch.tensor([0.1, 0.5, 0.3])], 0.0).most_active(1, 2).tolist() == [
+        1,
+        2,
+    ]
+
+
+def shown(picture, columns, side=2, zoom=16):
+    """The images of a grid, (rows, columns, side, side), out of their enlarged pixels."""
+    size = picture.size
+    sheet = torch.tensor(list(picture.tobytes())).view(size[1], size[0])[::zoom, ::zoom]
+    rows = (sheet.shape[0] - 1) // (side + 1)
+    tiles = [
+        sheet[1 + r * (side + 1) :][:side, 1 + c * (side + 1) :][:, :side]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return torch.stack(tiles).view(rows, columns, side, side)
+
+
+@pytest.mark.parametrize("made", [chain, hvae])
+def test_interpolation_begins_and_ends_where_the_images_are(made):
+    model, x = made(), torch.tensor([[0, 1, 2, 2], [2, 1, 0, 0]]).view(2, 1, 2, 2)
+    with torch.no_grad():
+        latents = latents_of(model)
+        rows = shown(interpolation(latents, x, None, bins=3, columns=5), 5)
+        means = [z for _, z in latents.posteriors(x, noise=Means())]
+        ends = [latents.expected(means[t:]) * 127.5 for t in range(2)]
+        middle = latents.expected([(z[:1] + z[1:]) / 2 for z in means]) * 127.5
+    assert rows.shape[0] == 2
+    for row, end in zip(rows, ends, strict=True):
+        assert (row[0] == (x[0, 0] * 127.5).round()).all()
+        assert (row[4] == (x[1, 0] * 127.5).round()).all()
+        assert (row[1] - end[0, 0]).abs().max() < 1.01
+        assert (row[3] - end[1, 0]).abs().max() < 1.01
+    assert (rows[0, 2] - middle[0, 0]).abs().max() < 1.01
+
+
+@pytest.mark.parametrize("made", [chain, hvae])
+def test_traversal_moves_one_unit(made):
+    model, x = made(), torch.tensor([0, 1, 2, 2]).view(1, 1, 2, 2)
+    scale = torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        latents = latents_of(model)
+        picture = traversal(latents, x, None, 2, [1], scale, bins=3, columns=3)
+        _, (_, z) = latents.posteriors(x, noise=Means())
+        for column, shift in enumerate((-6.0, 0.0, 6.0)):
+            flat = z.flatten(1).clone()
+            flat[0, 1] += shift
+            expected = latents.expected([flat.view_as(z)])[0, 0] * 127.5
+            assert (shown(picture, 3)[0, column] - expected).abs().max() < 1.01
+
+
+def test_expected_image_of_all_latents_is_the_likelihoods_mean():
+    """The latents are given from z_t up, z_T last, in a chain and in a ladder."""
+    x = torch.randint(3, (4, 1, 2, 2))
+    model = hvae()
+    zs = [z for _, z in model.posteriors(x, noise=noise(4))]
+    way = model._descend(x, None, noise(4))[0]
+    torch.testing.assert_close(model.expected(zs), way.mean)
+    model = chain()
+    z = torch.randn(4, 2)
+    expected = model.decode(model.decode(z, 2).mean, 1).mean
+    torch.testing.assert_close(Chain(model).expected([z]), expected)
+
+
+@pytest.mark.parametrize("wrong", [{"images": 1}, {"draws": 1}])
+def test_arguments_out_of_range(wrong):
+    with pytest.raises(ValueError, match="two images and draws"):
+        Diagnostics(3, **wrong)
