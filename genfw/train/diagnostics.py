@@ -34,6 +34,7 @@ from genfw.noise import Noise, mix
 from genfw.train.callbacks import show
 from genfw.train.data.images import Batch
 from genfw.train.latents import Latents, Means, latents_of
+from genfw.train.loggers import one_line
 from genfw.train.module import LatentModule
 from genfw.train.pictures import grid, save
 from genfw.types import Image, Labels
@@ -74,7 +75,7 @@ class Diagnostics(L.Callback):
         self,
         bins: int,
         images: int = 256,
-        draws: int = 8,
+        draws: int = 4,
         patience: int = 5,
         every: int = 5,
         columns: int = 9,
@@ -175,7 +176,18 @@ class Diagnostics(L.Callback):
         if not trainer.is_global_zero or self.pair is None:
             return
         assert isinstance(module, LatentModule)
-        x, y = self.pair
+        try:
+            pictures = self._pictures(module, *self.pair, found)
+        except Exception as error:
+            print(f"pictures of latents skipped: {one_line(error)}", flush=True)
+            return
+        for name, picture in pictures.items():
+            path = save(picture, Path(trainer.default_root_dir) / f"{name}.png")
+            show(trainer, f"{split}/{name}", path)
+
+    def _pictures(
+        self, module: LatentModule, x: Image, y: Labels, found: Findings
+    ) -> dict[str, PIL.Image]:
         with module.evaluating() as model:
             latents = latents_of(model)
             assert latents is not None
@@ -186,9 +198,7 @@ class Diagnostics(L.Callback):
                 pictures[f"traversal_{t}"] = traversal(
                     latents, x[:1], y[:1], t, units, scale, self.bins, self.columns
                 )
-        for name, picture in pictures.items():
-            path = save(picture, Path(trainer.default_root_dir) / f"{name}.png")
-            show(trainer, f"{split}/{name}", path)
+        return pictures
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self.validations, "alarmed": sorted(self.alarmed)}

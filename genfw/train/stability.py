@@ -87,8 +87,8 @@ class Stability(L.Callback):
     ) -> None:
         """After all gradients of the step, unscaled, and before clipping."""
         losses, images, self.losses, self.images = self.losses, self.images, [], []
-        norm = gradient_norm(optimizer)
-        loss = torch.stack([each.float() for each in losses]).sum().to(norm.device)
+        norm = gradient_norm(optimizer).to(losses[0].device)
+        loss = torch.stack([each.float() for each in losses]).sum()
         precision = trainer.precision_plugin
         scaled = isinstance(precision, MixedPrecision) and precision.scaler is not None
         watched = loss if scaled else loss + norm.to(loss)
