@@ -54,6 +54,7 @@ def _command(arguments: Sequence[str]) -> int:
 
     from genfw.train.compose import compose, jobs, session, typed
     from genfw.train.compose import parse as parse_overrides
+    from genfw.train.config import data_are_there
     from genfw.train.jobs import own_folder, quoted, run_apart
 
     flags = _parse(arguments)
@@ -70,7 +71,10 @@ def _command(arguments: Sequence[str]) -> int:
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
             return 0
         commands = jobs(overrides) if flags.multirun else [overrides]
-        config, *_ = [compose(command, name) for command in commands]  # all, before any starts
+        composed = [compose(command, name) for command in commands]  # all, before any starts
+        for config in composed:
+            data_are_there(config)
+        config = composed[0]
         trusted = [*config.trusted, *typed(parse_overrides(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")

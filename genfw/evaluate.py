@@ -23,13 +23,9 @@ Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimat
 def evaluate(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, {"checkpoint": "best"}, USAGE)
 
-    from genfw.train.config import RULES, build
-
-    for rule in RULES:
-        rule(config)
-
     from rich.console import Console
 
+    from genfw.train.config import build
     from genfw.train.job import quiet, restore, table, versions
 
     quiet()

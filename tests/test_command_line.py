@@ -85,6 +85,13 @@ WRONG = [
     ("seed=[1", ["seed=[1"]),
     ("param=eps,x0", ["--multirun"]),
     ("seed=${nope}", ["seed", "nope"]),
+    # runs that cannot be
+    ("seed=-1", ["seed=-1", "at least 0"]),
+    ("optimizer.lr=-1", ["optimizer.lr=-1"]),
+    ("trainer.max_steps=-1", ["no end", "trainer.max_epochs"]),
+    ("trainer.enable_checkpointing=false", ["enable_checkpointing"]),
+    ("net.classes=10", ["net.classes=10", "conditional"]),
+    ("data=mnist data.path=/nope", ["data.path=/nope", "no such folder"]),
     ("--multrun", ["--multrun", "--help"]),
     ("--config-path=/nope", ["/nope"]),
     ("--config-name=nope", ["nope"]),

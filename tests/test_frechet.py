@@ -343,7 +343,7 @@ def test_without_torch_fidelity(monkeypatch, caplog):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "fid_inception" in record.getMessage()
-    assert "pip install 'genfw[fid]'" in record.getMessage()
+    assert "make fid-check" in record.getMessage()
     assert "\n" not in record.getMessage()
 
 

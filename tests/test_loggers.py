@@ -180,13 +180,17 @@ def test_credentials_without_network(account, silent):
     assert silent in reason
 
 
-def test_a_stranger_is_offline_and_not_asked(tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "mode"), [({}, "auto"), ({"WANDB_MODE": "online"}, "auto"), ({}, "online")]
+)
+def test_a_stranger_is_offline_and_not_asked(tmp_path, asked, mode):
     """No account, no terminal, the real W&B; in its own process, for W&B keeps what it knows."""
-    program = "from genfw.train.loggers import choose_mode; print(*choose_mode(), sep='|')"
+    program = f"from genfw.train.loggers import choose_mode; print(*choose_mode({mode!r}), sep='|')"
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    home = {**clean, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": "."}
     done = subprocess.run(
         [sys.executable, "-c", program],
-        env={**clean, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": "."},
+        env={**home, **asked},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -194,6 +198,17 @@ def test_a_stranger_is_offline_and_not_asked(tmp_path):
     )
     assert done.stdout.startswith("offline|no credentials")
     assert done.stderr == ""
+
+
+def test_online_is_a_wish_and_no_reason_to_ask(account, monkeypatch):
+    with Server(200, "application/json") as url:
+        account(False, url)
+        assert choose_mode("online")[0] == "offline"
+        monkeypatch.setenv("WANDB_MODE", "online")
+        mode, reason = choose_mode("auto")
+        assert mode == "offline" and "credentials" in reason
+        account(True, url)
+        assert choose_mode("online") == ("online", "")
 
 
 def test_environment_is_obeyed_by_auto_only(monkeypatch):
@@ -262,6 +277,7 @@ def test_online_refusal_continues_offline(tmp_path, monkeypatch):
         return init(**settings)
 
     monkeypatch.setattr(wandb, "init", refuse_online)
+    monkeypatch.setattr(loggers, "choose_mode", lambda mode: ("online", ""))
     logger = Wandb(tmp_path, mode="online")
     logger.log_hyperparams({"a": 1})
     assert modes == ["online", "offline"]

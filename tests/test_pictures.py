@@ -1,10 +1,12 @@
 """Pictures show what they say: the very samples, and the way that led to them."""
 
+import pytest
 import tiny
 import torch
 
 import genfw
 from genfw.noise import Noise
+from genfw.train.callbacks import Pictures
 from genfw.train.pictures import data_to_bytes, draw_samples, grid, reconstructions, trajectory
 
 
@@ -69,3 +71,9 @@ def test_reconstructions_of_a_perfect_vae():
     rows = [picture.crop((0, top, picture.width, top + 32)) for top in (16, 64)]  # 16-fold, 1 gap
     assert rows[0].tobytes() == rows[1].tobytes()
     assert len(set(rows[0].tobytes())) == 4  # three values and the gap
+
+
+@pytest.mark.parametrize("wrong", [{"levels": 1}, {"samples": 0}, {"examples": 0}])
+def test_pictures_need_images_and_two_levels(wrong):
+    with pytest.raises(ValueError, match="levels of at least 2"):
+        Pictures(256, **wrong)

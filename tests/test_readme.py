@@ -18,7 +18,9 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 @pytest.mark.parametrize("command", sorted({"".join(found).strip() for found in COMMANDS}))
 def test_commands_compose(command):
     words = shlex.split(command.replace("--multirun", "").replace("<folder of parquet files>", "x"))
-    words = [word for word in words if not word.startswith("param._target_")]  # test_plugins runs it
+    words = [
+        word for word in words if not word.startswith("param._target_")
+    ]  # test_plugins runs it
     with session():
         first, *_, last = [*jobs(words), *jobs(words)]
         for job in (first, last):

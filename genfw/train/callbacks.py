@@ -129,6 +129,11 @@ class Pictures(L.Callback):
     def __init__(
         self, bins: int, every: int = 5, samples: int = 64, examples: int = 6, levels: int = 8
     ):
+        if min(samples, examples) < 1 or levels < 2:
+            raise ValueError(
+                "expected samples and examples of at least 1 and levels of at least 2, got "
+                f"{samples}, {examples} and {levels}"
+            )
         self.bins, self.every = bins, every
         self.samples, self.examples, self.levels = samples, examples, levels
         self.validations = 0
@@ -158,7 +163,17 @@ class Pictures(L.Callback):
                 show(trainer, f"val/{kind}", path)
 
     def draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
-        """By kind: samples, and denoising or reconstructions (of `images`), by `evaluated`."""
+        """By kind: samples, and denoising or reconstructions (of `images`), by `evaluated`.
+
+        What cannot be drawn is said, and the run goes on without pictures.
+        """
+        try:
+            return self._draw(module, images)
+        except Exception as error:
+            print(f"pictures skipped: {one_line(error)}", flush=True)
+            return {}
+
+    def _draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
         seed = mix(module.seed, "sample")
         with module.evaluating() as model:
             drawn = draw_samples(model, range(self.samples), seed)

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import genfw
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.schema import (
     RESERVED,
     Argument,
@@ -402,8 +402,16 @@ def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) 
         return functools.partial(made, **given)
     try:
         return made(**given)
-    except ValueError as error:
-        raise ConfigError(f"{path} ({value['_target_']}): {error}") from error
+    except Exception as error:
+        if isinstance(error, GenfwError) or not _complains(error):
+            raise
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{path} ({value['_target_']}): {said}") from error
+
+
+def _complains(error: Exception) -> bool:
+    """Whether an exception of a constructor is about what it was given (Lightning has its own)."""
+    return isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException"
 
 
 # ---- combinations that cannot be right -----------------------------------------------------------
@@ -505,7 +513,50 @@ def _target(config: DictConfig, key: str) -> str | None:
     return OmegaConf.select(config, f"{key}._target_")
 
 
+def _run_can_be(config: DictConfig) -> None:
+    seed, lr = OmegaConf.select(config, "seed"), OmegaConf.select(config, "optimizer.lr")
+    if isinstance(seed, int) and seed < 0:
+        raise ConfigError(f"seed={seed}: expected an integer of at least 0")
+    if isinstance(lr, int | float) and lr < 0:
+        raise ConfigError(f"optimizer.lr={lr}: expected a positive learning rate")
+    steps, epochs = (
+        OmegaConf.select(config, f"trainer.max_{each}") for each in ("steps", "epochs")
+    )
+    if isinstance(steps, int) and steps < 0 and (epochs is None or epochs < 0):
+        raise ConfigError(
+            f"trainer.max_steps={steps}: this run has no end; give trainer.max_steps or "
+            "trainer.max_epochs"
+        )
+    if OmegaConf.select(config, "trainer.enable_checkpointing") is False:
+        raise ConfigError(
+            "trainer.enable_checkpointing=false: the best weights are what is tested; leave it true"
+        )
+
+
+def _unconditional(config: DictConfig) -> None:
+    for place in ("net", "encoder", "decoder", "model.ladder"):
+        classes = OmegaConf.select(config, f"{place}.classes")
+        if classes is not None:
+            raise ConfigError(
+                f"{place}.classes={classes}: runs are not class-conditional yet (labels are not "
+                "dropped in training, so samples without one would be wrong); leave it null"
+            )
+
+
+def data_are_there(config: DictConfig) -> None:
+    """Refuses a `data.path` that is no folder; for runs that will read it.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    path = OmegaConf.select(config, "data.path")
+    if isinstance(path, str) and not Path(path).expanduser().is_dir():
+        raise ConfigError(f"data.path={path}: no such folder")
+
+
 RULES: tuple[Callable[[DictConfig], None], ...] = (
+    _run_can_be,
+    _unconditional,
     _bins_agree,
     _bernoulli_is_binary,
     _likelihood_reads_model,

@@ -293,7 +293,7 @@ def _torch_fidelity() -> ModuleType:
     except Exception as error:
         raise FeaturesUnavailable(
             "FID needs torch-fidelity and the torchvision that belongs to this torch "
-            f"({_first_line(error)}): pip install 'genfw[fid]'"
+            f"({_first_line(error)}): see `make fid-check` for an environment that has both"
         ) from error
 
 

@@ -1,10 +1,12 @@
-"""One run, from a composed configuration to a folder with everything that is worth keeping.
+"""One run, from a composed configuration to a folder with everything that is worth keeping:
 
-config.yaml               the configuration, all interpolations resolved
-checkpoints/best.ckpt     best validation NLL;  last.ckpt: last step;  both hold raw and averaged
-weights metrics.csv               every logged number, row by row;  wandb/, wandb_id.txt: the W&B
-run samples/ denoising/ ...   pictures during training samples.png ...           pictures of the
-best weights results.json              final numbers, flat
+config.yaml             the configuration, all interpolations resolved
+checkpoints/best.ckpt   best validation NLL; last.ckpt: last step; both raw and averaged
+metrics.csv             every logged number, row by row
+wandb/, wandb_id.txt    the W&B run
+samples/, denoising/    pictures during training
+samples.png and others  pictures of the best weights
+results.json            final numbers, flat
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -72,10 +75,9 @@ def run(config: DictConfig, folder: Path) -> Results:
         for logger in loggers:
             logger.log_hyperparams({**resolved, "git": git_commit()})
         fitted = time.monotonic()
-        trainer.fit(module, data)
+        fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
         fitted = time.monotonic() - fitted
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-        best = Path(keep.best_model_path or folder / "checkpoints" / "last.ckpt")
+        best = choose(trainer, module, data, keep)
         tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
         results: Results = {
             **_validated(keep, config),
@@ -103,6 +105,42 @@ def run(config: DictConfig, folder: Path) -> Results:
                 print(logger.where)
 
 
+def fit(trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, last: Path) -> None:
+    """Trains and saves the last weights, also when Ctrl-C ends it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C, which Lightning turns into an exit with code 1.
+    """
+    try:
+        trainer.fit(module, data)
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        trainer.save_checkpoint(last)
+        print(f"interrupted at step {trainer.global_step}; weights in {last}", flush=True)
+        raise KeyboardInterrupt from None
+    trainer.save_checkpoint(last)
+
+
+def choose(
+    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keep: ModelCheckpoint
+) -> Path:
+    """The checkpoint of the best validation NLL, the steps after the last validation included."""
+    folder = Path(keep.dirpath or "")
+    best, last = folder / "best.ckpt", folder / "last.ckpt"
+    validated = trainer.validate(module, data, verbose=False)
+    if not validated or "val/nll" not in validated[0]:
+        return Path(keep.best_model_path or last)
+    nll = torch.tensor(validated[0]["val/nll"])
+    if keep.best_model_score is None or nll < keep.best_model_score.cpu():
+        keep.best_model_score = nll
+        if trainer.is_global_zero:
+            shutil.copyfile(last, best)
+        trainer.strategy.barrier()
+        return best
+    return Path(keep.best_model_path)
+
+
 def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
     """The module and its data."""
     data = build(config.data)
@@ -113,6 +151,7 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
         optimizer=build(config.optimizer),
         scheduler=build(config.scheduler),
         estimator=build(config.estimator),
+        validation_estimator=build(config.validation_estimator),
         seed=config.seed,
     )
     return module, data

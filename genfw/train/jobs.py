@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,11 @@ def own_folder(config: DictConfig, key: str) -> Path:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
             folder.mkdir(parents=True, exist_ok="${start:}" not in str(named[leaf]))
+            further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
+            if (folder / "config.yaml").exists() and not further_rank:
+                raise ConfigError(
+                    f"{key}: {folder} holds a run already; name another, or none for a new one"
+                )
             return folder
         except FileExistsError:
             if not folder.is_dir():

@@ -237,9 +237,11 @@ class Wandb(Logger):
 def choose_mode(mode: str = "auto") -> tuple[str, str]:
     """(mode, reason) for `wandb.init`; at most about `PATIENCE` seconds, and never a prompt."""
     if mode != "auto":
-        return mode, f"logger.mode={mode}"
-    if asked := os.environ.get("WANDB_MODE"):
-        return {"dryrun": "offline"}.get(asked, asked), f"WANDB_MODE={asked}"
+        asked, by = mode, f"logger.mode={mode}"
+    else:
+        asked, by = os.environ.get("WANDB_MODE"), f"WANDB_MODE={os.environ.get('WANDB_MODE')}"
+    if asked and asked != "online":  # online is a wish: without credentials W&B would ask for them
+        return {"dryrun": "offline"}.get(asked, asked), by
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))

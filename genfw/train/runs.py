@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train.compose import compose, session
-from genfw.train.config import keys, unknown_key
+from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 
 CHOSEN_ANEW = ("estimator",)  # groups that a finished run does not depend on
@@ -55,10 +56,12 @@ def read(
         raise ConfigError(f"run={folder}: there is no {file}; a run folder has one")
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
+    config.trusted = []  # a folder may come from anywhere: it does not vouch for itself
+    reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
     for group in CHOSEN_ANEW:
         if group in given:
-            config[group] = _option(group, given.pop(group))
+            config[group] = reference[group] = _option(group, given.pop(group))
     known = [*defaults, *keys(config)]
     for key, value in given.items():
         if key not in known:
@@ -70,9 +73,14 @@ def read(
             )
         target = options if key in defaults else config
         try:
-            OmegaConf.update(target, key, OmegaConf.create(f"value: {value}").value)
+            new = OmegaConf.create(f"value: {value}").value
+            OmegaConf.update(target, key, new)
         except (OmegaConfBaseException, ValueError) as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+        if key in defaults and defaults[key] is not None and type(new) is not type(defaults[key]):
+            kind = type(defaults[key]).__name__
+            raise ConfigError(f"{key}={value}: expected {kind}, got {type(new).__name__} {value}")
+    check(config, reference)
     return folder, config, options
 
 

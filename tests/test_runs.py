@@ -1,0 +1,127 @@
+"""Runs from the outside: interrupted, on two ranks, copied from a stranger, started twice."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_job import SMALL, VAE, composed
+
+from genfw import sample
+from genfw.__main__ import main
+from genfw.train.errors import ConfigError
+from genfw.train.job import run
+from genfw.train.runs import command, read
+
+ROOT = Path(__file__).parents[1]
+BARE = (*VAE, "logger=csv", "metrics=none", "callbacks.pictures.every=0")
+
+
+def genfw(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "genfw", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def weights(folder):
+    file = folder / "checkpoints" / "last.ckpt"
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def test_ctrl_c_saves_and_says_so(tmp_path):
+    folder = tmp_path / "run"
+    process = genfw(*BARE, "trainer.max_steps=100000", f"hydra.run.dir={folder}")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGINT)
+            break
+    said = process.stdout.read()
+    assert process.wait(60) == 130, said
+    assert "interrupted at step" in said and "Traceback" not in said
+    assert weights(folder)
+
+
+def test_two_ranks_and_two_micro_batches_are_one_run(tmp_path):
+    """The same images, times and noise: chunk = micro-batch x world size + rank. Were the rank left
+    out of the key, both ranks would draw the noise of the first micro-batch."""
+    small = (*BARE, "trainer.max_steps=3", "trainer.val_check_interval=3", "data.batch_size=8")
+    one, two = tmp_path / "one", tmp_path / "two"
+    jobs = [
+        genfw(*small, "trainer.accumulate_grad_batches=2", f"hydra.run.dir={one}"),
+        genfw(*small, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={two}"),
+    ]
+    for job in jobs:
+        said, _ = job.communicate(timeout=200)
+        assert job.returncode == 0, said
+    mine, theirs = weights(one), weights(two)
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_copied_folder_does_not_vouch_for_itself(tmp_path, capsys):
+    OmegaConf.save(
+        {"seed": 0, "trusted": ["os"], "data": {"_target_": "os.system", "command": "touch PWNED"}},
+        tmp_path / "config.yaml",
+    )
+    assert command(sample.sample, [f"run={tmp_path}", "n=1"]) == 2
+    assert "trusted" in capsys.readouterr().err
+    assert not Path("PWNED").exists()
+
+
+def test_values_are_checked_for_finished_runs_too(tmp_path):
+    OmegaConf.save(composed(*BARE), tmp_path / "config.yaml", resolve=True)
+    for wrong, said in (("estimator.strata=abc", "strata"), ("n=abc", "n=abc: expected int")):
+        with pytest.raises(ConfigError, match=said):
+            read([f"run={tmp_path}", wrong], {"n": 64}, "")
+
+
+def test_a_folder_holds_one_run(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    assert main([*BARE, f"hydra.run.dir={tmp_path}"]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_the_steps_after_the_last_validation_count(tmp_path):
+    run(composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3"), tmp_path)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 5  # in its first steps a model only gets better
+
+
+def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("genfw.train.callbacks.grid", fail)
+    run(composed(*BARE), tmp_path)
+    assert "pictures skipped: RuntimeError: no ink" in capsys.readouterr().out
+    assert (tmp_path / "results.json").exists()
+
+
+def test_eight_bit_images_train(tmp_path):
+    """Bytes with 256 values, which a uint8 cannot be compared with."""
+    from PIL import Image as PIL
+
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(40):
+            pixels = torch.randint(256, (8, 8), dtype=torch.uint8)
+            pixels[0, 0], pixels[0, 1] = 0, 255
+            PIL.fromarray(pixels.numpy()).save(tmp_path / "images" / label / f"{i}.png")
+    overrides = ("data=folder", f"data.path={tmp_path / 'images'}", "data.shape=[1,8,8]")
+    config = composed(
+        *(*overrides, "data.classes=2", "data.batch_size=8", "logger=none", "metrics=none"),
+        *("model=vdm", "net=mlp", "net.width=16", "net.blocks=1", "sampler.steps=4", *SMALL),
+    )
+    (tmp_path / "run").mkdir()
+    assert run(config, tmp_path / "run")["test/count"] > 0
