@@ -50,6 +50,7 @@ WRONG = [
     ("hydra.run.dri=x", ["hydra.run.dri"]),
     # groups that belong to another model
     ("model=vae param=x0", ["model=vae", "net@encoder", "likelihood", "model=vdm"]),
+    ("model=vae sampler.steps=4", ["sampler", "model=vdm"]),
     ("model=vae net=mlp", ["net@decoder", "model=vdm"]),
     ("net@encoder=conv_encoder", ["model=vae"]),
     # keys added with +

@@ -154,6 +154,9 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
             if _key(override) not in choices and not override.is_add():
                 return _not_of_model(_key(override), choices)
         elif key not in known and not override.is_add():
+            group = key.partition(".")[0]
+            if group in groups and group not in base:  # sampler.steps of a VAE
+                return _not_of_model(group, choices)
             near = nearest(key, groups) if "." not in key else None
             if near is None:
                 return unknown_key(key, known)

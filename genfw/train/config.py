@@ -410,8 +410,10 @@ def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) 
 
 
 def _complains(error: Exception) -> bool:
-    """Whether an exception of a constructor is about what it was given (Lightning has its own)."""
-    return isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException"
+    """Whether an exception of a constructor is about what it was given (Lightning has its own, and
+    its Trainer answers with a TypeError to what it cannot read)."""
+    names = ("MisconfigurationException", "TypeError")
+    return isinstance(error, ValueError) or type(error).__name__ in names
 
 
 # ---- combinations that cannot be right -----------------------------------------------------------
