@@ -10,7 +10,7 @@ Var[mean] = E_x Var_q[m | x] / k with m the mean of z_t given the draws, is subt
 
 References:
     Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
-        https://arxiv.org/abs/1509.00519 (active units: appendix C).
+        https://arxiv.org/abs/1509.00519
 """
 
 from __future__ import annotations
