@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help env run test check docs-check smoke fid-check clean
+.PHONY: help env run test check fid-check clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
