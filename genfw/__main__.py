@@ -85,12 +85,16 @@ def _command(arguments: Sequence[str]) -> int:
         else:
             place = own_folder(config, "hydra.run.dir")
             overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
-            hydra.run(name, _run, overrides)
+            failures: list[GenfwError] = []
+            hydra.run(name, partial(_run, failures=failures), overrides)
+            if failures:
+                raise failures[0]
     return 0
 
 
-def _run(config) -> float | None:
-    """One job, in this process. Heavy imports begin here."""
+def _run(config, failures: list[GenfwError]) -> float | None:
+    """One job, in this process. Heavy imports begin here. What the person can put right goes to
+    `failures`: raised through Hydra it would come with a line of Hydra's own."""
     from hydra.core.hydra_config import HydraConfig
 
     from genfw.train.job import run
@@ -98,7 +102,11 @@ def _run(config) -> float | None:
     logging.getLogger(
         "lightning"
     ).handlers.clear()  # its lines reach the root logger's handlers as well
-    results = run(config, Path(HydraConfig.get().runtime.output_dir))
+    try:
+        results = run(config, Path(HydraConfig.get().runtime.output_dir))
+    except GenfwError as error:
+        failures.append(error)
+        return None
     return results.get(config.optimized)
 
 
@@ -128,7 +136,8 @@ def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
 
     resolvers.register()
     sys.argv[1:] = arguments
-    hydra.main(config_path=str(folder.absolute()), config_name=name, version_base="1.3")(_run)()
+    answer = hydra.main(config_path=str(folder.absolute()), config_name=name, version_base="1.3")
+    answer(partial(_run, failures=[]))()
     return 0
 
 

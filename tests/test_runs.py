@@ -92,6 +92,14 @@ def test_a_folder_holds_one_run(tmp_path, capsys):
     assert "holds a run already" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the error is that there is no GPU")
+def test_what_is_found_wrong_late_is_one_line_too(tmp_path, capfd):
+    assert main([*BARE, "trainer=gpu", "trainer.accelerator=gpu", f"hydra.run.dir={tmp_path}"]) == 2
+    said = capfd.readouterr().err
+    assert "trainer (lightning.pytorch.Trainer)" in said and "gpu" in said
+    assert "Error executing job" not in said and "Traceback" not in said
+
+
 def test_the_steps_after_the_last_validation_count(tmp_path):
     run(composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3"), tmp_path)
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
