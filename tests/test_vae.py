@@ -83,3 +83,11 @@ def test_latent_sizes_that_do_not_match_are_refused():
         ValueError, match=r"encoder 1 gives \(6,\) numbers for z_1 of shape \(2,\): expected \(4,\)"
     ):
         vae.elbo(torch.randint(2, (2, 4)))
+
+
+def test_half_precision_stops_at_the_networks():
+    """theory: every KL, log-sum-exp and bound in float32 or better, whatever the network's dtype."""
+    vae, x = random_vae(CategoricalLikelihood(5)), torch.randint(5, (8, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        elbo = vae.elbo(x)
+    assert elbo.reconstruction.dtype == elbo.prior.dtype == torch.float32
