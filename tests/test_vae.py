@@ -86,7 +86,7 @@ def test_latent_sizes_that_do_not_match_are_refused():
 
 
 def test_half_precision_stops_at_the_networks():
-    """theory: every KL, log-sum-exp and bound in float32 or better, whatever the network's dtype."""
+    """Every KL, log-sum-exp and bound in float32 or better, whatever the networks are in."""
     vae, x = random_vae(CategoricalLikelihood(5)), torch.randint(5, (8, 4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         elbo = vae.elbo(x)
