@@ -212,7 +212,7 @@ class Wandb(Logger):
                 self.run = wandb.init(
                     **self.identity,
                     dir=str(self.folder),
-                    config={**config, "git": git_commit()},
+                    config=dict(config),
                     mode=attempt,  # pyright: ignore[reportArgumentType]
                     settings=wandb.Settings(**settings),
                 )
