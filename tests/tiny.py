@@ -78,6 +78,7 @@ def trainer(folder, steps: int = 4, **more) -> L.Trainer:
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,
+        "log_every_n_steps": 1,
         "default_root_dir": str(folder),
     }
     return L.Trainer(**(settings | more))

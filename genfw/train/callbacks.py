@@ -17,10 +17,14 @@ from PIL import Image as PIL
 from rich import progress as rich
 from torch import Tensor
 
+from genfw.likelihood import BernoulliLikelihood
 from genfw.model import MarkovianHierarchy
+from genfw.models.mhvae import MHVAE
 from genfw.models.vdm import VDM
 from genfw.noise import Noise, mix
+from genfw.nets.mlp import MLPDecoder
 from genfw.train.data.module import ImageData
+from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance, to_bytes
 from genfw.train.loggers import Wandb, one_line
 from genfw.train.module import LatentModule
@@ -110,6 +114,39 @@ class Progress(ProgressBar):
             left = seconds * (self.total - step) / max(1, step - self.first)
             parts.append(f"{left:.0f} s left")
         return "  ".join(parts)
+
+
+class StartAtMean(L.Callback):
+    r"""Before training, sets the bias of a Bernoulli decoder to the logit of the mean training
+    image: :math:`\log m_i - \log(1 - m_i)`, m between 0.001 and 0.999.
+
+    A decoder that begins at grey first spends hundreds of steps on a plateau, where it knows the
+    mean image and nothing of z.
+
+    Raises:
+        GenfwError: in training, a model without a Bernoulli likelihood and an `MLPDecoder`.
+
+    References:
+        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016 (their code),
+        https://arxiv.org/abs/1509.00519
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before the weights of a checkpoint are read, which win."""
+        if stage != "fit":
+            return
+        model, data = pl_module.model, trainer.datamodule  # pyright: ignore
+        decoder = model.decoders[0] if isinstance(model, MHVAE) else None
+        if not isinstance(decoder, MLPDecoder) or not isinstance(
+            model.likelihood, BernoulliLikelihood
+        ):
+            raise GenfwError(
+                "StartAtMean: expected a VAE or MHVAE with likelihood=bernoulli and MLPDecoder as "
+                f"its first decoder, got {type(model).__name__}: remove the callback"
+            )
+        images = data.raw.train.images
+        mean = torch.from_numpy(images.mean(0, dtype="float64") / (data.raw_bins - 1))
+        decoder.start_at(mean.clamp(0.001, 0.999).logit())
 
 
 class Pictures(L.Callback):

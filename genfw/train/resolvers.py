@@ -51,7 +51,19 @@ def outputs(likelihood: DictConfig) -> int:
     return build(likelihood).outputs
 
 
+def fused(trainer: DictConfig) -> bool:
+    """Whether the optimizer may take all weights in one call: always, but where float16 gradients
+    are unscaled before they are clipped.
+
+    Example:
+        >>> fused(OmegaConf.create({"precision": "16-mixed", "gradient_clip_val": 1.0}))
+        False
+    """
+    scaled = str(trainer.get("precision")) in ("16", "16-mixed")
+    return not (scaled and trainer.get("gradient_clip_val"))
+
+
 def register() -> None:
     """Makes the functions of this page known to OmegaConf. Again is allowed."""
-    for function in (log_snr_max, binarized_bins, outputs):
+    for function in (log_snr_max, binarized_bins, outputs, fused):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from genfw.train.errors import GenfwError
+from genfw.train.module import logs
 
 Policy = Literal["stop", "skip"]
 
@@ -46,8 +47,9 @@ class Stability(L.Callback):
         factor: f above; None: no norm is too large.
         quantile: q in [0, 1].
         window: w; nothing is skipped before there were as many steps.
-        max_consecutive: this many steps are skipped in a row; then a step that is merely long is
-            taken, and one that is not finite stops the run.
+        max_consecutive: this many steps are skipped in a row. Then one that is not finite stops the
+            run; one that is merely long is taken, and the norms before it are forgotten: they were
+            those of a plateau that is left.
 
     Raises:
         ValueError: an argument out of its range.
@@ -102,11 +104,13 @@ class Stability(L.Callback):
         else:
             self.nonfinite = 0
             skip = self.outliers(length)
-            pl_module.log("train/grad_norm", length)
         if skip:
             self.skipped += 1
             take_away(optimizer)
-        pl_module.log("train/skip_rate", self.skipped / self.steps)
+        if logs(trainer):
+            if not bad:
+                pl_module.log("train/grad_norm", length)
+            pl_module.log("train/skip_rate", self.skipped / self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -163,10 +167,14 @@ class Outliers:
 
     def __call__(self, norm: float) -> bool:
         """Whether to skip the step of this norm; a step that is taken is remembered."""
-        if self._too_long(norm) and self.skipped < self.max_consecutive:
+        if not self._too_long(norm):
+            self.skipped = 0
+        elif self.skipped < self.max_consecutive:
             self.skipped += 1
             return True
-        self.skipped = 0
+        else:  # no outliers, a new level
+            self.skipped = 0
+            self.norms.clear()
         self.norms.append(norm)
         return False
 
