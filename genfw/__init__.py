@@ -53,6 +53,10 @@ if TYPE_CHECKING:
     from genfw.noise import BatchNoise as BatchNoise
     from genfw.noise import Draws as Draws
     from genfw.noise import Noise as Noise
+    from genfw.objective.denoising import P2 as P2
+    from genfw.objective.denoising import EdmWeighted as EdmWeighted
+    from genfw.objective.denoising import MinSnr as MinSnr
+    from genfw.objective.denoising import SigmoidWeighted as SigmoidWeighted
     from genfw.objective.denoising import Simple as Simple
     from genfw.objective.importance import Ciwae as Ciwae
     from genfw.objective.importance import Dreg as Dreg
@@ -112,7 +116,7 @@ _HOMES = {
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
     "genfw.noise": ("BatchNoise", "Draws", "Noise"),
-    "genfw.objective.denoising": ("Simple",),
+    "genfw.objective.denoising": ("P2", "EdmWeighted", "MinSnr", "SigmoidWeighted", "Simple"),
     "genfw.objective.importance": ("Ciwae", "Dreg", "Iwae", "Miwae", "Stl"),
     "genfw.objective.objective": ("Elbo", "Objective"),
     "genfw.objective.rate": ("L2", "Beta", "CyclicWarmup", "FreeBits", "LinearWarmup"),

@@ -10,6 +10,10 @@ that trains well. Reported numbers come from `genfw.estimators`, which do not kn
 * `denoising`: other weights for the noise levels of a diffusion model
 """
 
+from genfw.objective.denoising import P2 as P2
+from genfw.objective.denoising import EdmWeighted as EdmWeighted
+from genfw.objective.denoising import MinSnr as MinSnr
+from genfw.objective.denoising import SigmoidWeighted as SigmoidWeighted
 from genfw.objective.denoising import Simple as Simple
 from genfw.objective.importance import Ciwae as Ciwae
 from genfw.objective.importance import Dreg as Dreg
