@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genfw.bayes import DiscretePosterior as DiscretePosterior
     from genfw.diffusion.denoiser import Denoiser as Denoiser
     from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
     from genfw.diffusion.denoising import Denoising as Denoising
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from genfw.estimators.estimator import Estimate as Estimate
     from genfw.estimators.estimator import Estimator as Estimator
     from genfw.estimators.importance import ImportanceWeighted as ImportanceWeighted
+    from genfw.estimators.ode import ProbabilityFlow as ProbabilityFlow
     from genfw.likelihood import BernoulliLikelihood as BernoulliLikelihood
     from genfw.likelihood import BinsLikelihood as BinsLikelihood
     from genfw.likelihood import CategoricalLikelihood as CategoricalLikelihood
@@ -71,19 +73,30 @@ if TYPE_CHECKING:
     from genfw.objective.rate import FreeBits as FreeBits
     from genfw.objective.rate import LinearWarmup as LinearWarmup
     from genfw.parameterization import X0 as X0
+    from genfw.parameterization import CategoricalParameterization as CategoricalParameterization
+    from genfw.parameterization import DiscreteParameterization as DiscreteParameterization
+    from genfw.parameterization import Edm as Edm
     from genfw.parameterization import Eps as Eps
+    from genfw.parameterization import Flow as Flow
     from genfw.parameterization import LinearParameterization as LinearParameterization
+    from genfw.parameterization import (
+        LogisticMixtureParameterization as LogisticMixtureParameterization,
+    )
     from genfw.parameterization import Parameterization as Parameterization
     from genfw.parameterization import Prediction as Prediction
     from genfw.parameterization import Score as Score
     from genfw.parameterization import V as V
     from genfw.registry import Registered as Registered
     from genfw.schedule import Cosine as Cosine
+    from genfw.schedule import Laplace as Laplace
     from genfw.schedule import Linear as Linear
     from genfw.schedule import LogLinear as LogLinear
+    from genfw.schedule import LogNormal as LogNormal
     from genfw.schedule import NoiseSchedule as NoiseSchedule
+    from genfw.schedule import Sigmoid as Sigmoid
 
 _HOMES = {
+    "genfw.bayes": ("DiscretePosterior",),
     "genfw.diffusion.denoiser": ("Denoiser", "NetworkDenoiser"),
     "genfw.diffusion.denoising": ("Denoising",),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
@@ -100,6 +113,7 @@ _HOMES = {
     "genfw.estimators.bound": ("Bound",),
     "genfw.estimators.estimator": ("Estimate", "Estimator"),
     "genfw.estimators.importance": ("ImportanceWeighted",),
+    "genfw.estimators.ode": ("ProbabilityFlow",),
     "genfw.likelihood": (
         "BernoulliLikelihood",
         "BinsLikelihood",
@@ -121,8 +135,13 @@ _HOMES = {
     "genfw.objective.objective": ("Elbo", "Objective"),
     "genfw.objective.rate": ("L2", "Beta", "CyclicWarmup", "FreeBits", "LinearWarmup"),
     "genfw.parameterization": (
+        "CategoricalParameterization",
+        "DiscreteParameterization",
+        "Edm",
         "Eps",
+        "Flow",
         "LinearParameterization",
+        "LogisticMixtureParameterization",
         "Parameterization",
         "Prediction",
         "Score",
@@ -130,7 +149,15 @@ _HOMES = {
         "X0",
     ),
     "genfw.registry": ("Registered",),
-    "genfw.schedule": ("Cosine", "Linear", "LogLinear", "NoiseSchedule"),
+    "genfw.schedule": (
+        "Cosine",
+        "Laplace",
+        "Linear",
+        "LogLinear",
+        "LogNormal",
+        "NoiseSchedule",
+        "Sigmoid",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

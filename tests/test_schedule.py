@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
-from genfw import Cosine, Linear, LogLinear, NoiseSchedule
+from genfw import Cosine, Laplace, Linear, LogLinear, LogNormal, NoiseSchedule, Sigmoid
 from genfw.train.resolvers import log_snr_max
 
 ALL = pytest.mark.parametrize("cls", NoiseSchedule.registry.values())
@@ -22,8 +23,9 @@ def test_ends_are_exact_and_the_way_between_falls_strictly(cls, ends):
     assert log_snr.dtype == torch.float64
     assert (log_snr[0].item(), log_snr[-1].item()) == ends
     assert (log_snr.diff() < 0).all()
-    near = schedule.log_snr(torch.tensor([1e-9, 1 - 1e-9], dtype=torch.float64))
-    assert torch.allclose(near, torch.tensor(ends, dtype=torch.float64), atol=1e-4)
+    within = torch.tensor([ends[0] - 1e-2, ends[1] + 1e-2], dtype=torch.float64)
+    near = schedule.log_snr(schedule.inverse(within))  # no jump: the ends belong to the curve
+    assert torch.allclose(near, within, rtol=0, atol=1e-3)
 
 
 @ALL
@@ -82,6 +84,60 @@ def test_cosine_is_nichol_and_dhariwal():
     assert torch.allclose(curve.sigmoid(), torch.cos(math.pi / 2 * t) ** 2, rtol=0, atol=1e-14)
     shifted = Cosine(20.0, -20.0, shift=-3.0).curve(t)
     assert torch.allclose(shifted, curve - 3)
+
+
+def test_sigmoid_is_jabri_fleet_and_chen():
+    """Their pseudocode, line by line."""
+    start, end, tau = -2.0, 3.0, 0.7
+
+    def sigmoid(x):
+        return 1 / (1 + math.exp(-x))
+
+    v_start, v_end = sigmoid(start / tau), sigmoid(end / tau)
+    for t in (0.01, 0.3, 0.5, 0.99):
+        gamma = (v_end - sigmoid((t * (end - start) + start) / tau)) / (v_end - v_start)
+        curve = Sigmoid(9.0, -9.0, start, end, tau).curve(torch.tensor(t, dtype=torch.float64))
+        assert curve.sigmoid().item() == pytest.approx(gamma, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "density"),
+    [
+        (LogNormal(8.0, -9.0), stats.norm(2.4, 2.4)),  # log sigma ~ N(-1.2, 1.2^2)
+        (LogNormal(8.0, -9.0, p_mean=0.5, p_std=2.0), stats.norm(-1.0, 4.0)),
+        (Laplace(8.0, -9.0), stats.laplace(0.0, 0.5)),
+        (Laplace(8.0, -9.0, mean=-1.0, scale=2.0), stats.laplace(-1.0, 2.0)),
+    ],
+)
+def test_edm_and_laplace_are_densities_of_log_snr(schedule, density):
+    """t is the share of the density above log SNR, and the slope its reciprocal."""
+    u = torch.linspace(0.001, 0.999, 101, dtype=torch.float64)
+    log_snr = schedule.curve(u)
+    assert torch.allclose(torch.from_numpy(density.sf(log_snr)), u, rtol=1e-10)
+    assert torch.allclose(
+        schedule.curve_slope(u), 1 / torch.from_numpy(density.pdf(log_snr)), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: Sigmoid(5.0, -5.0, start=3.0, end=-3.0),
+        lambda: Sigmoid(5.0, -5.0, tau=0.0),
+        lambda: LogNormal(5.0, -5.0, p_std=0.0),
+        lambda: Laplace(5.0, -5.0, scale=-1.0),
+        lambda: Linear(5.0, -5.0, beta_min=3.0, beta_max=2.0),
+    ],
+)
+def test_a_shape_that_does_not_fall_is_refused(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        wrong()
+
+
+@pytest.mark.parametrize("cls", [LogNormal, Laplace])
+def test_ends_that_float64_cannot_tell_from_the_end_of_the_curve_are_refused(cls):
+    with pytest.raises(ValueError, match=r"nearer to u = 0 or u = 1 than float64"):
+        cls(13.3, -40.0)
 
 
 def test_a_new_schedule_states_its_curve_and_inherits_the_rest():

@@ -1,22 +1,14 @@
-r"""Noise schedules: log SNR as a function of time.
+r"""The interface: log SNR as a function of time, and everything that follows from it.
 
-Time t runs from 0 (data) to 1 (noise); :math:`\lambda(t) = \log \mathrm{SNR}(t)` falls strictly
-from `log_snr_max` to `log_snr_min`, both finite and exact. Latents are variance preserving:
-
-.. math:: z_t = \alpha_t x + \sigma_t \epsilon, \quad \alpha_t^2 = \mathrm{sigmoid}(\lambda),
-    \quad \sigma_t^2 = \mathrm{sigmoid}(-\lambda)
-
-Luo's :math:`\bar\alpha_t` is :math:`\alpha_t^2` here. To add a schedule, state its log SNR as the
-paper writes it:
+A schedule states its log SNR as the paper writes it:
 
     class Cosine(NoiseSchedule, name="cosine"):
         def log_snr(self, t):
             return -2 * (math.pi / 2 * t).tan().log()
 
 The base class re-maps time, t -> u_0 + (u_1 - u_0) t, so that the end points hold exactly: it
-keeps the piece of the stated curve that lies between them. `linear` (beta linear in t) and
-`loglinear` (log SNR linear in t) are two different schedules. Arithmetic is in float64, whatever
-the network's precision.
+keeps the piece of the stated curve that lies between them. Arithmetic is in float64, whatever the
+network's precision.
 """
 
 from __future__ import annotations
@@ -58,9 +50,8 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             raise ValueError(
                 f"log_snr_max must exceed log_snr_min, got {log_snr_max}..{log_snr_min}"
             )
-        self.log_snr_max, self.log_snr_min = float(log_snr_max), float(log_snr_min)
-        ends = torch.tensor([log_snr_max, log_snr_min], dtype=torch.float64)
-        self._start, self._stop = self.curve_inverse(ends).tolist()
+        self._ends = float(log_snr_max), float(log_snr_min)
+        self._start, self._stop = self._piece()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -68,6 +59,16 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             cls
         ):  # what the subclass states is the curve; what users call has exact ends
             cls.curve, cls.log_snr = vars(cls)["log_snr"], _exact_log_snr
+
+    @property
+    def log_snr_max(self) -> float | Tensor:
+        """log SNR at t = 0; a tensor with a gradient where it is learned."""
+        return self._ends[0]
+
+    @property
+    def log_snr_min(self) -> float | Tensor:
+        """log SNR at t = 1; a tensor with a gradient where it is learned."""
+        return self._ends[1]
 
     @abstractmethod
     def log_snr(self, t: Time) -> Tensor:
@@ -131,6 +132,24 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
                 low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return (low + high) / 2
 
+    def still(self, t: Time) -> Tensor:
+        """The same times, moving with the shape where that is learned, so that log SNR there
+        depends on the end points alone."""
+        return _double(t)
+
+    def _piece(self) -> tuple[float, float]:
+        """Where on the stated curve the end points lie."""
+        ends = torch.tensor(self._ends, dtype=torch.float64)
+        u = self.curve_inverse(ends)
+        if not torch.allclose(self.curve(u), ends, rtol=0, atol=1e-3):
+            raise ValueError(
+                f"{type(self).__name__} reaches log SNR {ends[0]:g} or {ends[1]:g} nearer to u = 0 "
+                "or u = 1 than float64 resolves: "
+                "choose log_snr_max and log_snr_min nearer to each other"
+            )
+        start, stop = u.tolist()
+        return start, stop
+
     def extra_repr(self) -> str:
         return f"log_snr: {self.log_snr_max:g} -> {self.log_snr_min:g}"
 
@@ -145,97 +164,3 @@ def _exact_log_snr(self: NoiseSchedule, t: Time) -> Tensor:
 
 def _double(t: Tensor | float) -> Tensor:
     return torch.as_tensor(t).double()
-
-
-class LogLinear(NoiseSchedule, name="loglinear"):
-    """log SNR linear in t.
-
-    References:
-        Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
-        https://arxiv.org/abs/2107.00630 (there "fixed linear").
-    """
-
-    def log_snr(self, t: Time) -> Tensor:
-        return self.log_snr_max + (self.log_snr_min - self.log_snr_max) * t
-
-    def curve_slope(self, u: Tensor) -> Tensor:
-        return torch.full_like(u, self.log_snr_max - self.log_snr_min)
-
-    def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        return (self.log_snr_max - log_snr) / (self.log_snr_max - self.log_snr_min)
-
-
-class Linear(NoiseSchedule, name="linear"):
-    r"""beta linear in t: the variance-preserving diffusion of DDPM.
-
-    .. math:: \lambda(t) = -\log \mathrm{expm1}(\beta_{min} t + (\beta_{max} - \beta_{min}) t^2 / 2)
-
-    References:
-        Denoising Diffusion Probabilistic Models, Ho, Jain, Abbeel, 2020,
-        https://arxiv.org/abs/2006.11239; Score-Based Generative Modeling through SDEs, Song et
-        al., 2021, https://arxiv.org/abs/2011.13456.
-    """
-
-    def __init__(
-        self, log_snr_max: float, log_snr_min: float, beta_min: float = 0.1, beta_max: float = 20.0
-    ):
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"expected 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
-        self.beta_min, self.beta_max = beta_min, beta_max
-        super().__init__(log_snr_max, log_snr_min)
-
-    def log_snr(self, t: Time) -> Tensor:
-        return -_log_expm1(self._integral(t))
-
-    def _integral(self, u: Tensor) -> Tensor:
-        """The integral of beta from 0 to u."""
-        return self.beta_min * u + (self.beta_max - self.beta_min) * u.square() / 2
-
-    def curve_slope(self, u: Tensor) -> Tensor:
-        beta = self.beta_min + (self.beta_max - self.beta_min) * u
-        return beta / -torch.expm1(-self._integral(u))
-
-    def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        area = torch.nn.functional.softplus(-log_snr)  # expm1(area) = e^-lambda
-        half, start = (self.beta_max - self.beta_min) / 2, self.beta_min
-        return 2 * area / (start + (start**2 + 4 * half * area).sqrt())
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, beta: {self.beta_min:g} -> {self.beta_max:g}"
-
-
-class Cosine(NoiseSchedule, name="cosine"):
-    r"""alpha a cosine of t.
-
-    .. math:: \lambda(t) = -2 \log\tan(\pi t / 2) + \text{shift}
-
-    Args:
-        shift: added to log SNR before the end points are fixed; 2 log(reference / resolution)
-            keeps the noise of large images in step with that of small ones.
-
-    References:
-        Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal, 2021,
-        https://arxiv.org/abs/2102.09672; simple diffusion, Hoogeboom, Heek, Salimans, 2023,
-        https://arxiv.org/abs/2301.11093 (the shift).
-    """
-
-    def __init__(self, log_snr_max: float, log_snr_min: float, shift: float = 0.0):
-        self.shift = shift
-        super().__init__(log_snr_max, log_snr_min)
-
-    def log_snr(self, t: Time) -> Tensor:
-        return -2 * (math.pi / 2 * t).tan().log() + self.shift
-
-    def curve_slope(self, u: Tensor) -> Tensor:
-        return 2 * math.pi / (math.pi * u).sin()
-
-    def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        return 2 / math.pi * torch.exp((self.shift - log_snr) / 2).atan()
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (f", shift={self.shift:g}" if self.shift else "")
-
-
-def _log_expm1(x: Tensor) -> Tensor:
-    """log(e^x - 1) for x > 0, without overflow."""
-    return x + torch.log(-torch.expm1(-x))
