@@ -11,12 +11,16 @@ other objectives put another weight there.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from genfw.noise import Draws
+from genfw.schedule import NoiseSchedule
 from genfw.types import Image, Labels, Nats
 
 
@@ -39,10 +43,31 @@ class Denoising:
     measure: Tensor
     dt: Tensor
 
+    def __post_init__(self) -> None:
+        for hook in _hooks.values():
+            hook(self)
+
     @property
     def cost(self) -> Nats:
         """(b,) nats: an unbiased draw of the denoising terms of the bound."""
         return (0.5 * self.measure * self.eps_error).to(self.eps_error.dtype)
+
+
+def lowering_variance(measure: Tensor, error: Nats, schedule: NoiseSchedule, dims: int) -> Tensor:
+    r"""The measure of continuous time, with the gradients that a learned schedule asks for.
+
+    With it the cost l = 1/2 measure error has in the end points of the schedule its own gradient,
+    that of the bound, and in the schedule's shape that of its mean square per dimension,
+
+    .. math:: \nabla E[l^2] / D = E[l^2\, \nabla \log g] / D, \quad
+        \text{measure} = (\lambda_{max} - \lambda_{min})\, g,
+
+    log SNR held still (see `genfw.schedule.learned`). Of a fixed schedule nothing changes.
+    """
+    span = schedule.log_snr_max - schedule.log_snr_min
+    g = measure / span
+    cost = (0.5 * measure * error).detach()
+    return span * (g.detach() + cost / dims * (g - g.detach()))
 
 
 @runtime_checkable
@@ -52,3 +77,14 @@ class Denoises(Protocol):
     def denoising(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Denoising: ...
+
+
+def register_denoising_hook(hook: Callable[[Denoising], None]) -> RemovableHandle:
+    """Shows `hook` every `Denoising` that is drawn from now on, by whatever model and for whatever
+    purpose, until `handle.remove()`; as torch's global module hooks."""
+    handle = RemovableHandle(_hooks)
+    _hooks[handle.id] = hook
+    return handle
+
+
+_hooks: OrderedDict[int, Callable[[Denoising], None]] = OrderedDict()

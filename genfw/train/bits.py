@@ -1,0 +1,277 @@
+r"""Where a diffusion model spends its bits: the denoising term of the bound, by interval of log
+SNR,
+
+.. math:: \tfrac12 \int_{\lambda_i}^{\lambda_{i+1}} E \|\epsilon - \hat\epsilon\|^2 d\lambda.
+
+Every random draw of the bound is charged to the interval its noise level lies in; the intervals sum
+to the denoising term that the same draws give. The draws are those that validation, test and
+training make anyway: nothing is computed for the accounts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image as PIL
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from genfw.diffusion.denoising import Denoising, register_denoising_hook
+from genfw.elbo import bits_per_dim
+from genfw.models.vdm import VDM
+from genfw.train.callbacks import show
+from genfw.train.data.images import Batch
+from genfw.train.loggers import one_line
+from genfw.train.module import LatentModule, logs
+from genfw.train.pictures import save
+
+Drawn: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+
+class BitAccounting(L.Callback):
+    """Logs `<split>/bpd_at_<log SNR in the middle>`, the bits/dim that an interval costs, and its
+    standard error over images `..._stderr`, for val, test and train. Does nothing for models other
+    than a VDM.
+
+    In training these are the bits of the bound whatever the objective weighs, of all steps since
+    the last row. In validation and test they sum to the denoising part of `<split>/bpd`; estimators
+    that draw no denoising term leave none.
+
+    `bits.png` in the run folder is of the last weights that were drawn, bits/dim per unit of log
+    SNR, so that areas are bits/dim.
+
+    Args:
+        intervals: equal ones between the end points that the schedule has at first; the outermost
+            hold what comes to lie beyond.
+        every: validations between pictures; 0: only at the test.
+
+    Raises:
+        ValueError: no interval.
+    """
+
+    def __init__(self, intervals: int = 10, every: int = 5):
+        if intervals < 1:
+            raise ValueError(f"intervals: expected at least 1, got {intervals}")
+        self.intervals, self.every = intervals, every
+        self.validations = 0
+        self.edges: Tensor | None = None
+        self.drawn: list[tuple[Tensor, Tensor]] = []
+        self.handle: RemovableHandle | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._open(pl_module, batch)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if logs(trainer) and self.handle is not None:
+            self._charge("train")
+            self._report(pl_module, "train")
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        self._close("train")
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._open(pl_module, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._close("val")
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._report(pl_module, "val")
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.validations += 1
+            if self.every and self.validations % self.every == 0:
+                self._draw(trainer, "val")
+
+    def on_test_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._open(pl_module, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._close("test")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._report(pl_module, "test")
+        self._draw(trainer, "test")
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        self._unhook()
+
+    def state_dict(self) -> dict[str, Any]:
+        edges = None if self.edges is None else self.edges.tolist()
+        return {"validations": self.validations, "edges": edges}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations, edges = state_dict["validations"], state_dict["edges"]
+        self.edges = None if edges is None else torch.tensor(edges, dtype=torch.float64)
+
+    def _open(self, module: L.LightningModule, batch: Batch) -> None:
+        assert isinstance(module, LatentModule)
+        if isinstance(module.model, VDM):
+            if self.edges is None:
+                self.edges = between(module.model, self.intervals)
+            self.edges = self.edges.to(module.device)
+            self.images, self.dims = len(batch.image), batch.image[0].numel()
+            self.handle = register_denoising_hook(self._remember)
+
+    def _remember(self, draw: Denoising) -> None:
+        with torch.no_grad():
+            self.drawn.append((draw.log_snr.detach(), draw.cost))
+
+    def _close(self, split: str) -> None:
+        self._charge(split)
+        self._unhook()
+
+    def _unhook(self) -> None:
+        self.drawn.clear()
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+    def _charge(self, split: str) -> None:
+        """Adds what was drawn since the last time."""
+        if self.drawn and self.edges is not None:
+            new = spent(self.drawn, self.edges, self.images)
+            self.sums[split] = self.sums[split] + new if split in self.sums else new
+            self.drawn.clear()
+
+    def _report(self, module: L.LightningModule, split: str) -> None:
+        """Logs the sums of all ranks and starts new ones."""
+        assert isinstance(module, LatentModule)
+        self.found.pop(split, None)
+        if not isinstance(module.model, VDM):
+            return
+        nothing = torch.zeros(3, self.intervals, dtype=torch.float64, device=module.device)
+        sums = over_ranks(self.sums.pop(split, nothing))
+        if self.edges is None or sums[0, 0] == 0:
+            return
+        nats, error = findings(sums)
+        bits, error = bits_per_dim(nats, self.dims), bits_per_dim(error, self.dims)
+        self.found[split] = bits.cpu(), error.cpu()
+        middles = (self.edges[1:] + self.edges[:-1]) / 2
+        for middle, each, its in zip(middles.tolist(), bits.float(), error.float(), strict=True):
+            module.log(f"{split}/bpd_at_{middle:.2f}", each)
+            module.log(f"{split}/bpd_at_{middle:.2f}_stderr", its)
+
+    def _draw(self, trainer: L.Trainer, split: str) -> None:
+        if not trainer.is_global_zero or split not in self.found or self.edges is None:
+            return
+        beside = {name: self.found[name] for name in (split, "train") if name in self.found}
+        try:
+            picture = chart(self.edges.cpu(), beside)
+        except Exception as error:
+            print(f"picture of bits skipped: {one_line(error)}", flush=True)
+            return
+        show(trainer, f"{split}/bits", save(picture, Path(trainer.default_root_dir) / "bits.png"))
+
+
+def between(model: VDM, intervals: int) -> Tensor:
+    """(intervals + 1,) log SNR, equally spaced from the schedule's lower end point to its upper."""
+    low, high = float(model.schedule.log_snr_min), float(model.schedule.log_snr_max)
+    return torch.linspace(low, high, intervals + 1, dtype=torch.float64)
+
+
+def spent(drawn: Drawn, edges: Tensor, images: int) -> Tensor:
+    """(3, intervals) float64, sums over images of 1, nats and nats squared; those of batches and
+    ranks add up. The nats of an image are a mean over its draws.
+
+    Args:
+        drawn: (log SNR, cost) of `images` examples, or of several draws of each, side by side.
+        edges: (intervals + 1,) log SNR, rising.
+    """
+    log_snr = torch.cat([each.reshape(images, -1) for each, _ in drawn], 1)
+    cost = torch.cat([each.reshape(images, -1) for _, each in drawn], 1).double()
+    where = torch.bucketize(log_snr, edges[1:-1].to(log_snr))
+    zeros = torch.zeros(images, len(edges) - 1, dtype=torch.float64, device=cost.device)
+    nats = zeros.scatter_add(1, where, cost / cost.shape[1])
+    return torch.stack([torch.ones_like(nats), nats, nats.square()]).sum(1)
+
+
+def over_ranks(sums: Tensor) -> Tensor:
+    """The sums of all ranks together."""
+    sums = sums.clone()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
+
+
+def findings(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats per image of every interval, and their standard error over images, (intervals,) each."""
+    count, total, squares = sums
+    mean = total / count
+    variance = (squares - count * mean.square()) / (count - 1).clamp_min(1)
+    return mean, (variance.clamp_min(0) / count).sqrt()
+
+
+def chart(edges: Tensor, found: dict[str, tuple[Tensor, Tensor]]) -> PIL.Image:
+    """Bits/dim per unit of log SNR: the first split as bars with two standard errors, others as
+    steps. `found`: (bits/dim, standard error) by split."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), dpi=120, layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    left, width = edges[:-1].numpy(), edges.diff()
+    for i, (split, (bits, error)) in enumerate(found.items()):
+        height, margin = (bits / width).numpy(), (2 * error / width).numpy()
+        label = f"{split}: {float(bits.sum()):.3f} bits/dim"
+        if i == 0:
+            axes.bar(left, height, width.numpy(), yerr=margin, align="edge", label=label, alpha=0.6)
+        else:
+            axes.stairs(height, edges.numpy(), color="black", label=label)
+    axes.set(xlabel="log SNR (noise to data)", ylabel="bits/dim per unit of log SNR")
+    axes.set_xlim(float(edges[0]), float(edges[-1]))
+    axes.legend(frameon=False)
+    canvas.draw()
+    pixels = bytes(canvas.buffer_rgba())
+    return PIL.frombytes("RGBA", canvas.get_width_height(), pixels).convert("RGB")
