@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from genfw.diffusion.process import transition as transition
     from genfw.diffusion.sampler import Ancestral as Ancestral
     from genfw.diffusion.sampler import Sampler as Sampler
+    from genfw.diffusion.times import AntitheticTime as AntitheticTime
+    from genfw.diffusion.times import ImportanceTime as ImportanceTime
+    from genfw.diffusion.times import IndependentTime as IndependentTime
+    from genfw.diffusion.times import TimeSampler as TimeSampler
+    from genfw.diffusion.times import UniformLogSNR as UniformLogSNR
+    from genfw.diffusion.times import UniformTime as UniformTime
     from genfw.discretized import BinSoftmax as BinSoftmax
     from genfw.discretized import DiscretizedLogistic as DiscretizedLogistic
     from genfw.discretized import DiscretizedNormal as DiscretizedNormal
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from genfw.registry import Registered as Registered
     from genfw.schedule import Cosine as Cosine
     from genfw.schedule import Laplace as Laplace
+    from genfw.schedule import Learned as Learned
     from genfw.schedule import Linear as Linear
     from genfw.schedule import LogLinear as LogLinear
     from genfw.schedule import LogNormal as LogNormal
@@ -101,6 +108,14 @@ _HOMES = {
     "genfw.diffusion.denoising": ("Denoising",),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
     "genfw.diffusion.sampler": ("Ancestral", "Sampler"),
+    "genfw.diffusion.times": (
+        "AntitheticTime",
+        "ImportanceTime",
+        "IndependentTime",
+        "TimeSampler",
+        "UniformLogSNR",
+        "UniformTime",
+    ),
     "genfw.discretized": (
         "BinSoftmax",
         "DiscretizedLogistic",
@@ -152,6 +167,7 @@ _HOMES = {
     "genfw.schedule": (
         "Cosine",
         "Laplace",
+        "Learned",
         "Linear",
         "LogLinear",
         "LogNormal",

@@ -53,6 +53,10 @@ class Draws(ABC):
         """One uniform number in [0, 1) per example, (b,) float64, stratified."""
 
     @abstractmethod
+    def antithetic(self) -> Tensor:
+        """One uniform number in [0, 1] per example, (b,) float64, in pairs u and 1 - u."""
+
+    @abstractmethod
     def fold(self, *keys: int | str) -> Draws:
         """Draws for the same examples, independent of these and of those under other keys."""
 
@@ -97,6 +101,11 @@ class BatchNoise(Draws):
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         position = torch.randperm(n, generator=generator)[self.chunk * self.size :][: self.size]
         return ((offset + position.double() / n) % 1.0).to(self.device)
+
+    def antithetic(self) -> Tensor:
+        """The second half of the batch mirrors the first."""
+        u = torch.rand((self.size + 1) // 2, dtype=torch.float64, device=self.device)
+        return torch.cat([u, 1 - u])[: self.size]
 
     def fold(self, *keys: int | str) -> BatchNoise:
         return self
@@ -162,6 +171,12 @@ class Noise(Draws):
         j, m = self.stratum
         start = _uniform(self._stream(mix(self.seed, "time")))
         return (start + j / m) % 1.0
+
+    def antithetic(self) -> Tensor:
+        """Of an example's draws, every second mirrors the one before."""
+        pair, second = divmod(self.stratum[0], 2)
+        u = _uniform(self._stream(mix(self.seed, "antithetic", pair)))
+        return 1 - u if second else u
 
     def fold(self, *keys: int | str) -> Noise:
         return Noise(mix(self.seed, *keys), self.index, self.stratum, draw=self.draw)

@@ -149,7 +149,7 @@ RIGHT = [
     "~callbacks.ema",
     "~logger.wandb",
     "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor",
-    "model.times={_target_:genfw.diffusion.times.UniformLogSNR}",
+    "times=log_snr",
     "data.binarize=dynamic",
     "model=vae data.binarize=static likelihood=bernoulli",
     "model=vae net@encoder=mlp_encoder net@decoder=mlp_decoder model.latents=4",

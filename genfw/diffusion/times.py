@@ -5,35 +5,156 @@ r"""Which noise levels a random draw of the bound looks at.
     \quad u \sim U(0, 1)
 
 for any falling map u -> lambda. The mean is the same for all; the variance is not.
+
+| name        | u                             | lambda                                 |
+|-------------|-------------------------------|----------------------------------------|
+| uniform     | stratified over the batch     | the schedule's, t = u                  |
+| independent | independent                   | the schedule's                         |
+| antithetic  | u and 1 - u in pairs          | the schedule's                         |
+| log_snr     | stratified                    | uniform between the end points         |
+| importance  | stratified                    | where the costs seen so far were large |
+
+In T steps u chooses the step, evenly.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from genfw.diffusion.denoising import Denoising
+from genfw.noise import Draws
+from genfw.registry import Registered
 from genfw.schedule import NoiseSchedule
 
 
-class TimeSampler(nn.Module, ABC):
-    """A map from u, uniform in [0, 1), to time."""
+class TimeSampler(Registered, nn.Module, ABC, group="times"):
+    """Uniform numbers, and a map from them to time."""
+
+    def draw(self, noise: Draws, x: Tensor) -> Tensor:
+        """u for the examples x (b, ...): uniform in [0, 1], (b,) float64."""
+        return noise.time()
 
     @abstractmethod
     def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """u (b,) to (t, -d log SNR / du), (b,) float64 each."""
 
+    def observe(self, denoising: Denoising, schedule: NoiseSchedule) -> None:
+        """Told in training what was drawn, and what it cost."""
 
-class UniformTime(TimeSampler):
+
+class UniformTime(TimeSampler, name="uniform"):
     """t = u: the schedule decides which noise levels are seen. For training."""
 
     def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-        return u, schedule.slope(u)
+        return _through(u, schedule)
 
 
-class UniformLogSNR(TimeSampler):
+class IndependentTime(TimeSampler, name="independent"):
+    """As `uniform`, every time for itself: what stratification is measured against."""
+
+    def draw(self, noise: Draws, x: Tensor) -> Tensor:
+        return noise.uniform("time", torch.empty(len(x), dtype=torch.float64, device=x.device))
+
+    def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        return _through(u, schedule)
+
+
+class AntitheticTime(TimeSampler, name="antithetic"):
+    """As `uniform`, in pairs t and 1 - t: what rises or falls evenly with t cancels."""
+
+    def draw(self, noise: Draws, x: Tensor) -> Tensor:
+        return noise.antithetic()
+
+    def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        return _through(u, schedule)
+
+
+class UniformLogSNR(TimeSampler, name="log_snr"):
     """log SNR uniform between the end points, whatever the schedule. For evaluation."""
 
     def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         span = schedule.log_snr_max - schedule.log_snr_min
         return schedule.inverse(schedule.log_snr_max - span * u), span + 0 * u
+
+
+class ImportanceTime(TimeSampler, name="importance"):
+    r"""log SNR from a density that follows the cost, piecewise constant over even bins.
+
+    .. math:: p_k = (1 - \text{floor}) \frac{r_k}{\sum_j r_j} + \frac{\text{floor}}{K}, \quad
+        r_k^2 = E\left[\tfrac14 \|\epsilon - \hat\epsilon\|^4 \mid \text{bin } k\right]
+
+    With r exact and no floor no density has less variance. Whatever the estimate, the integral is
+    unbiased. Uniform until every bin was seen. The sums belong to all ranks together and to the
+    checkpoint; they change in training only.
+
+    Args:
+        bins: K.
+        floor: the share drawn evenly, in (0, 1]: no level is ever given up.
+        decay: of the running sums, per batch.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    References:
+        Improved Denoising Diffusion Probabilistic Models, Nichol, Dhariwal, 2021,
+        https://arxiv.org/abs/2102.09672 (there over T steps).
+    """
+
+    count: Tensor
+    total: Tensor
+
+    def __init__(self, bins: int = 32, floor: float = 0.1, decay: float = 0.99):
+        super().__init__()
+        if bins < 1:
+            raise ValueError(f"bins: expected at least 1, got {bins}")
+        if not 0 < floor <= 1:
+            raise ValueError(f"floor: expected a share in (0, 1], got {floor}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
+        self.bins, self.floor, self.decay = bins, floor, decay
+        self.register_buffer("count", torch.zeros(bins, dtype=torch.float64))
+        self.register_buffer("total", torch.zeros(bins, dtype=torch.float64))
+
+    def density(self) -> Tensor:
+        """The probability of each bin, from the data side to the noise side, (K,) float64."""
+        count, total = self.count.double(), self.total.double()
+        root = (total / count).sqrt()
+        known = (count > 0).all() & (total.sum() > 0)
+        p = (1 - self.floor) * root / root.sum() + self.floor / self.bins
+        return torch.where(known, p, 1 / self.bins)
+
+    def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+        p = self.density()
+        below = p.cumsum(0)
+        k = torch.searchsorted(below, u.contiguous(), right=True).clamp_max(self.bins - 1)
+        position = (k + ((u - below[k]) / p[k] + 1).clamp(0, 1)) / self.bins
+        span = schedule.log_snr_max - schedule.log_snr_min
+        return schedule.inverse(schedule.log_snr_max - span * position), span / (self.bins * p[k])
+
+    @torch.no_grad()
+    def observe(self, denoising: Denoising, schedule: NoiseSchedule) -> None:
+        if not self.training:
+            return
+        span = schedule.log_snr_max - schedule.log_snr_min
+        position = (schedule.log_snr_max - denoising.log_snr) / span
+        k = (position * self.bins).long().clamp(0, self.bins - 1)
+        square = (denoising.eps_error.double() / 2).square()
+        seen = torch.zeros(2, self.bins, dtype=torch.float64, device=k.device)
+        seen.index_add_(1, k, torch.stack([torch.ones_like(square), square]))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(seen)
+        self.count.mul_(self.decay).add_(seen[0])
+        self.total.mul_(self.decay).add_(seen[1])
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, floor={self.floor:g}, decay={self.decay:g}"
+
+
+def _through(u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """t = u, and the slope there."""
+    t = schedule.still(u)
+    return t, schedule.slope(t)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from genfw.diffusion.denoiser import Denoiser
-from genfw.diffusion.denoising import Denoising
+from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.process import marginal, posterior, transition
 from genfw.diffusion.sampler import Ancestral, Sampler
 from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
@@ -121,7 +121,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         objective starts here."""
         noise = draws(noise, x)
         data = self._normalize(x)
-        u = noise.time().to(data.device)
+        u = self.times.draw(noise, data).to(data.device)
         if self.steps is None:
             t, measure = self.times(u, self.schedule)
             dt = measure / self.schedule.slope(t)
@@ -131,13 +131,16 @@ class VDM(MarkovianHierarchy, name="vdm"):
             gained = self.schedule.log_snr((i - 1) / self.steps) - self.schedule.log_snr(t)
             measure, dt = self.steps * gained.expm1(), torch.ones_like(t)
         eps = noise.normal("eps", data)
-        alpha, sigma = (
-            broadcast(self.schedule.alpha(t), data),
-            broadcast(self.schedule.sigma(t), data),
-        )
+        log_snr = self.schedule.log_snr(t)
+        alpha, sigma = (broadcast(each.sigmoid().sqrt(), data) for each in (log_snr, -log_snr))
         prediction = self.denoiser(alpha * data + sigma * eps, t, y)
         error = per_example((eps - prediction.eps).square())
-        return Denoising(t, self.schedule.log_snr(t), error, measure, dt)
+        if self.steps is None:
+            measure = lowering_variance(measure, error, self.schedule, data[0].numel())
+        denoising = Denoising(t, log_snr, error, measure, dt)
+        if self.training and self.steps is None and torch.is_grad_enabled():
+            self.times.observe(denoising, self.schedule)
+        return denoising
 
     # The three conditionals of a hierarchy of T + 1 latents.
 

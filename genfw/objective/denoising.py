@@ -52,6 +52,7 @@ class DenoisingObjective(Objective, ABC):
 
         Raises:
             TypeError: a model that does not denoise.
+            ValueError: a schedule that learns: its gradient would have no meaning.
         """
         if not isinstance(model, Denoises):
             raise TypeError(
@@ -60,6 +61,11 @@ class DenoisingObjective(Objective, ABC):
                 "use objective=elbo, or a diffusion model"
             )
         draw = model.denoising(x, y, noise=noise)
+        if draw.log_snr.requires_grad:
+            raise ValueError(
+                f"objective={self.name} says nothing of a learned schedule, which follows the "
+                "bound: use objective=elbo, or a fixed schedule"
+            )
         weight = 0.5 * self.weight(draw.log_snr) * self.measure(draw)
         return (weight * draw.eps_error).to(draw.eps_error.dtype)
 

@@ -10,6 +10,7 @@ Luo's :math:`\bar\alpha_t` is :math:`\alpha_t^2` here.
 
 * `schedule`: the interface
 * `fixed`: loglinear, linear, cosine, sigmoid, edm, laplace
+* `learned`: a monotone network
 """
 
 from genfw.schedule.fixed import Cosine as Cosine
@@ -18,4 +19,5 @@ from genfw.schedule.fixed import Linear as Linear
 from genfw.schedule.fixed import LogLinear as LogLinear
 from genfw.schedule.fixed import LogNormal as LogNormal
 from genfw.schedule.fixed import Sigmoid as Sigmoid
+from genfw.schedule.learned import Learned as Learned
 from genfw.schedule.schedule import NoiseSchedule as NoiseSchedule

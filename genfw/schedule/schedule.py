@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -126,11 +127,7 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
                     f"for {log_snr.max().item():.4g} to {log_snr.min().item():.4g}: "
                     "choose end points within its reach"
                 )
-            for _ in range(100):
-                middle = (low + high) / 2
-                above = self.curve(middle) > log_snr
-                low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return (low + high) / 2
+            return bisect(self.curve, log_snr, low, high, steps=100)
 
     def still(self, t: Time) -> Tensor:
         """The same times, moving with the shape where that is learned, so that log SNR there
@@ -160,6 +157,17 @@ def _exact_log_snr(self: NoiseSchedule, t: Time) -> Tensor:
     inside = self.curve(self._start + (self._stop - self._start) * t)
     inside = torch.where(t <= 0, self.log_snr_max, inside)
     return torch.where(t >= 1, self.log_snr_min, inside)
+
+
+def bisect(
+    curve: Callable[[Tensor], Tensor], value: Tensor, low: Tensor, high: Tensor, steps: int
+) -> Tensor:
+    """Where a falling curve takes these values, between low and high."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        above = curve(middle) > value
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return (low + high) / 2
 
 
 def _double(t: Tensor | float) -> Tensor:

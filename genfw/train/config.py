@@ -467,6 +467,16 @@ def _networks_fit_their_place(config: DictConfig) -> None:
             )
 
 
+def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
+    objective = _target(config, "objective")
+    if _target(config, "schedule") == "genfw.Learned" and objective != "genfw.Elbo":
+        name = str(objective).rpartition(".")[2]
+        raise ConfigError(
+            f"schedule=learned follows the bound and its variance, and under {name} its gradient "
+            "means nothing: use objective=elbo, or a fixed schedule"
+        )
+
+
 def _objective_reads_model(config: DictConfig) -> None:
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
@@ -563,6 +573,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _bernoulli_is_binary,
     _likelihood_reads_model,
     _networks_fit_their_place,
+    _learned_schedule_follows_the_bound,
     _objective_reads_model,
     _estimator_reads_model,
 )

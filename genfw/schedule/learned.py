@@ -1,0 +1,122 @@
+r"""The learned schedule: log SNR a monotone network of time.
+
+.. math:: \lambda(t) = \lambda_{max} - (\lambda_{max} - \lambda_{min})\, n(t), \quad
+    n(t) = \frac{m(t) - m(0)}{m(1) - m(0)}, \quad
+    m(t) = w\, t + \sum_j a_j\, \mathrm{sigmoid}(k_j (t - c_j)), \quad w, a_j, k_j > 0
+
+The end points are two scalars and belong to the model: the bound depends on them, and they follow
+its gradient. The interior n does not change the continuous bound L = E_t[l], only the variance of
+its estimator l, whose mean square it follows. l depends on n in two ways: by the noise level that t
+falls on, and by the slope there. Written as an integral over the noise levels only one is left,
+
+.. math:: E_t[l^2] = \int \frac{f(\lambda)^2}{p_n(\lambda)}\, d\lambda, \quad l = f / p_n, \quad
+    p_n = 1 / (-\lambda'(t)), \qquad \nabla_n E[l^2] = E[-l^2\, \nabla_n \log p_n(\lambda)],
+
+log SNR held where it is: nothing has to be differentiated through the denoiser, and no gradient
+passes between it and the interior. `still` holds log SNR; `genfw.diffusion.denoising` puts the
+gradients together, in one backward pass. Kingma et al. hold t instead, and multiply the gradient
+that comes through the denoiser by 2 l: the same in the mean.
+
+References:
+    Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
+    https://arxiv.org/abs/2107.00630 (the network, and the appendix on variance minimization).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from genfw.schedule.schedule import NoiseSchedule, bisect
+from genfw.types import Time
+
+
+class Learned(NoiseSchedule, name="learned"):
+    """Begins near `loglinear`; trained with `objective=elbo` alone.
+
+    Args:
+        log_snr_max, log_snr_min: the end points that training starts from.
+        hidden: units of the monotone network (Kingma et al.: 1024; the curve is smooth).
+        learn_ends: False, the end points stay.
+    """
+
+    def __init__(
+        self, log_snr_max: float, log_snr_min: float, hidden: int = 64, learn_ends: bool = True
+    ):
+        super().__init__(log_snr_max, log_snr_min)
+        self.interior = Monotone(hidden)
+        # Where the ends went from where they began: weight decay draws them there, not to zero.
+        self.moved = nn.Parameter(torch.zeros(2), requires_grad=learn_ends)
+
+    @property
+    def log_snr_max(self) -> Tensor:
+        return self._ends[0] + self.moved[0].double()
+
+    @property
+    def log_snr_min(self) -> Tensor:
+        return self._ends[1] + self.moved[1].double()
+
+    def log_snr(self, t: Time) -> Tensor:
+        return self.log_snr_max - (self.log_snr_max - self.log_snr_min) * self.interior(t)
+
+    def curve_slope(self, u: Tensor) -> Tensor:
+        return (self.log_snr_max - self.log_snr_min) * self.interior.slope(u)
+
+    def curve_inverse(self, log_snr: Tensor) -> Tensor:
+        """By bisection, then a Newton step, which carries the implicit gradient in log SNR and in
+        all parameters."""
+        n = (self.log_snr_max - log_snr) / (self.log_snr_max - self.log_snr_min)
+        with torch.no_grad():
+            low, high = torch.zeros_like(n), torch.ones_like(n)
+            u = bisect(lambda u: -self.interior(u), -n, low, high, steps=40)
+            slope = self.interior.slope(u)
+        return u + (n - self.interior(u)) / slope
+
+    def still(self, t: Time) -> Tensor:
+        at = t.detach().double()
+        n = self.interior(at)
+        return t - (n - n.detach()) / self.interior.slope(at).detach()
+
+    def _piece(self) -> tuple[float, float]:
+        return 0.0, 1.0  # the whole curve: it has its ends by construction
+
+
+class Monotone(nn.Module):
+    """n(t), rising from 0 to 1, smooth; float64."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden: expected at least 1, got {hidden}")
+        self.log_line = nn.Parameter(torch.zeros(()))
+        self.log_height = nn.Parameter(torch.full((hidden,), -math.log(hidden)))
+        self.log_steepness = nn.Parameter(torch.full((hidden,), math.log(4 + hidden / 4)))
+        self.center = nn.Parameter((torch.arange(hidden) + 0.5) / hidden)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """n(t), of t's shape."""
+        start, stop = self._ends()
+        return (self._rise(t) - start) / (stop - start)
+
+    def slope(self, t: Tensor) -> Tensor:
+        """dn/dt, positive."""
+        start, stop = self._ends()
+        s = self._units(t)
+        rates = (self.log_height.double() + self.log_steepness.double()).exp()
+        return (self.log_line.double().exp() + (s * (1 - s)) @ rates) / (stop - start)
+
+    def _ends(self) -> Tensor:
+        """m at 0 and 1."""
+        return self._rise(torch.tensor([0.0, 1.0], device=self.center.device).double())
+
+    def _rise(self, t: Tensor) -> Tensor:
+        """m(t)."""
+        line, heights = self.log_line.double().exp(), self.log_height.double().exp()
+        return line * t + self._units(t) @ heights
+
+    def _units(self, t: Tensor) -> Tensor:
+        """sigmoid(k_j (t - c_j)), (..., hidden)."""
+        steepness = self.log_steepness.double().exp()
+        return (steepness * (t.unsqueeze(-1) - self.center.double())).sigmoid()
