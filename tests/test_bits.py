@@ -55,14 +55,14 @@ def test_the_standard_error_is_the_spread_of_repetitions(double):
     denoiser = GaussianDenoiser(genfw.Cosine(HIGH, LOW), MEAN, STD)
     vdm = genfw.VDM(denoiser, genfw.GaussianLikelihood(), shape=(3,))
     reports = []
-    for _ in range(300):
+    for _ in range(150):
         x = MEAN + STD * torch.randn(64, 3)
         noise = genfw.Noise(int(torch.randint(2**31, ())), torch.arange(64))
         parts = [vdm.denoising(x, noise=noise.stratified(j, 2)) for j in range(2)]
         reports.append(findings(spent([(d.log_snr, d.cost) for d in parts], edges, 64)))
     spread = torch.stack([nats for nats, _ in reports]).std(0)
     stated = torch.stack([error for _, error in reports]).square().mean(0).sqrt()
-    assert ((spread / stated - 1).abs() < 0.2).all()  # a standard deviation of 300: 4 %
+    assert ((spread / stated - 1).abs() < 0.25).all()  # a standard deviation of 150: 6 %
 
 
 def test_sums_of_batches_add_up_and_rows_of_an_example_stand_together(double):
