@@ -131,7 +131,7 @@ class DiscretizedLogistic(Distribution):
         width: s, positive, broadcastable to `where`; the standard deviation is 1.81 s.
         bins: K.
 
-    The log mass is a sum of three terms without cancellation (`_log_logistic_mass`).
+    The log mass is a sum of three terms without cancellation (`log_logistic_mass`).
     """
 
     def __init__(self, where: Tensor, width: Tensor, bins: int):
@@ -143,7 +143,7 @@ class DiscretizedLogistic(Distribution):
         return _logistic_mean(self.where, self.width, self.bins)
 
     def log_prob(self, value: Tensor) -> Nats:
-        log_mass = _log_logistic_mass(value, self.where, self.width, self.bins)
+        log_mass = log_logistic_mass(value, self.where, self.width, self.bins)
         return per_example(log_mass).to(self.where.dtype)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
@@ -197,7 +197,7 @@ class LogisticMixture(Distribution):
 
     def log_prob(self, value: Tensor) -> Nats:
         k = value.double().unsqueeze(1)
-        log_mass = _log_logistic_mass(k, self._given(k), self.width, self.bins).sum(2)
+        log_mass = log_logistic_mass(k, self._given(k), self.width, self.bins).sum(2)
         log_joint = self.logits.double().log_softmax(1) + log_mass
         return per_example(log_joint.logsumexp(1, keepdim=True)).to(self.where.dtype)
 
@@ -259,7 +259,7 @@ def _log1mexp(x: Tensor) -> Tensor:
     return torch.where(small, (-torch.expm1(inner)).log(), torch.log1p(-outer.exp()))
 
 
-def _log_logistic_mass(k: Tensor, where: Tensor, width: Tensor, bins: int) -> Tensor:
+def log_logistic_mass(k: Tensor, where: Tensor, width: Tensor, bins: int) -> Tensor:
     r"""log p(k) of a discretized logistic, elementwise, float64; exact in both tails and for any
     width.
 

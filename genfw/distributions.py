@@ -98,15 +98,20 @@ class Categorical(Distribution):
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         """Integers (b, *dims), by inverting the cumulative masses."""
-        cdf = self.log_probs.exp().cumsum(1)
-        u = draws(noise, cdf).uniform(purpose, cdf[:, 0])
-        return (u.unsqueeze(1) * cdf[:, -1:] >= cdf[:, :-1]).sum(1)
+        masses = self.log_probs.exp()
+        return inverse_cdf(masses, draws(noise, masses).uniform(purpose, masses[:, 0]))
 
     @property
     def mean(self) -> Tensor:
         """Expected integer, (b, *dims)."""
         k = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
         return torch.einsum("bk...,k->b...", self.log_probs.exp(), k.to(self.log_probs))
+
+
+def inverse_cdf(masses: Tensor, u: Tensor) -> Tensor:
+    """The integers at quantiles u (b, *dims) of masses (b, K, *dims) that need not sum to one."""
+    cdf = masses.cumsum(1)
+    return (u.unsqueeze(1) * cdf[:, -1:] >= cdf[:, :-1]).sum(1)
 
 
 class Bernoulli(Distribution):

@@ -5,12 +5,14 @@ Data are integers 0..K-1. `normalize` is the only map from them to real numbers:
 probability *mass*, so that log-likelihoods of different models compare; `gaussian` is a density,
 for data that are real numbers.
 
-What a likelihood is given, h, is one of two things:
+What a likelihood is given, h, is one of three things:
 
 * the output of a network, (b, outputs * C, ...): `outputs` numbers per data dimension, read as (b,
   outputs, C, ...);
 * the pair (z_0 / alpha_0, sigma_0 / alpha_0) of a diffusion model: where the first latent says the
-  data lie, and how sure it is. `bins`, `discretized_gaussian` and `gaussian` take it.
+  data lie, and how sure it is. `bins`, `discretized_gaussian` and `gaussian` take it;
+* the posterior over the K values that a diffusion model's own network states at z_0, for
+  likelihoods that take no pair. `categorical` takes it.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from genfw.bayes import DiscretePosterior, centres
 from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal, LogisticMixture
 from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
 from genfw.registry import Registered
 from genfw.types import Data, Image
 
-Head: TypeAlias = "Data | tuple[Tensor, Tensor]"
+Head: TypeAlias = "Data | tuple[Tensor, Tensor] | DiscretePosterior"
 
 
 class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
@@ -37,9 +40,11 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
         outputs: how many numbers per data dimension a network must give.
         density: True where `log_prob` is a density, not a mass. A density is never quoted as
             bits/dim of images.
+        takes_pair: True where h may be a diffusion model's pair.
     """
 
     density: ClassVar[bool] = False
+    takes_pair: ClassVar[bool] = False
     bins: int | None
     outputs: int
 
@@ -61,21 +66,38 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
     def centres(self) -> Tensor:
         """The K normalized values, (K,) float64."""
         assert self.bins is not None
-        return (2 * torch.arange(self.bins, dtype=torch.float64) + 1) / self.bins - 1
+        return centres(self.bins)
 
     def extra_repr(self) -> str:
         return f"bins={self.bins}"
 
 
 class CategoricalLikelihood(Likelihood, name="categorical"):
-    """K free logits per dimension: the most general mass. From a network only."""
+    r"""The K masses of every dimension as the network states them: the most general mass.
+
+    From a network, K logits per dimension; or the posterior of a diffusion model whose network
+    states a prior over the values (param=categorical),
+
+    .. math:: p(x = k \mid z_0) \propto p_\theta(k) \exp(-\tfrac12 ((z_0 - \alpha_0 v_k) /
+        \sigma_0)^2)
+
+    Raises:
+        ValueError: a posterior over another number of values.
+    """
 
     def __init__(self, bins: int):
         super().__init__()
         self.bins, self.outputs = check_bins(bins), bins
 
-    def forward(self, h: Head) -> Categorical:
-        return Categorical(_split(h, self.outputs, "categorical"))
+    def forward(self, h: Head) -> Categorical | DiscretePosterior:
+        if not isinstance(h, DiscretePosterior):
+            return Categorical(_split(h, self.outputs, "categorical"))
+        if h.bins != self.bins:
+            raise ValueError(
+                f"likelihood categorical has bins={self.bins}, the parameterization "
+                f"bins={h.bins}: give both the number of values of the data"
+            )
+        return h
 
 
 class BernoulliLikelihood(Likelihood, name="bernoulli"):
@@ -111,6 +133,8 @@ class BinsLikelihood(Likelihood, name="bins"):
         https://arxiv.org/abs/2107.00630.
     """
 
+    takes_pair = True
+
     def __init__(self, bins: int):
         super().__init__()
         self.bins, self.outputs = check_bins(bins), 1
@@ -128,6 +152,8 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
     From a diffusion model's pair (mean, std), or from a network: (mean, log std), the log std kept
     in [-9, 3].
     """
+
+    takes_pair = True
 
     def __init__(self, bins: int):
         super().__init__()
@@ -211,7 +237,7 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
     in [-9, 3].
     """
 
-    density = True
+    density, takes_pair = True, True
 
     def __init__(self):
         super().__init__()
@@ -260,7 +286,7 @@ def check_integers(x: Tensor, bins: int) -> None:
 
 def _split(h: Head, outputs: int, name: str) -> Tensor:
     """Network output (b, outputs * C, ...) as (b, outputs, C, ...)."""
-    if isinstance(h, tuple):
+    if not isinstance(h, Tensor):
         raise TypeError(
             f"likelihood {name} reads a network's output; a diffusion model gives (z_0/alpha_0, "
             "sigma_0/alpha_0): use bins or discretized_gaussian there"

@@ -9,20 +9,37 @@ eps; given z they all say the same. A linear parameterization is a change of coo
 
 so a new one is one line:
 
-    class Flow(LinearParameterization, name="flow"):
+    class Velocity(LinearParameterization, name="velocity"):
         def coefficients(self, alpha, sigma):
-            return -1.0, 1.0
+            return 1.0, -1.0
 
-| name  | (a, b)          | Luo            |
-|-------|-----------------|----------------|
-| x0    | (1, 0)          | (94)           |
-| eps   | (0, 1)          | (115), (130)   |
-| score | (0, -1 / sigma) | (133)          |
-| v     | (-sigma, alpha) | Salimans & Ho  |
+| name  | (a, b)                            | source                        |
+|-------|-----------------------------------|-------------------------------|
+| x0    | (1, 0)                            | Luo (94)                      |
+| eps   | (0, 1)                            | Luo (115), (130)              |
+| score | (0, -1 / sigma)                   | Luo (133)                     |
+| v     | (-sigma, alpha)                   | Salimans & Ho                 |
+| flow  | (-1, 1)                           | Lipman et al.; Liu, Gong, Liu |
+| edm   | (sigma / (s_d r), -alpha s_d / r) | Karras et al.                 |
+
+For edm, r^2 = sigma^2 + alpha^2 s_d^2, and the network sees z / r.
+
+A discrete one takes the network's output for a prior over the K values v_k of every dimension, and
+the noise for the likelihood:
+
+.. math:: \hat x = \sum_k v_k\, p(k \mid z), \quad p(k \mid z) \propto p_\theta(k)
+    \exp(-\tfrac12 \mathrm{SNR}\, (z / \alpha - v_k)^2), \quad
+    \hat\epsilon = (z - \alpha \hat x) / \sigma
+
+| name             | p_theta                                 | channels |
+|------------------|-----------------------------------------|----------|
+| categorical      | softmax of K logits                     | K C      |
+| logistic_mixture | a mixture of M discretized logistics    | 3 M C    |
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,6 +47,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from genfw.bayes import DiscretePosterior
+from genfw.discretized import log_logistic_mass
 from genfw.registry import Registered
 from genfw.types import Data
 
@@ -79,6 +98,10 @@ class Parameterization(Registered, nn.Module, ABC, group="param"):
     def scale(self, alpha: Tensor, sigma: Tensor) -> Coefficient:
         """target = scale * network output; chosen so that the output is O(1) at every noise
         level."""
+        return 1.0
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Coefficient:
+        """What the network sees is input_scale * z."""
         return 1.0
 
 
@@ -169,3 +192,182 @@ class V(LinearParameterization, name="v"):
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         return -sigma, alpha
+
+
+class Flow(LinearParameterization, name="flow"):
+    """The velocity eps - x of the straight path from data to noise.
+
+    References:
+        Flow Matching for Generative Modeling, Lipman, Chen, Ben-Hamu, Nickel, Le, 2022,
+        https://arxiv.org/abs/2210.02747; Flow Straight and Fast, Liu, Gong, Liu, 2022,
+        https://arxiv.org/abs/2209.03003.
+    """
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+        return -1.0, 1.0
+
+
+class Edm(LinearParameterization, name="edm"):
+    r"""EDM's preconditioning: input and target have unit variance if the data have variance
+    data_std^2.
+
+    .. math:: a = \sigma / (s_d r), \quad b = -\alpha s_d / r, \quad r^2 = \sigma^2 + \alpha^2
+        s_d^2, \quad \text{network input } z / r
+
+    data_std = 1 is -v.
+
+    Args:
+        data_std: s_d; Karras et al. have 0.5 for images on (-1, 1).
+
+    Raises:
+        ValueError: data_std is not positive.
+
+    References:
+        Elucidating the Design Space of Diffusion-Based Generative Models, Karras, Aittala, Aila,
+        Laine, 2022, https://arxiv.org/abs/2206.00364.
+    """
+
+    def __init__(self, data_std: float = 0.5):
+        super().__init__()
+        if not 0 < data_std < float("inf"):
+            raise ValueError(f"data_std: expected a finite positive number, got {data_std}")
+        self.data_std = data_std
+
+    def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
+        inverse_r = self.input_scale(alpha, sigma)
+        return sigma / self.data_std * inverse_r, -alpha * self.data_std * inverse_r
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Coefficient:
+        return (sigma.square() + (self.data_std * alpha).square()).rsqrt()
+
+    def extra_repr(self) -> str:
+        return f"data_std={self.data_std:g}"
+
+
+class DiscreteParameterization(Parameterization):
+    """The output is a prior over the values of every dimension; see the page above.
+
+    Args:
+        bins: K, the number of values of the data.
+        outputs: how many numbers per dimension the network gives. Its output (b, outputs * C, ...)
+            is read as (b, outputs, C, ...), as likelihoods do.
+
+    Raises:
+        ValueError: fewer than 2 bins.
+    """
+
+    def __init__(self, bins: int, outputs: int):
+        super().__init__()
+        if isinstance(bins, bool) or bins < 2:
+            raise ValueError(f"bins: expected an integer of at least 2, got {bins!r}")
+        self.bins, self.outputs = bins, outputs
+
+    @abstractmethod
+    def log_prior(self, numbers: Tensor) -> Tensor:
+        """(b, outputs, n) at n positions to log p(k), (b, K, n), up to a constant at each."""
+
+    def channels(self, data_channels: int, bins: int | None) -> int:
+        """`outputs` per channel of the data.
+
+        Raises:
+            ValueError: the data have another number of values.
+        """
+        if bins != self.bins:
+            raise ValueError(
+                f"{type(self).__name__} has bins={self.bins}, the data have {bins}: give it the "
+                "number of values of the data"
+            )
+        return self.outputs * data_channels
+
+    def posterior(self, output: Tensor, z: Data, alpha: Tensor, sigma: Tensor) -> DiscretePosterior:
+        """p(x | z).
+
+        Raises:
+            ValueError: the output has another shape than (b, outputs * C, ...).
+        """
+        expected = (len(z), self.outputs * z.shape[1], *z.shape[2:])
+        if output.shape != expected:
+            raise ValueError(
+                f"{type(self).__name__} with bins={self.bins} reads {self.outputs} numbers per "
+                f"dimension of z {tuple(z.shape)}, an output of {expected}, got "
+                f"{tuple(output.shape)}: give the network out_channels={expected[1]}"
+            )
+        numbers = output.unflatten(1, (self.outputs, -1))
+        alpha, sigma = broadcast(alpha, z), broadcast(sigma, z)
+        return DiscretePosterior(numbers, z, alpha, sigma, self.bins, self.log_prior, self.size)
+
+    def solve(self, output: Tensor, z: Data, alpha: Tensor, sigma: Tensor) -> Prediction:
+        """The posterior mean, and the noise that is left.
+
+        Raises:
+            ValueError: the output has another shape than (b, outputs * C, ...).
+        """
+        alpha, sigma = broadcast(alpha, z), broadcast(sigma, z)
+        x = self.posterior(output, z, alpha, sigma).x
+        return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
+
+    @property
+    def size(self) -> int:
+        """How many numbers per dimension `log_prior` computes with."""
+        return self.bins
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}"
+
+
+class CategoricalParameterization(DiscreteParameterization, name="categorical"):
+    """K logits per dimension.
+
+    A network that gives zeros is Bayes under the uniform prior; one that gives the log marginals of
+    independent dimensions is exact. For K values the network needs K C channels.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__(bins, outputs=bins)
+
+    def log_prior(self, numbers: Tensor) -> Tensor:
+        return numbers
+
+
+class LogisticMixtureParameterization(DiscreteParameterization, name="logistic_mixture"):
+    """A mixture of M discretized logistics per dimension: 3 M numbers instead of K logits.
+
+    They are read as (b, 3, M, C, ...): logits of the weights, means, log scales. A network that
+    gives zeros spreads the means evenly over (-1, 1), each scale half the distance between two;
+    log scales are kept in [-9, 3].
+
+    Bayes' rule needs all K masses of a dimension even so. They are made piece by piece from the
+    mixture, so memory is less than with logits, but computing is M times as much.
+
+    Args:
+        bins: K.
+        components: M; 10 as in PixelCNN++'s code.
+
+    Raises:
+        ValueError: fewer than 1 component, or than 2 bins.
+
+    References:
+        PixelCNN++, Salimans, Karpathy, Chen, Kingma, 2017, https://arxiv.org/abs/1701.05517.
+    """
+
+    def __init__(self, bins: int, components: int = 10):
+        if isinstance(components, bool) or components < 1:
+            raise ValueError(f"components: expected an integer of at least 1, got {components!r}")
+        super().__init__(bins, outputs=3 * components)
+        self.components = components
+
+    def log_prior(self, numbers: Tensor) -> Tensor:
+        logits, shift, log_ratio = numbers.unflatten(1, (3, self.components)).unsqueeze(3).unbind(1)
+        m = torch.arange(self.components, dtype=numbers.dtype, device=numbers.device)
+        where = shift + ((2 * m + 1) / self.components - 1)[:, None, None]
+        width = (log_ratio - math.log(self.components)).clamp(-9, 3).exp()
+        k = torch.arange(self.bins, device=numbers.device)[:, None]
+        log_mass = log_logistic_mass(k, where, width, self.bins)
+        return (logits.log_softmax(1) + log_mass).logsumexp(1).to(numbers.dtype)
+
+    @property
+    def size(self) -> int:
+        return self.bins * self.components
+
+    def extra_repr(self) -> str:
+        return f"bins={self.bins}, components={self.components}"

@@ -36,7 +36,7 @@ def genfw(*arguments, cwd=ROOT, **environment):
 # (command line, what the answer must contain)
 WRONG = [
     # names of options, groups and keys
-    ("param=epz", ["param=eps", "eps, score, v, x0"]),
+    ("param=epz", ["param=eps", "categorical, edm, eps, flow, logistic_mixture, score, v, x0"]),
     ("schedule=cosin", ["schedule=cosine", "linear"]),
     ("objective=ebo", ["objective=elbo"]),
     ("data=digit", ["data=digits", "mnist"]),
@@ -105,7 +105,12 @@ WRONG = [
     # combinations
     ("likelihood.bins=3", ["17"]),
     ("likelihood=bernoulli", ["data.binarize"]),
-    ("likelihood=categorical", ["bins"]),
+    ("likelihood=categorical", ["param=categorical", "likelihood=bins"]),
+    ("param=v likelihood=categorical", ["param=categorical", "genfw.V"]),
+    ("param=categorical likelihood=bernoulli data.binarize=dynamic", ["likelihood=bernoulli"]),
+    ("param=categorical param.bins=3", ["param.bins=3", "17"]),
+    ("schedule.log_snr_min=-inf", ["finite", "-inf"]),
+    ("schedule.log_snr_min=-100", ["zero in float32", "param=v"]),
     ("likelihood=discretized_logistic", ["bins"]),
     ("likelihood=logistic_mixture", ["bins"]),
     ("model=vae likelihood=bins", ["categorical"]),
@@ -157,6 +162,11 @@ RIGHT = [
     "model=vdm model.steps=4 objective=iwae objective.k=2",
     "experiment=digits_vae seed=3",
     "experiment=digits_vdm param=x0",
+    "param=edm param.data_std=0.4",
+    "param=v schedule.log_snr_min=-100",
+    "param=logistic_mixture param.components=4 net=mlp",
+    "experiment=digits_vdm param=categorical",
+    "param=categorical likelihood=bins",
     "schedule._target_=genfw.LogLinear ~schedule.shift",
 ]
 

@@ -34,12 +34,14 @@ GROUPS = {  # those of genfw itself: tests register classes of their own
 }
 CLASSES = [(group, name) for group, classes in GROUPS.items() for name in classes]
 FACTS = {"data": {"shape": [1, 8, 8], "bins": 17, "classes": 10}, "model": {"latents": 3}}
+FACTS["param"] = {"_target_": "genfw.V"}
 FACTS["likelihood"] = {"_target_": "genfw.CategoricalLikelihood", "bins": 17}
 
 
 def conf_node(group, name):
     """The part of a conf file that names the class."""
     content = OmegaConf.load(CONF / group / f"{name}.yaml")
+    content.pop("defaults", None)
     return content.model if group == "model" else content
 
 
@@ -87,6 +89,17 @@ def test_likelihood_outputs_are_those_of_the_classes():
         if name == "logistic_mixture":
             node.components = 3
             assert resolvers.outputs(node) == build(node).outputs == 12
+
+
+@pytest.mark.parametrize("name", GROUPS["param"])
+def test_network_gives_what_the_parameterization_reads(name):
+    with session():
+        config = compose([f"param={name}", "data=cifar10"])
+    param = build(config.param)
+    assert config.net.out_channels == param.channels(3, 256)
+    assert (config.likelihood._target_ == "genfw.CategoricalLikelihood") is isinstance(
+        param, genfw.DiscreteParameterization
+    )
 
 
 OURS = {  # where genfw's default is a choice of its own

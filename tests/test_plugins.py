@@ -15,11 +15,11 @@ FLOW = '''
 from genfw import LinearParameterization
 
 
-class Flow(LinearParameterization, name="flow"):
-    """eps - x: the velocity of the straight path."""
+class Velocity(LinearParameterization, name="velocity"):
+    """x - eps: the velocity of the straight path from noise to data."""
 
     def coefficients(self, alpha, sigma):
-        return -1.0, 1.0
+        return 1.0, -1.0
 '''
 
 SCHEDULE = """
@@ -68,7 +68,7 @@ def composed(*arguments, **where):
 
 
 def test_name_without_yaml(package):
-    assert composed("param=flow", site=package).param == {"_target_": "tiny.flows.Flow"}
+    assert composed("param=velocity", site=package).param == {"_target_": "tiny.flows.Velocity"}
 
 
 def test_defaults_come_from_the_signature(package):
@@ -86,19 +86,19 @@ def test_name_in_an_experiment(package):
     folder = package / "tiny" / "conf" / "experiment"
     folder.mkdir(parents=True)
     (folder / "straight.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - override /param: flow\nseed: 7\n"
+        "# @package _global_\ndefaults:\n  - override /param: velocity\nseed: 7\n"
     )
     config = composed("experiment=straight", site=package)
-    assert (config.param._target_, config.seed) == ("tiny.flows.Flow", 7)
+    assert (config.param._target_, config.seed) == ("tiny.flows.Velocity", 7)
     assert "straight" in genfw("--help", site=package).stdout
 
 
 def test_own_conf_folder_needs_no_import(package):
     folder = package / "tiny" / "conf" / "param"
     folder.mkdir(parents=True)
-    (folder / "straight.yaml").write_text("_target_: tiny.flows.Flow\n")
+    (folder / "straight.yaml").write_text("_target_: tiny.flows.Velocity\n")
     (package / "tiny" / "flows.py").write_text("raise SystemExit('imported')")
-    assert composed("param=straight", site=package).param._target_ == "tiny.flows.Flow"
+    assert composed("param=straight", site=package).param._target_ == "tiny.flows.Velocity"
 
 
 def test_help_lists_plugins(package):
@@ -107,7 +107,7 @@ def test_help_lists_plugins(package):
 
 def test_broken_plugin_is_named_and_only_where_it_matters(package):
     (package / "tiny" / "flows.py").write_text("import not_there")
-    done = genfw("param=flow", site=package)
+    done = genfw("param=velocity", site=package)
     assert done.returncode == 2
     assert "plug-in tiny" in done.stderr
     assert "not_there" in done.stderr
@@ -117,18 +117,18 @@ def test_broken_plugin_is_named_and_only_where_it_matters(package):
 def test_typo_with_a_plugin_installed(package):
     done = genfw("param=flwo", site=package)
     assert done.returncode == 2
-    assert "param=flow" in done.stderr
+    assert "param=velocity" in done.stderr
 
 
 def test_file_beside_the_person(tmp_path):
     (tmp_path / "my_file.py").write_text(FLOW)
-    config = composed("param._target_=my_file.Flow", cwd=tmp_path)
-    assert config.param._target_ == "my_file.Flow"
-    done = genfw("param._target_=my_file.Flow", "+param.foo=1", cwd=tmp_path)
+    config = composed("param._target_=my_file.Velocity", cwd=tmp_path)
+    assert config.param._target_ == "my_file.Velocity"
+    done = genfw("param._target_=my_file.Velocity", "+param.foo=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "param.foo" in done.stderr
     done = genfw("param._target_=my_file.Flwo", cwd=tmp_path)
-    assert "Flow" in done.stderr
+    assert "Velocity" in done.stderr
 
 
 SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")
@@ -137,7 +137,7 @@ SMALL = ("sampler.steps=2", "net.width=8", "net.blocks=1", "hydra.run.dir=run")
 
 @pytest.mark.slow
 def test_plugin_runs(package, tmp_path):
-    done = genfw("param=flow", *SHORT, *SMALL, site=package, cwd=tmp_path)
+    done = genfw("param=velocity", *SHORT, *SMALL, site=package, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "results.json").read_text())["test/nll"] > 0
 
@@ -145,8 +145,8 @@ def test_plugin_runs(package, tmp_path):
 @pytest.mark.slow
 def test_file_runs_and_in_a_sweep_too(tmp_path):
     (tmp_path / "my_file.py").write_text(FLOW)
-    done = genfw("--multirun", "param._target_=my_file.Flow", *SHORT, *SMALL[:-1], cwd=tmp_path)
+    done = genfw("--multirun", "param._target_=my_file.Velocity", *SHORT, *SMALL[:-1], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (results,) = tmp_path.rglob("results.json")
     assert json.loads(results.read_text())["test/nll"] > 0
-    assert list(OmegaConf.load(results.parent / "config.yaml").trusted) == ["my_file.Flow"]
+    assert list(OmegaConf.load(results.parent / "config.yaml").trusted) == ["my_file.Velocity"]

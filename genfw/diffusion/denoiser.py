@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import nn
+from torch import Tensor, nn
 
-from genfw.parameterization import Parameterization, Prediction, broadcast
+from genfw.bayes import DiscretePosterior
+from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction, broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
 
@@ -25,12 +26,24 @@ class Denoiser(nn.Module, ABC):
     def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
         """What z (b, ...) at time t (scalar or (b,)) is made of."""
 
+    def posterior(self, z: Data, t: Time, y: Labels | None = None) -> DiscretePosterior:
+        """p(x | z) over the K values of every dimension, where the denoiser states one.
+
+        Raises:
+            TypeError: it does not.
+        """
+        raise TypeError(
+            f"{self._get_name()} says where x lies, not how likely each value is: use likelihood "
+            "bins or discretized_gaussian, or param categorical"
+        )
+
 
 class NetworkDenoiser(Denoiser):
     """A network, read by a parameterization along a schedule.
 
     Args:
-        network: (z (b, C, ...), level (b,), y) -> (b, parameterization.channels(C, K), ...).
+        network: (z (b, C, ...), level (b,), y) -> (b, parameterization.channels(C, K), ...). It
+            is given z times the parameterization's `input_scale`.
             `level` is log SNR mapped to [0, 1] between the schedule's end points, 1 at the data
             side. The network never sees t, so the bound depends on the schedule through its end
             points alone.
@@ -45,9 +58,24 @@ class NetworkDenoiser(Denoiser):
         self.network, self.parameterization, self.schedule = network, parameterization, schedule
 
     def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        return self.parameterization.solve(*self._read(z, t, y))
+
+    def posterior(self, z: Data, t: Time, y: Labels | None = None) -> DiscretePosterior:
+        """p(x | z) as the network's prior and the noise give it.
+
+        Raises:
+            TypeError: the parameterization states no masses.
+        """
+        if not isinstance(self.parameterization, DiscreteParameterization):
+            return super().posterior(z, t, y)
+        return self.parameterization.posterior(*self._read(z, t, y))
+
+    def _read(self, z: Data, t: Time, y: Labels | None) -> tuple[Tensor, Data, Tensor, Tensor]:
+        """The network's output, z, alpha and sigma."""
         log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
         lowest, highest = self.schedule.log_snr_min, self.schedule.log_snr_max
         level = (log_snr - lowest) / (highest - lowest)
-        output = self.network(z, level.to(z.dtype), y).to(z.dtype)
-        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
-        return self.parameterization.solve(output, z, broadcast(alpha, z), broadcast(sigma, z))
+        alpha = broadcast(log_snr.sigmoid().sqrt(), z)
+        sigma = broadcast((-log_snr).sigmoid().sqrt(), z)
+        scaled = self.parameterization.input_scale(alpha, sigma) * z
+        return self.network(scaled, level.to(z.dtype), y).to(z.dtype), z, alpha, sigma

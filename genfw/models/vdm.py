@@ -46,7 +46,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     Args:
         denoiser: says what z_t is made of; owns the schedule.
-        likelihood: p(x | z_0), given (z_0 / alpha_0, sigma_0 / alpha_0).
+        likelihood: p(x | z_0), given (z_0 / alpha_0, sigma_0 / alpha_0), or where it takes no
+            pair, `denoiser.posterior` at t = 0.
         steps: T, or None for continuous time.
         shape: of the data, (C, H, W) or (D,); needed to sample.
         sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
@@ -165,6 +166,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return transition(z, self._time(t - 1), self._time(t), self.schedule)
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
+        if t == 1 and not self.likelihood.takes_pair:  # the network's own masses, one more call
+            return self.likelihood(self.denoiser.posterior(z, self._time(1), y))
         if t == 1:
             alpha, sigma = self.schedule.alpha(self._time(1)), self.schedule.sigma(self._time(1))
             return self.likelihood((z / broadcast(alpha, z), broadcast(sigma / alpha, z)))

@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ PREFIXES = (
     "lightning.pytorch.callbacks.",
     "lightning.pytorch.loggers.",
 )
+DISCRETE = ("genfw.CategoricalParameterization", "genfw.LogisticMixtureParameterization")
+FLOAT32_TINY = 2.0**-126
 NAMES = ("lightning.pytorch.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
 
 
@@ -420,13 +423,14 @@ def _complains(error: Exception) -> bool:
 
 
 def _bins_agree(config: DictConfig) -> None:
-    told = OmegaConf.select(config, "likelihood.bins")
     bins = OmegaConf.select(config, "data.bins")
-    if told is not None and bins is not None and told != bins:
-        raise ConfigError(
-            f"likelihood.bins={told}, but the data have {bins} values (data.bins): "
-            "leave likelihood.bins alone"
-        )
+    for place in ("likelihood", "param"):
+        told = OmegaConf.select(config, f"{place}.bins")
+        if told is not None and bins is not None and told != bins:
+            raise ConfigError(
+                f"{place}.bins={told}, but the data have {bins} values (data.bins): "
+                f"leave {place}.bins alone"
+            )
 
 
 def _bernoulli_is_binary(config: DictConfig) -> None:
@@ -446,13 +450,42 @@ def _likelihood_reads_model(config: DictConfig) -> None:
         "genfw.VAE": from_network,
         "genfw.MHVAE": from_network,
         "genfw.HVAE": from_network,
-        "genfw.VDM": (("categorical", "bernoulli", *logistic), "bins or discretized_gaussian"),
+        "genfw.VDM": (("bernoulli", *logistic), "bins or discretized_gaussian"),
     }.get(str(model), ((), ""))
     for name in unreadable:
         if likelihood == f"genfw.{name.title().replace('_', '')}Likelihood":
             raise ConfigError(
                 f"likelihood={name} cannot read what {model} decodes: use likelihood={others}"
             )
+
+
+def _decoder_is_the_networks(config: DictConfig) -> None:
+    model, param = _target(config, "model"), str(_target(config, "param"))
+    if model != "genfw.VDM" or _target(config, "likelihood") != "genfw.CategoricalLikelihood":
+        return
+    if param.startswith("genfw.") and param not in DISCRETE:
+        raise ConfigError(
+            f"likelihood=categorical reads the masses that the network itself states, and {param} "
+            "says where x lies, not how likely each value is: use param=categorical or "
+            "logistic_mixture, or likelihood=bins or discretized_gaussian"
+        )
+
+
+def _signal_at_the_end(config: DictConfig) -> None:
+    least, most = (OmegaConf.select(config, f"schedule.log_snr_{each}") for each in ("min", "max"))
+    ends = [end for end in (least, most) if isinstance(end, int | float)]
+    if not all(map(math.isfinite, ends)):
+        raise ConfigError(
+            f"schedule: log_snr_max={most}, log_snr_min={least}: end points must be finite; "
+            "at -10 nothing is left of the data that could be seen"
+        )
+    param = _target(config, "param")
+    if param in ("genfw.Eps", "genfw.Score") and ends and min(ends) < math.log(FLOAT32_TINY):
+        raise ConfigError(
+            f"schedule.log_snr_min={least}: the SNR at t = 1 is zero in float32, and there {param} "
+            "cannot say what x is, x_hat = (z - sigma eps) / alpha; use param=v or x0, or "
+            "log_snr_min=-10"
+        )
 
 
 def _networks_fit_their_place(config: DictConfig) -> None:
@@ -572,6 +605,8 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _bins_agree,
     _bernoulli_is_binary,
     _likelihood_reads_model,
+    _decoder_is_the_networks,
+    _signal_at_the_end,
     _networks_fit_their_place,
     _learned_schedule_follows_the_bound,
     _objective_reads_model,

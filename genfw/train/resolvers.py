@@ -51,6 +51,22 @@ def outputs(likelihood: DictConfig) -> int:
     return build(likelihood).outputs
 
 
+def out_channels(param: DictConfig, channels: int, bins: int) -> int:
+    """`Parameterization.channels` of the node's class: what the network must give.
+
+    genfw's own are known without importing them.
+    """
+    if param._target_ == "genfw.CategoricalParameterization":
+        return channels * param.bins
+    if param._target_ == "genfw.LogisticMixtureParameterization":
+        return 3 * channels * param.components
+    if param._target_.startswith("genfw."):
+        return channels
+    from genfw.train.config import build
+
+    return build(param).channels(channels, bins)
+
+
 def fused(trainer: DictConfig) -> bool:
     """Whether the optimizer may take all weights in one call: always, but where float16 gradients
     are unscaled before they are clipped.
@@ -65,5 +81,5 @@ def fused(trainer: DictConfig) -> bool:
 
 def register() -> None:
     """Makes the functions of this page known to OmegaConf. Again is allowed."""
-    for function in (log_snr_max, binarized_bins, outputs, fused):
+    for function in (log_snr_max, binarized_bins, outputs, out_channels, fused):
         OmegaConf.register_new_resolver(function.__name__, function, replace=True)

@@ -91,7 +91,7 @@ class ConfFiles:
             for node in nodes(content, target):
                 complete |= node is content  # the class's own file
                 for key in node:
-                    if key not in RESERVED:
+                    if key not in (*RESERVED, "defaults"):
                         found.setdefault(str(key), _argument(node, str(key), comments))
         if not complete:
             found = {key: replace(argument, required=False) for key, argument in found.items()}
