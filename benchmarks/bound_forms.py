@@ -40,7 +40,12 @@ from genfw.train.errors import GenfwError
 from genfw.train.job import quiet, restore
 from genfw.train.runs import command, read
 
-DEFAULTS = {"steps": [8, 32, 128], "images": 64, "repeats": 16, "checkpoint": "best"}
+DEFAULTS = {
+    "steps": OmegaConf.create([8, 32, 128]),
+    "images": 64,
+    "repeats": 16,
+    "checkpoint": "best",
+}
 MEAN, STD = torch.tensor([0.4, -0.9, 0.1]).double(), torch.tensor([0.5, 0.2, 1.1]).double()
 Terms = tuple[Tensor, Tensor]
 

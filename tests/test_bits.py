@@ -14,7 +14,7 @@ from test_diagnostics import vae
 import genfw
 from genfw.diffusion import denoising
 from genfw.diffusion.denoising import register_denoising_hook
-from genfw.train.bits import BitAccounting, findings, spent
+from genfw.train.bits import BitAccounting, alike, findings, spent
 
 MEAN, STD, HIGH, LOW = 0.3, torch.tensor([0.5, 0.2, 1.1]).double(), 6.0, -6.0
 NATS = 4 * math.log(2)  # per bit/dim of a tiny image
@@ -26,13 +26,13 @@ def exact(edges):
     return 0.5 * torch.nn.functional.softplus(steep).sum(1).diff()
 
 
-def draws(vdm, x, times):
+def draws(vdm, x, times, seed=7):
     found = []
     handle = register_denoising_hook(lambda d: found.append((d.log_snr, d.cost)))
     for j in range(times):
-        vdm.denoising(x, noise=genfw.Noise(7, torch.arange(len(x))).stratified(j, times))
+        vdm.denoising(x, noise=genfw.Noise(seed, torch.arange(len(x))).stratified(j, times))
     handle.remove()
-    return found
+    return [torch.stack(each, 1) for each in zip(*found, strict=True)]
 
 
 @pytest.mark.parametrize("schedule", [genfw.Cosine, genfw.LogLinear])
@@ -42,12 +42,11 @@ def test_intervals_hold_their_share_of_the_integral(schedule, times, double):
     denoiser = GaussianDenoiser(schedule(HIGH, LOW), MEAN, STD)
     vdm = genfw.VDM(denoiser, genfw.GaussianLikelihood(), shape=(3,))
     x = MEAN + STD * torch.randn(n, 3)
-    found = draws(vdm, x, times)
-    nats, error = findings(spent(found, edges, n))
+    log_snr, cost = draws(vdm, x, times)
+    nats, error = findings(spent(log_snr, cost, edges))
     assert ((nats - exact(edges)).abs() < 4 * error).all()
     assert (error < 0.05 * exact(edges)).all()
-    whole = torch.stack([cost for _, cost in found]).mean()
-    torch.testing.assert_close(nats.sum(), whole)
+    torch.testing.assert_close(nats.sum(), cost.mean())
 
 
 def test_the_standard_error_is_the_spread_of_repetitions(double):
@@ -57,29 +56,31 @@ def test_the_standard_error_is_the_spread_of_repetitions(double):
     reports = []
     for _ in range(150):
         x = MEAN + STD * torch.randn(64, 3)
-        noise = genfw.Noise(int(torch.randint(2**31, ())), torch.arange(64))
-        parts = [vdm.denoising(x, noise=noise.stratified(j, 2)) for j in range(2)]
-        reports.append(findings(spent([(d.log_snr, d.cost) for d in parts], edges, 64)))
+        seed = int(torch.randint(2**31, ()))
+        reports.append(findings(spent(*draws(vdm, x, 2, seed), edges)))
     spread = torch.stack([nats for nats, _ in reports]).std(0)
     stated = torch.stack([error for _, error in reports]).square().mean(0).sqrt()
     assert ((spread / stated - 1).abs() < 0.25).all()  # a standard deviation of 150: 6 %
 
 
-def test_sums_of_batches_add_up_and_rows_of_an_example_stand_together(double):
+def test_sums_of_batches_add_up(double):
     edges = torch.linspace(-1.0, 1.0, 5)
     log_snr, cost = 2 * torch.rand(6, 4) - 1, torch.rand(6, 4)
-    whole = spent([(log_snr.flatten(), cost.flatten())], edges, 6)
-    apart = spent([(log_snr[:, j], cost[:, j]) for j in range(4)], edges, 6)
-    halves = [
-        spent([(log_snr[i].flatten(), cost[i].flatten())], edges, 3) for i in ([0, 3, 4], [1, 2, 5])
-    ]
-    torch.testing.assert_close(apart, whole)
+    whole = spent(log_snr, cost, edges)
+    halves = [spent(log_snr[i], cost[i], edges) for i in ([0, 3, 4], [1, 2, 5])]
     torch.testing.assert_close(halves[0] + halves[1], whole)
+
+
+def test_batches_with_as_many_draws_are_one():
+    batches = [(torch.rand(n, m), torch.rand(n, m)) for n, m in ((3, 1), (2, 1), (3, 2), (4, 1))]
+    merged = list(alike(batches))
+    assert [tuple(cost.shape) for _, cost in merged] == [(5, 1), (3, 2), (4, 1)]
+    assert torch.equal(merged[0][0], torch.cat([batches[0][0], batches[1][0]]))
 
 
 def test_outermost_intervals_hold_what_lies_beyond(double):
     edges, cost = torch.tensor([-1.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 4.0, 8.0])
-    nats, _ = findings(spent([(torch.tensor([-9.0, -1.0, 1.0, 9.0]), cost)], edges, 4))
+    nats, _ = findings(spent(torch.tensor([-9.0, -1.0, 1.0, 9.0])[:, None], cost[:, None], edges))
     assert nats.tolist() == [0.75, 3.0]
 
 

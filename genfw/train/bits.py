@@ -10,7 +10,9 @@ training make anyway: nothing is computed for the accounts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +34,11 @@ from genfw.train.loggers import one_line
 from genfw.train.module import LatentModule, logs
 from genfw.train.pictures import save
 
-Drawn: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+Drawn: TypeAlias = tuple[Tensor, Tensor]
+"""log SNR and cost, (images, draws of each)."""
+
+PENDING = 100
+"""Training batches that are kept before they are summed, all at once."""
 
 
 class BitAccounting(L.Callback):
@@ -62,7 +68,8 @@ class BitAccounting(L.Callback):
         self.intervals, self.every = intervals, every
         self.validations = 0
         self.edges: Tensor | None = None
-        self.drawn: list[tuple[Tensor, Tensor]] = []
+        self.drawn: list[Drawn] = []
+        self.batches: defaultdict[str, list[Drawn]] = defaultdict(list)
         self.handle: RemovableHandle | None = None
         self.sums: dict[str, Tensor] = {}
         self.found: dict[str, tuple[Tensor, Tensor]] = {}
@@ -75,7 +82,7 @@ class BitAccounting(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        if logs(trainer) and self.handle is not None:
+        if logs(trainer):
             self._charge("train")
             self._report(pl_module, "train")
 
@@ -87,7 +94,8 @@ class BitAccounting(L.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        self._close("train")
+        self._charge("train")
+        self._unhook()
 
     def on_validation_batch_start(
         self,
@@ -108,7 +116,8 @@ class BitAccounting(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("val")
+        self._charge("val")
+        self._unhook()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._report(pl_module, "val")
@@ -136,7 +145,8 @@ class BitAccounting(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._close("test")
+        self._charge("test")
+        self._unhook()
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._report(pl_module, "test")
@@ -160,17 +170,14 @@ class BitAccounting(L.Callback):
         if isinstance(module.model, VDM):
             if self.edges is None:
                 self.edges = between(module.model, self.intervals)
-            self.edges = self.edges.to(module.device)
             self.images, self.dims = len(batch.image), batch.image[0].numel()
             self.handle = register_denoising_hook(self._remember)
 
     def _remember(self, draw: Denoising) -> None:
+        """Rows of an example stand side by side."""
         with torch.no_grad():
-            self.drawn.append((draw.log_snr.detach(), draw.cost))
-
-    def _close(self, split: str) -> None:
-        self._charge(split)
-        self._unhook()
+            both = draw.log_snr.detach(), draw.cost
+            self.drawn.append((both[0].view(self.images, -1), both[1].view(self.images, -1)))
 
     def _unhook(self) -> None:
         self.drawn.clear()
@@ -179,11 +186,19 @@ class BitAccounting(L.Callback):
             self.handle = None
 
     def _charge(self, split: str) -> None:
-        """Adds what was drawn since the last time."""
-        if self.drawn and self.edges is not None:
-            new = spent(self.drawn, self.edges, self.images)
-            self.sums[split] = self.sums[split] + new if split in self.sums else new
+        """Puts down what this batch has drawn since the last time."""
+        if self.drawn:
+            log_snr, cost = (torch.cat(each, 1) for each in zip(*self.drawn, strict=True))
+            self.batches[split].append((log_snr, cost))
             self.drawn.clear()
+            if split != "train" or len(self.batches[split]) == PENDING:
+                self._sum(split)
+
+    def _sum(self, split: str) -> None:
+        if self.edges is not None:
+            for batches in alike(self.batches.pop(split, [])):
+                new = spent(*batches, self.edges)
+                self.sums[split] = self.sums[split] + new if split in self.sums else new
 
     def _report(self, module: L.LightningModule, split: str) -> None:
         """Logs the sums of all ranks and starts new ones."""
@@ -191,6 +206,7 @@ class BitAccounting(L.Callback):
         self.found.pop(split, None)
         if not isinstance(module.model, VDM):
             return
+        self._sum(split)
         nothing = torch.zeros(3, self.intervals, dtype=torch.float64, device=module.device)
         sums = over_ranks(self.sums.pop(split, nothing))
         if self.edges is None or sums[0, 0] == 0:
@@ -221,19 +237,24 @@ def between(model: VDM, intervals: int) -> Tensor:
     return torch.linspace(low, high, intervals + 1, dtype=torch.float64)
 
 
-def spent(drawn: Drawn, edges: Tensor, images: int) -> Tensor:
+def alike(batches: Sequence[Drawn]) -> Iterator[Drawn]:
+    """The batches as fewer: those in a row that have equally many draws of each image, as one."""
+    for _, same in groupby(batches, key=lambda batch: batch[0].shape[1]):
+        log_snr, cost = zip(*same, strict=True)
+        yield torch.cat(log_snr), torch.cat(cost)
+
+
+def spent(log_snr: Tensor, cost: Tensor, edges: Tensor) -> Tensor:
     """(3, intervals) float64, sums over images of 1, nats and nats squared; those of batches and
     ranks add up. The nats of an image are a mean over its draws.
 
     Args:
-        drawn: (log SNR, cost) of `images` examples, or of several draws of each, side by side.
+        log_snr, cost: (images, draws of each).
         edges: (intervals + 1,) log SNR, rising.
     """
-    log_snr = torch.cat([each.reshape(images, -1) for each, _ in drawn], 1)
-    cost = torch.cat([each.reshape(images, -1) for _, each in drawn], 1).double()
     where = torch.bucketize(log_snr, edges[1:-1].to(log_snr))
-    zeros = torch.zeros(images, len(edges) - 1, dtype=torch.float64, device=cost.device)
-    nats = zeros.scatter_add(1, where, cost / cost.shape[1])
+    zeros = torch.zeros(len(cost), len(edges) - 1, dtype=torch.float64, device=cost.device)
+    nats = zeros.scatter_add(1, where, cost.double() / cost.shape[1])
     return torch.stack([torch.ones_like(nats), nats, nats.square()]).sum(1)
 
 
