@@ -3,7 +3,11 @@
 The same images, weights and random numbers as at the run's end, so the same number; another
 estimator may be chosen, `estimator=importance_weighted`, and settings of the run's config.yaml
 changed, `estimator.k=500`. Written to `<folder>/evaluation.json`, which keeps one entry per
-estimator and checkpoint: {"importance_weighted(k=500) of best": {"kind": ..., "test/nll": ...}}.
+estimator and checkpoint: {"importance_weighted(k=500) of best": {"kind": ..., "test/nll": ...,
+"certificate": {...}}}.
+
+`verify=true` compares with the run's certificate.json instead: exit code 0 where every entry holds,
+1 and a line for each that does not.
 """
 
 from __future__ import annotations
@@ -12,24 +16,31 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from genfw.train.errors import GenfwError
 from genfw.train.runs import command, read
 
-USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best|last] [group=name] [key=value ...]
+if TYPE_CHECKING:
+    from genfw.estimators.report import Certificate
+
+USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best|last] [verify=true] [key=value ...]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, {"checkpoint": "best"}, USAGE)
+    folder, config, options = read(arguments, {"checkpoint": "best", "verify": False}, USAGE)
+    claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console
 
+    from genfw.train.certificate import certify
     from genfw.train.config import build
     from genfw.train.job import quiet, restore, table, versions
 
     quiet()
-    module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
+    checkpoint = folder / "checkpoints" / f"{options.checkpoint}.ckpt"
+    module, data = restore(config, checkpoint)
     trainer = build(
         config.trainer,
         logger=False,
@@ -38,13 +49,48 @@ def evaluate(arguments: Sequence[str]) -> None:
         enable_progress_bar=False,
         default_root_dir=str(folder),
     )
-    results = {**trainer.test(module, data, verbose=False)[0], **versions()}
-    if trainer.is_global_zero:
+    tested = trainer.test(module, data, verbose=False)[0]
+    found = certify(module, data, tested, checkpoint, versions())
+    results = {**tested, **versions()}
+    if claimed is not None:
+        compare(claimed, found, folder)
+    elif trainer.is_global_zero:
         estimator = module.estimator
         name = f"{estimator.name}({estimator.extra_repr()}) of {options.checkpoint}"
         changed = [each for each in arguments if not each.startswith("run=")]
-        keep(folder, name, {"kind": estimator.kind, "changed": changed, **results})
+        keep(
+            folder,
+            name,
+            {"kind": estimator.kind, "changed": changed, **results, "certificate": found},
+        )
         Console().print(name, table(results), sep="\n")
+
+
+def certificate(folder: Path) -> Certificate:
+    """Of the run's own number.
+
+    Raises:
+        GenfwError: the run has none.
+    """
+    file = folder / "certificate.json"
+    if not file.is_file():
+        raise GenfwError(f"verify=true: there is no {file}; a run writes it when it has tested")
+    return json.loads(file.read_text())
+
+
+def compare(claimed: Certificate, found: Certificate, folder: Path) -> None:
+    """Says that the certificate holds.
+
+    Raises:
+        GenfwError: it does not; one line for each difference.
+    """
+    from genfw.estimators.report import differences
+
+    wrong = differences(claimed, found)
+    if wrong:
+        raise GenfwError("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
+    nll, bpd = found["result"]["nll"], found["result"]["bpd"]
+    print(f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again")
 
 
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:

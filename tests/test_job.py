@@ -164,6 +164,41 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_certificate_states_everything_and_holds(vdm, capsys):
+    folder, results = vdm
+    held = json.loads((folder / "certificate.json").read_text())
+    assert held["result"]["nll"] == pytest.approx(results["test/nll"])
+    assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
+    assert held["estimator"]["draws"] == 2 and held["estimator"]["dtype"] == "float32"
+    assert held["model"]["weights"] == "exponential moving average"
+    assert held["model"]["decoder"] == "BinsLikelihood(bins=17)"
+    assert held["model"]["log_snr"] == pytest.approx([2 * math.log(3.02 * 17), -10.0])
+    assert held["data"]["count"] == held["data"]["of"] == 447 and len(held["data"]["sha256"]) == 64
+    assert held["origin"]["checkpoint"] == "best.ckpt" and held["origin"]["step"] in (3, 6)
+    assert command(evaluate.evaluate, [f"run={folder}", "verify=true"]) == 0
+    assert "certificate holds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["checkpoint=last"], "origin.checkpoint: claimed best.ckpt, found last.ckpt"),
+        (["estimator.strata=2"], "estimator.draws: claimed 2, found 4"),
+        (
+            ["data.eval_batch_size=300", "trainer.limit_test_batches=1"],
+            "data.count: claimed 447, found 300",
+        ),
+        (["seed=1"], "estimator.seed: claimed 0, found 1"),
+    ],
+)
+def test_a_certificate_holds_for_its_own_protocol_only(vdm, capsys, given, said):
+    folder, _ = vdm
+    entries = (folder / "evaluation.json").read_bytes()
+    assert command(evaluate.evaluate, [f"run={folder}", "verify=true", *given]) == 1
+    assert said in capsys.readouterr().err
+    assert (folder / "evaluation.json").read_bytes() == entries
+
+
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):
     folder, _ = vdm
     out = tmp_path / "nine.png"

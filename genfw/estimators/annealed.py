@@ -88,7 +88,7 @@ class Annealed(Estimator, name="annealed"):
     ):
         super().__init__()
         self.temperatures = at_least_one("temperatures", temperatures)
-        self.chains = at_least_one("chains", chains)
+        self.chains = self.draws = at_least_one("chains", chains)
         self.leapfrog = at_least_one("leapfrog", leapfrog)
         if not step > 0:
             raise ValueError(f"step: expected a positive number, got {step}")

@@ -28,7 +28,7 @@ class Bound(Estimator, name="bound"):
         super().__init__()
         if sets < 2 or strata < 1:
             raise ValueError(f"expected sets >= 2 and strata >= 1, got {sets} and {strata}")
-        self.sets, self.strata = sets, strata
+        self.sets, self.strata, self.draws = sets, strata, sets * strata
 
     @torch.no_grad()
     def forward(

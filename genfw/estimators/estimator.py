@@ -43,9 +43,11 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
     Attributes:
         kind: what `nats` is in the mean: "upper bound on -log p(x)", "unbiased", ...
         diagnostics: the names that may stand in `Estimate.diagnostics`.
+        draws: how many random draws of all latents each image gets.
     """
 
     kind: ClassVar[str]
+    draws: int
     diagnostics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -7,6 +7,7 @@ wandb/, wandb_id.txt    the W&B run
 samples/, denoising/    pictures during training
 samples.png and others  pictures of the best weights
 results.json            final numbers, flat
+certificate.json        what was measured, of what, and how (genfw.estimators.report)
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from rich.table import Table
 import genfw
 from genfw.elbo import bits_per_dim
 from genfw.train.callbacks import Frechet, Pictures, show
+from genfw.train.certificate import certify
 from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.loggers import Wandb, git_commit, one_line
@@ -88,14 +90,16 @@ def run(config: DictConfig, folder: Path) -> Results:
             "seconds/fit": round(fitted, 1),
             **versions(),
         }
+        certificate = certify(module, data, tested[0], best, versions())
         if trainer.is_global_zero:
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            write(folder / "results.json", results)
+            write(folder / "certificate.json", certificate)
             finish_pictures(module, trainer, callbacks, folder)
             Console().print(table(results))
             print(f"run folder: {folder}")
         for logger in loggers:
             if isinstance(logger, Wandb):
-                logger.summarize(results)
+                logger.summarize({**results, "certificate": certificate})
         failed = 0
         return results
     finally:
@@ -259,6 +263,11 @@ def table(results: Mapping[str, Any]) -> Table:
             sheet.add_row(key, f"{value:.2f} ({what})")
     sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
     return sheet
+
+
+def write(file: Path, value: Mapping[str, Any]) -> None:
+    """As JSON."""
+    file.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

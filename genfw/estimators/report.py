@@ -1,0 +1,82 @@
+"""The certificate of a reported NLL: all that somebody else needs to compute the same number, and
+to tell whether theirs is comparable.
+
+A certificate is plain JSON in five parts:
+
+result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension), kind (lower or
+           upper bound, unbiased, ...), and the terms of the bound in bits per dimension
+estimator  name, arguments, draws per image, seed, dtype, device
+model      name, parameters, weights (averaged or raw, sha256), decoder, log SNR at both ends
+data       name, split, count and of how many, sha256 of images and labels as evaluated, transform
+origin     checkpoint, step, git commit, versions
+
+Data set, transform, decoder and end points decide what is measured; two numbers that differ there
+are not comparable, whatever their bits per dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+Certificate = dict[str, dict[str, Any]]
+
+MEASURED = ("nll", "nll_stderr", "bpd", "bpd_stderr", "terms")
+"""What a computation gives, to rounding; everything else in a certificate is said beforehand."""
+
+CIRCUMSTANCES = ("device", "git", "versions")
+"""What may differ between two computations of one number."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of all weights and buffers: names, types, shapes and bytes, in order of the names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = torch.as_tensor(value).detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def differences(claimed: Certificate, found: Certificate, tolerance: float = 1e-5) -> list[str]:
+    """What does not agree, a line each; none where the claim holds.
+
+    Measured numbers may differ by `tolerance`, relative (a float32 network sums in another order on
+    another machine); device, git commit and versions may differ at all.
+
+    Example:
+        >>> claimed = {"result": {"nll": 81.0}, "data": {"name": "digits", "count": 447}}
+        >>> found = {"result": {"nll": 81.0001}, "data": {"name": "digits", "count": 440}}
+        >>> differences(claimed, found)
+        ['data.count: claimed 447, found 440']
+    """
+    one, other = dict(_flat(claimed)), dict(_flat(found))
+    lines = []
+    for key in {**one, **other}:
+        a, b = one.get(key), other.get(key)
+        words = key.split(".")
+        if any(word in CIRCUMSTANCES for word in words) or a == b:
+            continue
+        measured = any(word in MEASURED for word in words)
+        if measured and _close(a, b, tolerance):
+            continue
+        lines.append(f"{key}: claimed {a}, found {b}")
+    return lines
+
+
+def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if not (isinstance(a, int | float) and isinstance(b, int | float)):
+        return False
+    return abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{path}{key}.")
+        else:
+            yield path + key, value

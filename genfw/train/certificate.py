@@ -1,0 +1,116 @@
+"""Fills in a certificate (`genfw.estimators.report`) for what a trainer has just tested."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+
+from genfw.elbo import bits_per_dim
+from genfw.estimators.report import Certificate, fingerprint
+from genfw.models.vdm import VDM
+from genfw.train.data.module import ImageData
+from genfw.train.loggers import git_commit
+from genfw.train.module import LatentModule
+
+
+def certify(
+    module: LatentModule,
+    data: L.LightningDataModule,
+    tested: Mapping[str, Any],
+    checkpoint: Path,
+    versions: Mapping[str, str],
+) -> Certificate:
+    """The certificate of `tested`, what `trainer.test(module, data)` returned.
+
+    Args:
+        checkpoint: the file whose weights were tested.
+        versions: of the packages that matter.
+    """
+    dims = math.prod(data.shape) if isinstance(data, ImageData) else None
+    return {
+        "result": _result(module, tested, dims),
+        "estimator": _estimator(module),
+        "model": _model(module),
+        "data": _data(data, int(tested["test/count"])),
+        "origin": _origin(checkpoint, versions),
+    }
+
+
+def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -> dict[str, Any]:
+    nll, stderr, bpd = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr", "bpd"))
+    dims = dims or round(nll / (bpd * math.log(2)))
+    terms = {
+        name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), dims))
+        for name, sign in (("reconstruction", -1), ("levels", 1), ("prior", 1))
+        if f"test/{name}" in tested
+    }
+    return {
+        "nll": nll,
+        "nll_stderr": stderr,
+        "bpd": bpd,
+        "bpd_stderr": float(bits_per_dim(torch.tensor(stderr), dims)),
+        "kind": module.estimator.kind,
+        "terms": terms,
+    }
+
+
+def _estimator(module: LatentModule) -> dict[str, Any]:
+    return {
+        "name": str(module.estimator.name),
+        "arguments": module.estimator.extra_repr(),
+        "draws": module.estimator.draws,
+        "seed": module.seed,
+        "dtype": str(module.evaluated.dtype).removeprefix("torch."),
+        "device": str(module.device),
+    }
+
+
+def _model(module: LatentModule) -> dict[str, Any]:
+    model = module.evaluated
+    known: dict[str, Any] = {
+        "name": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "weights": "raw" if module.average is None else "exponential moving average",
+        "sha256": fingerprint(model),
+        "decoder": repr(getattr(model, "likelihood", None)),
+    }
+    if isinstance(model, VDM):
+        ends = (model.schedule.log_snr_max, model.schedule.log_snr_min)
+        known |= {
+            "log_snr": [float(end) for end in ends],
+            "steps": "continuous time" if model.steps is None else model.steps,
+        }
+    return known
+
+
+def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
+    if not isinstance(data, ImageData):
+        return {"name": type(data).__name__, "split": "test", "count": count}
+    split = data.split("test")
+    return {
+        "name": data.name,
+        "split": "test",
+        "count": count,
+        "of": len(split),
+        "sha256": split.hash,
+        "shape": list(data.shape),
+        "bins": data.bins,
+        "transform": "none"
+        if data.binarize == "none"
+        else f"binarized once, evaluation_seed={data.evaluation_seed}",
+    }
+
+
+def _origin(checkpoint: Path, versions: Mapping[str, str]) -> dict[str, Any]:
+    held = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return {
+        "checkpoint": checkpoint.name,
+        "step": int(held["global_step"]),
+        "git": git_commit(),
+        "versions": {key.removeprefix("versions/"): value for key, value in versions.items()},
+    }

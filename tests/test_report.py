@@ -1,0 +1,85 @@
+"""A certificate says what was measured; a copy that says something else is found out."""
+
+import copy
+
+import pytest
+import torch
+
+from genfw.estimators.report import differences, fingerprint
+
+CLAIM = {
+    "result": {"nll": 81.3, "bpd": 1.83, "kind": "upper bound", "terms": {"prior": 0.001}},
+    "estimator": {"name": "bound", "draws": 64, "seed": 0, "dtype": "float32", "device": "cpu"},
+    "model": {"sha256": "ab", "log_snr": [7.9, -10.0]},
+    "data": {"name": "digits", "count": 447, "sha256": "cd", "transform": "none"},
+    "origin": {"step": 2600, "git": "1234", "versions": {"torch": "2.13.0"}},
+}
+
+
+def changed(path: str, value):
+    copied = copy.deepcopy(CLAIM)
+    *parts, last = path.split(".")
+    place = copied
+    for part in parts:
+        place = place[part]
+    place[last] = value
+    return copied
+
+
+def test_a_certificate_agrees_with_itself():
+    assert differences(CLAIM, copy.deepcopy(CLAIM)) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("result.nll", 81.31),
+        ("result.nll", float("nan")),
+        ("result.kind", "unbiased"),
+        ("result.terms.prior", 0.002),
+        ("estimator.draws", 65),
+        ("estimator.dtype", "bfloat16"),
+        ("model.sha256", "ac"),
+        ("model.log_snr", [7.9, -5.0]),
+        ("data.count", 440),
+        ("data.transform", "binarized once, evaluation_seed=0"),
+        ("origin.step", 2599),
+    ],
+)
+def test_what_is_said_must_hold(path, value):
+    for one, other in ((CLAIM, changed(path, value)), (changed(path, value), CLAIM)):
+        (line,) = differences(one, other)
+        assert line.startswith(f"{path}: claimed ")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("result.nll", 81.3 * (1 + 5e-6)),
+        ("estimator.device", "cuda:0"),
+        ("origin.git", None),
+        ("origin.versions.torch", "2.14.0"),
+    ],
+)
+def test_circumstances_and_rounding_may_differ(path, value):
+    assert differences(CLAIM, changed(path, value)) == []
+
+
+def test_a_missing_entry_is_a_difference():
+    without = copy.deepcopy(CLAIM)
+    del without["data"]["sha256"]
+    assert differences(CLAIM, without) == ["data.sha256: claimed cd, found None"]
+    assert differences(without, CLAIM) == ["data.sha256: claimed None, found cd"]
+
+
+def test_fingerprint_is_of_every_bit():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    before = fingerprint(model)
+    assert fingerprint(copy.deepcopy(model)) == before
+    assert fingerprint(copy.deepcopy(model).double()) != before
+    for name in model.state_dict():
+        other = copy.deepcopy(model)
+        value = other.state_dict()[name]
+        value.view(-1)[-1] = value.view(-1)[-1] + 1
+        assert fingerprint(other) != before, name
