@@ -21,8 +21,8 @@ from genfw.likelihood import BernoulliLikelihood
 from genfw.model import MarkovianHierarchy
 from genfw.models.mhvae import MHVAE
 from genfw.models.vdm import VDM
-from genfw.noise import Noise, mix
 from genfw.nets.mlp import MLPDecoder
+from genfw.noise import Noise, mix
 from genfw.train.data.module import ImageData
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance, to_bytes
@@ -135,18 +135,21 @@ class StartAtMean(L.Callback):
         """Before the weights of a checkpoint are read, which win."""
         if stage != "fit":
             return
-        model, data = pl_module.model, trainer.datamodule  # pyright: ignore
-        decoder = model.decoders[0] if isinstance(model, MHVAE) else None
-        if not isinstance(decoder, MLPDecoder) or not isinstance(
-            model.likelihood, BernoulliLikelihood
-        ):
-            raise GenfwError(
-                "StartAtMean: expected a VAE or MHVAE with likelihood=bernoulli and MLPDecoder as "
-                f"its first decoder, got {type(model).__name__}: remove the callback"
-            )
+        data = trainer.datamodule  # pyright: ignore
         images = data.raw.train.images
         mean = torch.from_numpy(images.mean(0, dtype="float64") / (data.raw_bins - 1))
-        decoder.start_at(mean.clamp(0.001, 0.999).logit())
+        for model in filter(None, (pl_module.model, pl_module.average)):
+            _bernoulli_decoder(model).start_at(mean.clamp(0.001, 0.999).logit())
+
+
+def _bernoulli_decoder(model: Any) -> MLPDecoder:
+    decoder = model.decoders[0] if isinstance(model, MHVAE) else None
+    if isinstance(decoder, MLPDecoder) and isinstance(model.likelihood, BernoulliLikelihood):
+        return decoder
+    raise GenfwError(
+        "StartAtMean: expected a VAE or MHVAE with likelihood=bernoulli and MLPDecoder as its "
+        f"first decoder, got {type(model).__name__}: remove the callback"
+    )
 
 
 class Pictures(L.Callback):
