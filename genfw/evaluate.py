@@ -24,7 +24,7 @@ from genfw.train.runs import command, read
 if TYPE_CHECKING:
     from genfw.estimators.report import Certificate
 
-USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best|last] [verify=true] [key=value ...]
+USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true] [key=value ...]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
 
