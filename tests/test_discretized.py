@@ -71,6 +71,20 @@ def test_bin_softmax_window_equals_all_bins(double, width, where, bins):
     assert torch.allclose(p.mean[0], expected.exp() @ torch.arange(bins).double(), atol=1e-9)
 
 
+@pytest.mark.parametrize("bins", [17, 256])
+def test_bin_softmax_at_the_end_of_a_schedule_in_float32(bins):
+    """Half a bin is 3.02 sigma_0 / alpha_0: a few bins say what all do, to 1e-6 nats per
+    dimension."""
+    width, x = torch.tensor(1 / (3.02 * bins)), torch.randint(bins, (16, 3072))
+    where = (2 * x + 1) / bins - 1 + width * torch.randn(x.shape)
+    p = BinSoftmax(where, width, bins)
+    assert p._window()[0].shape[-1] <= 7
+    centres = (2 * torch.arange(bins) + 1) / bins - 1
+    energy = -0.5 * ((where.double().unsqueeze(-1) - centres.double()) / width.double()) ** 2
+    expected = energy.log_softmax(-1).gather(-1, x.unsqueeze(-1)).flatten(1).sum(1)
+    assert ((p.log_prob(x) - expected).abs() / 3072 < 1e-6).all()
+
+
 @pytest.mark.parametrize("where", [0.3, -1.0, 40.0, -3e3])
 @pytest.mark.parametrize("width", [1e-6, 1e-3, 0.05, 1.0, 1e6])
 @pytest.mark.parametrize("bins", [2, 17, 256])

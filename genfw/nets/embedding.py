@@ -153,9 +153,9 @@ class Output(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, h: Features, z: Features, condition: Features) -> Features:
-        gain = self.gain(nn.functional.silu(condition))
-        linear = (_behind(gain, z.ndim - 1) * z[:, None]).flatten(1, 2)
-        return self.layer(h).reshape(linear.shape) + linear
+        gain = _behind(self.gain(nn.functional.silu(condition)), z.ndim - 1)
+        raw = self.layer(h).reshape(len(z), -1, *z.shape[1:])
+        return torch.addcmul(raw, gain, z[:, None]).flatten(1, 2)  # one tensor, not a product too
 
 
 def _behind(values: Tensor, dims: int) -> Tensor:
