@@ -1,0 +1,50 @@
+"""The laws of genfw's interfaces, for any class that implements one, also somebody else's:
+
+    import pytest
+    from genfw.testing import SCHEDULE_LAWS
+
+    @pytest.mark.parametrize("law", SCHEDULE_LAWS)
+    def test_power_is_a_schedule(law):
+        law(Power, power=3.0)
+
+or `check(Power, power=3.0)` for all of them at once. A law takes a class (or any function that
+builds an object) and arguments for it, and raises an AssertionError that says what does not hold.
+Laws of random quantities allow five standard errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from genfw.likelihood import Likelihood
+from genfw.model import LatentModel
+from genfw.parameterization import Parameterization
+from genfw.schedule import NoiseSchedule
+from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
+from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
+from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZATION_LAWS
+from genfw.testing.schedule import SCHEDULE_LAWS as SCHEDULE_LAWS
+
+LAWS: dict[type, tuple[Callable[..., None], ...]] = {
+    NoiseSchedule: SCHEDULE_LAWS,
+    Parameterization: PARAMETERIZATION_LAWS,
+    Likelihood: LIKELIHOOD_LAWS,
+    LatentModel: MODEL_LAWS,
+}
+
+
+def check(cls: type, **arguments: Any) -> None:
+    """Puts a class through all laws of its interface.
+
+    Raises:
+        AssertionError: the first law that does not hold.
+        TypeError: a class of no interface that has laws here.
+    """
+    for interface, laws in LAWS.items():
+        if issubclass(cls, interface):
+            for law in laws:
+                law(cls, **arguments)
+            return
+    known = ", ".join(interface.__name__ for interface in LAWS)
+    raise TypeError(f"{cls.__name__}: expected a subclass of one of {known}")

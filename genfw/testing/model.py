@@ -1,0 +1,122 @@
+"""Laws of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genfw.model import LatentModel, Weighs
+from genfw.models.vdm import VDM
+from genfw.noise import Noise
+
+Make = Callable[..., LatentModel]
+"""Builds a model of images of `shape` with `bins` values; the smaller, the better. Sums over all
+images are made where there are at most `ENUMERABLE`."""
+
+ENUMERABLE, DRAWS, FEW = 256, 400, 40
+
+
+def bound_is_one_number_per_image(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """elbo(x) -> (b,) nats, finite, its total the sum of its terms, its gradients finite."""
+    model, x = _model(make, shape, bins, arguments), _images(shape, bins)
+    elbo = model.elbo(x)
+    assert elbo.total.shape == (len(x),), f"total is {tuple(elbo.total.shape)}, not ({len(x)},)"
+    assert elbo.total.isfinite().all(), "the bound is not finite"
+    rate = elbo.prior + sum(elbo.levels)
+    assert torch.allclose(elbo.total, elbo.reconstruction - rate, rtol=1e-5), "terms do not add up"
+    elbo.total.sum().backward()
+    reached = [p.grad for p in model.parameters() if p.grad is not None]
+    assert reached or not any(True for _ in model.parameters()), "no parameter has a gradient"
+    assert all(gradient.isfinite().all() for gradient in reached), "a gradient is not finite"
+
+
+def an_image_keeps_its_number(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """With keyed noise, whatever its batch and its place in it."""
+    model, x = _model(make, shape, bins, arguments).eval(), _images(shape, bins)
+    with torch.no_grad():
+        whole = model.elbo(x, noise=Noise(0, torch.arange(len(x)))).total
+        some = torch.tensor([3, 1])
+        part = model.elbo(x[some], noise=Noise(0, some)).total
+    assert torch.allclose(part, whole[some], rtol=1e-4), "an image's bound depends on its batch"
+
+
+def samples_are_integers_of_their_own(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """sample(n) -> (n, *shape), 0..K-1; sample i is the same in any batch."""
+    model = _model(make, shape, bins, arguments).eval()
+    with torch.no_grad():
+        drawn = model.sample(5, noise=Noise(1, torch.arange(5)))
+        alone = model.sample(1, noise=Noise(1, torch.tensor([3])))
+    assert drawn.shape == (5, *shape), f"samples are {tuple(drawn.shape)}, not {(5, *shape)}"
+    assert not drawn.is_floating_point(), f"samples are {drawn.dtype}, not integers"
+    assert drawn.min() >= 0 and drawn.max() < bins, f"samples outside 0..{bins - 1}"
+    assert (alone == drawn[3:4]).all(), "a sample depends on its batch"
+
+
+def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """exp(bound), summed over all images there are, is at most 1: a dropped constant, a mean over
+    pixels or a forgotten Jacobian is found here."""
+    x = _all_images(shape, bins)
+    if x is not None:
+        model = _model(make, shape, bins, arguments).eval()
+        rows = Noise(2, torch.arange(len(x))).each(0, DRAWS)
+        with torch.no_grad():
+            total = model.elbo(x.repeat_interleave(DRAWS, 0), noise=rows).total
+        bound = total.double().view(-1, DRAWS)
+        p = bound.mean(1).exp()
+        error = float((p * bound.std(1) / DRAWS**0.5).square().sum().sqrt())
+        mass = float(p.sum())
+        assert mass < 1 + 5 * error + 1e-5, f"exp(bound) sums to {mass:.4f} +- {error:.4f} over all"
+
+
+def weights_average_to_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """Of models with importance weights: E[w] = p(x), so the mean weights of all images sum to
+    1."""
+    x, model = _all_images(shape, bins), _model(make, shape, bins, arguments).eval()
+    if isinstance(model, VDM) and model.steps is None:
+        model = model.at(steps=3)
+    if x is not None and isinstance(model, Weighs):
+        rows = Noise(3, torch.arange(len(x))).each(0, DRAWS)
+        with torch.no_grad():
+            log_w = model.log_weight(x, noise=rows, k=DRAWS)
+        w = log_w.double().exp().view(-1, DRAWS)
+        mass, error = float(w.mean(1).sum()), float((w.var(1) / DRAWS).sum().sqrt())
+        effective = w.sum(1).square() / w.square().sum(1)
+        wrong = mass - 1 > 5 * error + 1e-4
+        if float(effective.min()) > FEW:  # else a weight that was not drawn may be missing
+            wrong = abs(mass - 1) > 5 * error + 1e-4
+        assert not wrong, f"E[w] sums to {mass:.4f} +- {error:.4f} over all"
+
+
+def _model(make: Make, shape: Any, bins: int, arguments: dict[str, Any]) -> LatentModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make(shape=shape, bins=bins, **arguments)
+        for p in model.parameters():  # networks begin at zero output, which hides mistakes
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def _images(shape: Any, bins: int) -> Tensor:
+    made = torch.Generator().manual_seed(0)
+    return torch.randint(bins, (6, *shape), generator=made, dtype=torch.uint8)
+
+
+def _all_images(shape: Any, bins: int) -> Tensor | None:
+    dims = int(torch.tensor(shape).prod())
+    if bins**dims > ENUMERABLE:
+        return None
+    every = torch.tensor(list(product(range(bins), repeat=dims)), dtype=torch.uint8)
+    return every.view(-1, *shape)
+
+
+MODEL_LAWS = (
+    bound_is_one_number_per_image,
+    an_image_keeps_its_number,
+    samples_are_integers_of_their_own,
+    no_more_than_one_in_all,
+    weights_average_to_one_in_all,
+)

@@ -1,0 +1,97 @@
+"""Laws of parameterizations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genfw.parameterization import LinearParameterization, Parameterization, Prediction
+
+Make = Callable[..., Parameterization]
+SHAPE, BINS = (2, 3), 5
+
+
+def any_output_is_consistent_with_z(make: Make, **arguments: Any) -> None:
+    """z = alpha x_hat + sigma eps_hat, whatever the network says."""
+    param, (_, _, z, alpha, sigma) = make(**arguments), _point()
+    p = param.solve(_output(param, z), z, alpha, sigma)
+    _equal(p.alpha * p.x + p.sigma * p.eps, z, "alpha x_hat + sigma eps_hat is not z")
+
+
+def a_true_target_gives_back_x_and_eps(make: Make, **arguments: Any) -> None:
+    """Of linear ones: target, divided by `scale`, then `solve`, is the identity."""
+    param, (x, eps, z, alpha, sigma) = make(**arguments), _point()
+    if isinstance(param, LinearParameterization):
+        scale = param.scale(_wide(alpha), _wide(sigma))
+        p = param.solve(param.target(x, eps, alpha, sigma) / scale, z, alpha, sigma)
+        _equal(p.x, x, "a perfect network does not give x")
+        _equal(p.eps, eps, "a perfect network does not give eps")
+
+
+def amplitudes_broadcast(make: Make, **arguments: Any) -> None:
+    """(b,) amplitudes, and the same made broadcastable, give the same."""
+    param, (_, _, z, alpha, sigma) = make(**arguments), _point()
+    output = _output(param, z)
+    narrow = param.solve(output, z, alpha, sigma)
+    wide = param.solve(output, z, _wide(alpha), _wide(sigma))
+    _equal(narrow.x, wide.x, "(b,) and (b, 1, 1) amplitudes differ")
+
+
+def examples_do_not_mix(make: Make, **arguments: Any) -> None:
+    """The first example alone is the first of the batch."""
+    param, (_, _, z, alpha, sigma) = make(**arguments), _point()
+    output = _output(param, z)
+    whole = param.solve(output, z, alpha, sigma)
+    first = param.solve(output[:1], z[:1], alpha[:1], sigma[:1])
+    _equal(whole.x[:1], first.x, "an example depends on its batch")
+
+
+def every_level_has_finite_predictions_and_gradients(make: Make, **arguments: Any) -> None:
+    """From log SNR -12 to 14, in float32 too."""
+    param = make(**arguments)
+    for dtype in (torch.float64, torch.float32):
+        _, _, z, alpha, sigma = (each.to(dtype) for each in _point())
+        output = _output(param, z).requires_grad_()
+        p = param.solve(output, z, alpha, sigma)
+        assert p.x.dtype == dtype, f"x_hat of {dtype} is {p.x.dtype}"
+        assert isinstance(p, Prediction) and p.x.shape == z.shape == p.eps.shape, "another shape"
+        (gradient,) = torch.autograd.grad(p.eps.square().sum(), output)
+        for what, value in {"x_hat": p.x, "eps_hat": p.eps, "the gradient": gradient}.items():
+            assert value.isfinite().all(), f"{what} is not finite in {dtype}"
+
+
+def _point() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, eps, z (9, 2, 3), alpha, sigma (9,), float64."""
+    made = torch.Generator().manual_seed(0)
+    log_snr = torch.linspace(-12, 14, 9, dtype=torch.float64)
+    alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+    k = torch.randint(BINS, (9, *SHAPE), generator=made)
+    x = (2 * k.double() + 1) / BINS - 1
+    eps = torch.randn(x.shape, generator=made, dtype=torch.float64)
+    return x, eps, _wide(alpha) * x + _wide(sigma) * eps, alpha, sigma
+
+
+def _wide(amplitude: Tensor) -> Tensor:
+    return amplitude.view(-1, *[1] * len(SHAPE))
+
+
+def _output(param: Parameterization, z: Tensor) -> Tensor:
+    made = torch.Generator().manual_seed(1)
+    channels = param.channels(SHAPE[0], BINS)
+    return torch.randn(len(z), channels, *SHAPE[1:], generator=made, dtype=torch.float64).to(z)
+
+
+def _equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-9), otherwise
+
+
+PARAMETERIZATION_LAWS = (
+    any_output_is_consistent_with_z,
+    a_true_target_gives_back_x_and_eps,
+    amplitudes_broadcast,
+    examples_do_not_mix,
+    every_level_has_finite_predictions_and_gradients,
+)

@@ -1,0 +1,251 @@
+"""Every registered class keeps the laws of its interface, and every law can be broken."""
+
+import pytest
+import torch
+from torch import nn
+
+import genfw
+from genfw import (
+    BernoulliLikelihood,
+    Categorical,
+    CategoricalLikelihood,
+    Eps,
+    LatentModel,
+    Likelihood,
+    LinearParameterization,
+    NoiseSchedule,
+    Parameterization,
+    Prediction,
+)
+from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
+from genfw.parameterization import DiscreteParameterization
+from genfw.testing import (
+    LAWS,
+    LIKELIHOOD_LAWS,
+    MODEL_LAWS,
+    PARAMETERIZATION_LAWS,
+    SCHEDULE_LAWS,
+    check,
+)
+
+BINS = 5
+
+
+def laws(these):
+    return pytest.mark.parametrize("law", these, ids=lambda law: law.__name__)
+
+
+def registered(interface):
+    return pytest.mark.parametrize("cls", interface.registry.values(), ids=interface.registry)
+
+
+@laws(SCHEDULE_LAWS)
+@registered(NoiseSchedule)
+def test_schedules(law, cls):
+    law(cls)
+
+
+@laws(PARAMETERIZATION_LAWS)
+@registered(Parameterization)
+def test_parameterizations(law, cls):
+    law(cls, **({"bins": BINS} if issubclass(cls, DiscreteParameterization) else {}))
+
+
+@laws(LIKELIHOOD_LAWS)
+@registered(Likelihood)
+def test_likelihoods(law, cls):
+    law(cls, **({} if cls.density else {"bins": 2 if cls is BernoulliLikelihood else 17}))
+
+
+def vae(shape, bins):
+    encoder = MLPEncoder(shape, 2, hidden=[8])
+    decoder = MLPDecoder(shape, 2, outputs=bins, hidden=[8])
+    return genfw.VAE(encoder, decoder, CategoricalLikelihood(bins), 2)
+
+
+def mhvae(shape, bins):
+    encoders = [MLPEncoder(shape, 3, hidden=[8]), MLPEncoder(3, 2, hidden=[8])]
+    decoders = [MLPDecoder(shape, 3, outputs=bins, hidden=[8])]
+    decoders.append(MLPDecoder(3, 2, outputs=2, hidden=[8]))
+    return genfw.MHVAE(encoders, decoders, CategoricalLikelihood(bins), [3, 2])
+
+
+def hvae(shape, bins):
+    ladder = Ladder(shape, outputs=bins, width=8, latents=2, blocks=(1, 1))
+    return genfw.HVAE(ladder, CategoricalLikelihood(bins))
+
+
+def vdm(shape, bins, param=None, likelihood=None):
+    param = Eps() if param is None else param
+    net = MLP(shape, param.channels(shape[0], bins), width=8, blocks=1)
+    denoiser = genfw.NetworkDenoiser(net, param, genfw.Cosine(8.0, -6.0))
+    likelihood = genfw.BinsLikelihood(bins) if likelihood is None else likelihood
+    sampler = genfw.Ancestral(steps=4)
+    return genfw.VDM(denoiser, likelihood, shape=shape, sampler=sampler)
+
+
+def by_categories(shape, bins):
+    return vdm(shape, bins, genfw.CategoricalParameterization(bins), CategoricalLikelihood(bins))
+
+
+MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
+
+
+def test_every_model_is_put_through():
+    for name in genfw.__all__:
+        getattr(genfw, name)  # which registers it
+    ours = {n for n, c in LatentModel.registry.items() if c.__module__.startswith("genfw.")}
+    assert MODELS.keys() == ours
+
+
+@laws(MODEL_LAWS)
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+def test_models(law, make):
+    law(make, shape=(1, 2, 2), bins=3)
+
+
+# Broken classes: each names the words of the law that finds it.
+
+
+class Rising(genfw.LogLinear):
+    def curve_slope(self, u):
+        return -super().curve_slope(u)
+
+
+class Late(genfw.LogLinear):
+    def inverse(self, log_snr):
+        return super().inverse(log_snr) ** 2
+
+
+class Flat(genfw.LogLinear):
+    def log_snr(self, t):
+        bend = self.log_snr_max + (self.log_snr_min - self.log_snr_max) * t
+        return torch.where((t > 0.4) & (t < 0.6), bend * 0 + 0.5, bend)
+
+
+class Loud(genfw.LogLinear):
+    def alpha(self, t):
+        return 1.01 * super().alpha(t)
+
+
+class Half(Eps):
+    def solve(self, output, z, alpha, sigma):
+        p = super().solve(output, z, alpha, sigma)
+        return Prediction(p.x / 2, p.eps, p.alpha, p.sigma)
+
+
+class Forgets(Eps):
+    """Its target is not what `solve` reads."""
+
+    def target(self, x, eps, alpha, sigma):
+        return -eps
+
+
+class Centred(Parameterization):
+    """The noise, the mean over the batch taken off."""
+
+    def solve(self, output, z, alpha, sigma):
+        return Eps().solve(output - output.mean(0), z, alpha, sigma)
+
+
+class Divides(LinearParameterization):
+    def coefficients(self, alpha, sigma):
+        return 0.0, 1e30 * (1e20 / sigma)
+
+
+class Leaky(CategoricalLikelihood):
+    def forward(self, h):
+        made = super().forward(h)
+        made.log_probs = made.log_probs + 0.01
+        return made
+
+
+class Last(CategoricalLikelihood):
+    def forward(self, h):
+        class Always(Categorical):
+            def sample(self, noise=None, purpose="sample"):
+                return torch.full_like(super().sample(noise, purpose), 0)
+
+        return Always(super().forward(h).log_probs)
+
+
+class Edges(CategoricalLikelihood):
+    def normalize(self, x):
+        return 2 * x / (self.bins - 1) - 1.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "said"),
+    [
+        (Rising, {}, "slope is not positive"),
+        (Late, {}, "jump|inverse"),
+        (Flat, {}, "does not fall"),
+        (Loud, {}, "variance is not 1"),
+        (Half, {}, "is not z"),
+        (Forgets, {}, "a perfect network does not give"),
+        (Centred, {}, "depends on its batch"),
+        (Divides, {}, "not finite|perfect network"),
+        (Leaky, {"bins": 3}, "masses sum to"),
+        (Last, {"bins": 3}, "samples do not follow"),
+        (Edges, {"bins": 3}, "not the bin centres"),
+    ],
+)
+def test_a_broken_class_is_found(cls, arguments, said):
+    with pytest.raises(AssertionError, match=said):
+        check(cls, **arguments)
+
+
+def broken(make, **methods):
+    """A function that builds `make`'s model with some of its methods replaced."""
+
+    def build(shape, bins):
+        model = make(shape, bins)
+        model.__class__ = type("Broken", (type(model),), methods)
+        return model
+
+    return build
+
+
+def shifted(self, x, y=None, *, noise=None):
+    elbo = super(type(self), self).elbo(x, y, noise=noise)
+    return genfw.ELBO(elbo.reconstruction + 3.0, elbo.levels, elbo.prior)
+
+
+def averaged(self, x, y=None, *, noise=None):
+    elbo = super(type(self), self).elbo(x, y, noise=noise)
+    mean = elbo.reconstruction.mean().expand(len(x))
+    return genfw.ELBO(mean, elbo.levels, elbo.prior)
+
+
+def doubled(self, x, y=None, *, noise=None, k=1):
+    return super(type(self), self).log_weight(x, y, noise=noise, k=k) + 0.7
+
+
+def global_noise(self, n, y=None, *, noise=None):
+    return super(type(self), self).sample(n, y)
+
+
+@pytest.mark.parametrize(
+    ("method", "replacement", "said"),
+    [
+        ("elbo", shifted, "sums to"),
+        ("elbo", averaged, "depends on its batch"),
+        ("log_weight", doubled, "sums to"),
+        ("sample", global_noise, "a sample depends on its batch"),
+    ],
+)
+def test_a_broken_model_is_found(method, replacement, said):
+    make = broken(vae, **{method: replacement})
+    with pytest.raises(AssertionError, match=said):
+        every_law(make)
+
+
+def every_law(make):
+    for law in MODEL_LAWS:
+        law(make, shape=(1, 2, 2), bins=3)
+
+
+def test_only_interfaces_with_laws_can_be_checked():
+    assert NoiseSchedule in LAWS
+    with pytest.raises(TypeError, match="Linear: expected a subclass of one of NoiseSchedule"):
+        check(nn.Linear)
