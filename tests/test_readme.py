@@ -30,4 +30,4 @@ def test_commands_compose(command):
 @pytest.mark.parametrize("block", BLOCKS)
 def test_blocks_run(block):
     exec(block, {"__name__": "readme"})
-    Parameterization.registry.pop("flow", None)
+    Parameterization.registry.pop("velocity", None)
