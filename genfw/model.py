@@ -16,7 +16,7 @@ Luo (19) for one level.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
@@ -114,18 +114,29 @@ class MarkovianHierarchy(LatentModel):
             noise: for b * k rows. What q reads of x alone is computed once per example.
             draw: takes z_t from q(z_t | z_{t-1}).
         """
+        return list(self.walk(x, y, noise=noise, k=k, draw=draw))
+
+    def walk(
+        self,
+        x: Image,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        k: int = 1,
+        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+    ) -> Iterator[Rung]:
+        """`climb`, one rung at a time: a long chain need not be kept."""
         q = self.encode(x, 1, y)
         if k > 1:
             x, y = x.repeat_interleave(k, 0), None if y is None else y.repeat_interleave(k, 0)
             q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
-        noise, below, rungs = draws(noise, x), x, []
+        noise, below = draws(noise, x), x
         for t in range(1, self.levels + 1):
             q = q if t == 1 else self.encode(below, t, y)
             z = draw(q, noise.fold(f"z{t}"))
             p = self.decode(z, t, y)
-            rungs.append(Rung(q, z, p, p.log_prob(below)))
+            yield Rung(q, z, p, p.log_prob(below))
             below = z
-        return rungs
 
     def ancestral_elbo(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -140,12 +151,13 @@ class MarkovianHierarchy(LatentModel):
         an example side by side: E[w] = p(x) exactly.
 
         The top level enters by its log densities at the draw, never by a KL: with the KL, E[w] is
-        not p(x).
+        not p(x). Without gradients no level is kept but the last, however many there are.
         """
-        rungs = self.climb(x, y, noise=noise, k=k)
-        top = rungs[-1].z
-        log_p = self.prior(len(top)).log_prob(top) + sum(rung.log_below for rung in rungs)
-        return log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
+        log_w, log_q, top = 0.0, 0.0, x
+        for rung in self.walk(x, y, noise=noise, k=k):
+            log_w = log_w + (rung.log_below - log_q)  # level by level, or large sums would cancel
+            log_q, top = rung.q.log_prob(rung.z), rung.z
+        return log_w + (self.prior(len(top)).log_prob(top) - log_q)
 
     def ancestral_sample(
         self, n: int, y: Labels | None = None, *, noise: Draws | None = None

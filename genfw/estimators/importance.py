@@ -16,6 +16,7 @@ from genfw.estimators.weights import (
     tail,
 )
 from genfw.model import LatentModel, Weighs
+from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -34,7 +35,8 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
     jackknife; nan for k = 1.
 
     Raises:
-        ValueError: k or chunk below 1.
+        ValueError: k or chunk below 1, or a diffusion model in continuous time.
+        TypeError: the model has no importance weights.
 
     References:
         Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
@@ -47,6 +49,7 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
     def __init__(self, k: int = 5000, chunk: int = 1000):
         super().__init__()
         self.k, self.chunk = at_least_one("k", k), at_least_one("chunk", chunk)
+        self.draws = self.k
 
     @torch.no_grad()
     def forward(
@@ -56,6 +59,11 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
             raise TypeError(
                 f"estimator=importance_weighted needs importance weights and "
                 f"{type(model).__name__} has none: use estimator=bound"
+            )
+        if isinstance(model, VDM) and model.steps is None:
+            raise ValueError(
+                "estimator=importance_weighted goes through the levels of a chain, and a VDM in "
+                "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
             )
         noise, parts = keyed(noise, x), []
         for rows, ranges in chunks(len(x), self.k, self.chunk):

@@ -63,7 +63,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         probe: "rademacher" or "gaussian" (`PROBES`).
         k: importance weights per draw, log 1/k sum w in place of log w: tighter by the gap between
             q(z_0 | x) and the posterior. With an exact trace only.
-        chunk: rows of a network's input at once. It sets memory and speed, never the number.
+        chunk: (image, draw) pairs at once. It sets memory and speed, never the number.
 
     Diagnostics: `ode_error`, what the ODE is believed to be off, in nats: the sum of the steps'
     embedded errors, those of z counted by the change of log p that they could cause at most where
@@ -135,7 +135,7 @@ class ProbabilityFlow(Estimator, name="ode"):
             z = z_0.clone().double()
             probe = None if exact else PROBES[self.probe](keyed(noise, z), z)
             given = None if y is None else y.clone()
-            flow = Flow(vdm.denoiser, given, z.shape[1:], probe, vdm.dtype, self.chunk)
+            flow = Flow(vdm.denoiser, given, z.shape[1:], probe, vdm.dtype)
             u = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1)
             if self.steps is None:
                 solution = adaptive(flow, u, flow.size, self.tolerance)
@@ -186,7 +186,6 @@ class Flow:
         shape: of z.
         probe: (b, *shape) Hutchinson's e of every row; None for the exact trace.
         dtype: what the denoiser is asked in.
-        chunk: (row, derivative) pairs at once.
     """
 
     denoiser: Denoiser
@@ -194,7 +193,6 @@ class Flow:
     shape: torch.Size
     probe: Tensor | None
     dtype: torch.dtype
-    chunk: int
 
     def __call__(self, s: Tensor, u: Tensor, rows: Tensor) -> Tensor:
         """d(z, log volume)/ds."""
@@ -202,7 +200,7 @@ class Flow:
         with torch.enable_grad():
             z = u[:, :-1].unflatten(1, self.shape).detach().requires_grad_()
             v = self.velocity(z, self._log_snr(s), None if self.y is None else self.y[rows])
-        divergence = self._trace(v, z) if self.probe is None else probed(v, z, self.probe[rows])
+        divergence = trace(v, z) if self.probe is None else probed(v, z, self.probe[rows])
         slope = torch.cat([v.detach().flatten(1), divergence[:, None]], 1)
         return (schedule.log_snr_min - schedule.log_snr_max) * slope
 
@@ -223,16 +221,16 @@ class Flow:
         first, last = self.denoiser.schedule.log_snr_max, self.denoiser.schedule.log_snr_min
         return first + (last - first) * s
 
-    def _trace(self, v: Data, z: Data) -> Tensor:
-        """The sum of dv_i/dz_i, (n,), some i at a time."""
-        dims = math.prod(self.shape)
-        basis = torch.eye(dims, dtype=z.dtype, device=z.device).view(dims, 1, *self.shape)
-        total = torch.zeros_like(z.flatten(1)[:, 0])
-        for e in basis.split(max(1, self.chunk // len(z))):
-            e = e.expand(len(e), *z.shape)
-            (rows,) = torch.autograd.grad(v, z, e, retain_graph=True, is_grads_batched=True)
-            total = total + (rows * e).flatten(2).sum((0, 2))
-        return total
+
+def trace(v: Data, z: Data) -> Tensor:
+    """The sum of dv_i/dz_i, (n,), by a backward pass for each i."""
+    basis = torch.eye(z[0].numel(), dtype=z.dtype, device=z.device)
+    total = torch.zeros_like(z.flatten(1)[:, 0])
+    for i, e in enumerate(basis):
+        e = e.view(z.shape[1:]).expand_as(z)
+        (row,) = torch.autograd.grad(v, z, e, retain_graph=True)
+        total = total + row.flatten(1)[:, i]
+    return total
 
 
 def probed(v: Data, z: Data, e: Data) -> Tensor:
