@@ -115,7 +115,7 @@ def test_broken_plugin_is_named_and_only_where_it_matters(package):
 
 
 def test_typo_with_a_plugin_installed(package):
-    done = genfw("param=flwo", site=package)
+    done = genfw("param=velocty", site=package)
     assert done.returncode == 2
     assert "param=velocity" in done.stderr
 
@@ -127,7 +127,7 @@ def test_file_beside_the_person(tmp_path):
     done = genfw("param._target_=my_file.Velocity", "+param.foo=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "param.foo" in done.stderr
-    done = genfw("param._target_=my_file.Flwo", cwd=tmp_path)
+    done = genfw("param._target_=my_file.Velocty", cwd=tmp_path)
     assert "Velocity" in done.stderr
 
 
