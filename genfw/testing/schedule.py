@@ -9,7 +9,7 @@ import torch
 
 from genfw.schedule import NoiseSchedule
 
-ENDS = ((13.3, -10.0), (7.9, -5.0), (2.0, 1.0))
+ENDS = ((13.3, -10.0), (7.9, -5.0), (14.0, -14.0), (2.0, 1.0))
 """log SNR at both ends, as a researcher and as nobody would choose them."""
 
 Make = Callable[..., NoiseSchedule]
