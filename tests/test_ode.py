@@ -15,6 +15,8 @@ from genfw import (
     VDM,
     BernoulliLikelihood,
     BinsLikelihood,
+    CategoricalLikelihood,
+    CategoricalParameterization,
     Cosine,
     Denoiser,
     Eps,
@@ -308,7 +310,7 @@ def expected_bound(name, schedule, bins, k, mean, std):
 @pytest.mark.parametrize("name", DEQUANTIZATIONS)
 def test_dequantization_is_paid_for(name, double):
     """E log w is the bound and E w is p(x), both by quadrature."""
-    bins, n, schedule, std = 5, 4000, Cosine(2 * math.log(3.02 * 5), -9.0), torch.tensor(0.4)
+    bins, n, schedule, std = 5, 4000, Cosine(2.0, -9.0), torch.tensor(0.4)
     vdm = VDM(GaussianDenoiser(schedule, 0.2, std), BinsLikelihood(bins), shape=(1,))
     flow, noise = ProbabilityFlow(1, name, steps=24, chunk=n), Noise(0, torch.arange(n))
     for k in (0, 3):
@@ -335,6 +337,21 @@ def test_probabilities_sum_to_at_most_one(name, double):
     assert p.sum() > (0 if name == "uniform" else 0.93)
     if name != "uniform":
         assert torch.allclose(p[[3, 12, 20]], torch.tensor(1 / 3), atol=0.03)
+
+
+def test_weights_of_all_images_sum_to_one_by_the_networks_own_decoder(double):
+    """Whatever the network: p_ode(z_0) p(x | z_0) is a joint density."""
+    x = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    network = MLP((2,), 6, width=8, blocks=1, bins=3)
+    for p in network.double().parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    denoiser = NetworkDenoiser(network, CategoricalParameterization(3), LogLinear(3.0, -8.0))
+    vdm = VDM(denoiser, CategoricalLikelihood(3), shape=(2,))
+    flow = ProbabilityFlow(draws=8, steps=20, k=40, chunk=3000)
+    estimate = flow(vdm, x, noise=Noise(0, torch.arange(9)))
+    p = (-estimate.nats).exp()
+    error = (p**2 * estimate.variance).sum().sqrt()
+    assert abs(p.sum() - 1) < 4 * error + 0.02 and error < 0.05
 
 
 def test_more_weights_are_tighter(double):

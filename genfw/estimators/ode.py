@@ -86,7 +86,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         self,
         draws: int = 2,
         dequantization: str = "decoder",
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-3,
         steps: int | None = None,
         exact_dims: int = 1024,
         probe: str = "rademacher",
@@ -164,7 +164,8 @@ class ProbabilityFlow(Estimator, name="ode"):
     def extra_repr(self) -> str:
         solver = f"tolerance={self.tolerance:g}" if self.steps is None else f"steps={self.steps}"
         weights = f", k={self.k}" if self.k > 1 else ""
-        return f"{self.dequantization}, {solver}, draws={self.draws}{weights}"
+        trace = f"{self.probe} above D={self.exact_dims}"
+        return f"{self.dequantization}, {solver}, {trace}, draws={self.draws}{weights}"
 
 
 @dataclass(frozen=True)
