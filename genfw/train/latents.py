@@ -81,6 +81,8 @@ class Means(Draws):
     def time(self) -> Tensor:
         raise TypeError("there is no mean time")
 
+    antithetic = time
+
     def fold(self, *keys: int | str) -> Means:
         return self
 
