@@ -165,7 +165,8 @@ class LatentModule(L.LightningModule):
 def logs(trainer: L.Trainer) -> bool:
     """Whether Lightning writes the numbers of this training step; it would take those of the
     others too and drop them, at the cost of a small network's forward pass."""
-    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+    every: int = trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+    return (trainer.global_step + 1) % every == 0
 
 
 def reseed(seed: int, device: torch.device) -> None:
