@@ -52,15 +52,21 @@ class Normal(Distribution):
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
-        self._mean, self.std = mean, std.expand_as(mean)
+        self._mean, self._std = mean, std
 
     @property
     def mean(self) -> Tensor:
         return self._mean
 
+    @property
+    def std(self) -> Tensor:
+        """Its standard deviation, (b, ...)."""
+        return self._std.expand_as(self._mean)
+
     def log_prob(self, value: Tensor) -> Nats:
-        error = (value - self.mean) / self.std
-        return per_example(-0.5 * (error.square() + math.log(2 * math.pi)) - self.std.log())
+        error = (value - self.mean) / self._std
+        log_std = self._std.log().expand_as(self._mean)  # of the few there are, then as many
+        return per_example(-0.5 * (error.square() + math.log(2 * math.pi)) - log_std)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         """Reparameterized: mean + std * eps, differentiable in both."""

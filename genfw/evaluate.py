@@ -36,9 +36,9 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from genfw.train.certificate import certify
     from genfw.train.config import build
-    from genfw.train.job import quiet, restore, table, versions
+    from genfw.train.job import prepare, restore, table, versions
 
-    quiet()
+    prepare()
     checkpoint = folder / "checkpoints" / f"{options.checkpoint}.ckpt"
     module, data = restore(config, checkpoint)
     trainer = build(

@@ -18,6 +18,7 @@ References:
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -161,7 +162,8 @@ class Noise(Draws):
         self.seed, self.index, self.stratum, self.draw = seed, index.long(), stratum, draw
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
-        return torch.special.ndtri(self._uniform64(purpose, like)).to(like.dtype)
+        centred = self._uniform64(purpose, like).mul_(2).sub_(1)  # exact, so the tails are too
+        return torch.erfinv(centred).mul_(math.sqrt(2)).to(like.dtype)
 
     def uniform(self, purpose: str, like: Tensor) -> Tensor:
         u = self._uniform64(purpose, like).to(like.dtype)
@@ -235,8 +237,9 @@ def _shift(x: Tensor, n: int) -> Tensor:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """53 of 64 random bits as a number in (0, 1), float64, never 0 or 1."""
-    return _shift(bits, 11).double().add_(0.5).mul_(2.0**-53)
+    """52 of 64 random bits as a number in (0, 1), float64, never 0 or 1: with 53, adding a half
+    would round."""
+    return _shift(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def _signed(x: int) -> int:

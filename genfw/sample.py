@@ -21,10 +21,10 @@ def sample(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, defaults, USAGE)
 
     from genfw.train.frechet import to_bytes
-    from genfw.train.job import quiet, restore
+    from genfw.train.job import prepare, restore
     from genfw.train.pictures import draw_samples, grid, save
 
-    quiet()
+    prepare()
     module, _ = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
     with module.evaluating() as model:
         images = draw_samples(model, range(options.n), mix(options.seed, "sample"), options.chunk)

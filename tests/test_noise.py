@@ -1,11 +1,12 @@
 """Draws are functions of (seed, example, purpose), and they are random."""
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 from genfw import BatchNoise, Noise
-from genfw.noise import mix
+from genfw.noise import _uniform, mix
 
 
 def test_an_example_draws_the_same_alone_and_in_company(double):
@@ -45,6 +46,18 @@ def test_uniforms_stay_inside_the_open_interval():
     u = Noise(0, torch.arange(100_000)).uniform("u", torch.empty(100_000, 3))
     assert u.dtype == torch.float32 and u.min() > 0 and u.max() < 1
     assert stats.kstest(u[:, 0].numpy(), "uniform").pvalue > 1e-3
+
+
+def test_no_bits_make_a_uniform_of_0_or_1_or_an_infinite_normal():
+    ends = _uniform(torch.tensor([0, -1]))  # all bits zero, all bits one
+    assert ends.min() > 0 and ends.max() < 1 and ends.sum() == 1
+    assert torch.erfinv(2 * ends - 1).isfinite().all()
+
+
+def test_normals_are_the_quantiles_of_the_uniforms(double):
+    noise, like = Noise(0, torch.arange(2000)), torch.empty(2000, 50)
+    wanted = stats.norm.ppf(noise._uniform64("a", like).numpy())
+    assert np.abs(noise.normal("a", like).numpy() - wanted).max() < 1e-10
 
 
 def test_times_of_one_example_are_stratified_over_its_draws():

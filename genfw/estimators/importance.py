@@ -46,7 +46,7 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
     kind = "upper bound on -log p(x)"
     diagnostics = ("ess", "khat", "khat_over_0.7")
 
-    def __init__(self, k: int = 5000, chunk: int = 1000):
+    def __init__(self, k: int = 5000, chunk: int = 2500):
         super().__init__()
         self.k, self.chunk = at_least_one("k", k), at_least_one("chunk", chunk)
         self.draws = self.k

@@ -70,7 +70,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
 
     def prior(self, n: int) -> Normal:
         zero = torch.zeros(n, *self.latents[-1], device=self.device, dtype=self.dtype)
-        return Normal(zero, torch.ones_like(zero))
+        return Normal(zero, zero.new_ones(()))
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z

@@ -158,7 +158,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         if shape is None:
             raise ValueError("to sample, a VDM must know its data: VDM(..., shape=(C, H, W))")
         zero = torch.zeros(n, *shape, device=self.device, dtype=self.dtype)
-        return Normal(zero, torch.ones_like(zero))
+        return Normal(zero, zero.new_ones(()))
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         if t == 1:

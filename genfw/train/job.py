@@ -38,6 +38,7 @@ from genfw.train.certificate import certify
 from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.loggers import Wandb, git_commit, one_line
+from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
 
@@ -55,7 +56,7 @@ def run(config: DictConfig, folder: Path) -> Results:
         What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
         nats; `test/bpd` in bits; seconds, parameters, versions.
     """
-    quiet()
+    prepare()
     started = time.monotonic()
     resolved = container(config)
     OmegaConf.save(OmegaConf.create(resolved), folder / "config.yaml")
@@ -287,8 +288,10 @@ def container(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items()}
 
 
-def quiet() -> None:
-    """Lightning's advertisements and advice about what is meant to be so."""
+def prepare() -> None:
+    """The process: memory is kept, and Lightning's advertisements and its advice about what is
+    meant to be so are not shown."""
+    keep_freed_memory()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
