@@ -37,7 +37,7 @@ from genfw import (
 )
 from genfw.parameterization import broadcast
 from genfw.train.errors import GenfwError
-from genfw.train.job import quiet, restore
+from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {
@@ -126,7 +126,7 @@ def shown(values: Tensor) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    quiet()
+    prepare()
     usage = (__doc__ or "").split("\n\n")[1]
     if any(each.startswith("run=") for each in arguments):
         folder, config, options = read(arguments, DEFAULTS, usage)

@@ -25,7 +25,7 @@ from torch import Tensor
 from genfw import VDM, Noise, UniformLogSNR, UniformTime
 from genfw.diffusion.times import TimeSampler
 from genfw.train.errors import GenfwError
-from genfw.train.job import quiet, restore
+from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {"images": 64, "sets": 16, "strata": 64, "target": 0.005, "checkpoint": "best"}
@@ -76,7 +76,7 @@ def compare(vdm: VDM, x: Tensor, sets: int, strata: int, target: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    quiet()
+    prepare()
     folder, config, options = read(arguments, DEFAULTS, (__doc__ or "").split("\n\n")[1])
     module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
     x = torch.from_numpy(data.split("test").images[: options.images])  # pyright: ignore

@@ -40,7 +40,7 @@ from genfw import (
 from genfw.diffusion.denoising import Denoising
 from genfw.parameterization import broadcast
 from genfw.train.errors import GenfwError
-from genfw.train.job import quiet, restore
+from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {"images": 256, "draws": 64, "checkpoint": "best"}
@@ -156,7 +156,7 @@ def compare(vdm: VDM, train: Tensor, test: Tensor, draws: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    quiet()
+    prepare()
     torch.manual_seed(0)
     usage = (__doc__ or "").split("\n\n")[1]
     if any(each.startswith("run=") for each in arguments):

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from genfw import VDM, Bound, Noise
 from genfw.noise import mix
 from genfw.train.errors import GenfwError
-from genfw.train.job import quiet, restore
+from genfw.train.job import prepare, restore
 from genfw.train.metrics import NLL
 from genfw.train.runs import command, read
 
@@ -36,7 +36,7 @@ COLUMNS = ("nll", "nll_stderr", "bpd", "bpd_stderr", "reconstruction", "levels",
 def table(arguments: Sequence[str]) -> None:
     defaults = {"images": 200, "sets": 2, "strata": 32, "checkpoint": "best", "out": None}
     folder, config, options = read(arguments, defaults, (__doc__ or "").split("\n\n")[1])
-    quiet()
+    prepare()
     module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
     x = torch.from_numpy(data.split("test").images[: options.images])  # pyright: ignore
     rows = []
