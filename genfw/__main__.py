@@ -11,10 +11,10 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
 
@@ -52,13 +52,16 @@ def _command(arguments: Sequence[str]) -> int:
         print(help.text([conf_folder(), *plugins.conf_folders()], names), end="")
         return 0
 
+    from genfw.train import sweep
     from genfw.train.compose import compose, jobs, session, typed
     from genfw.train.compose import parse as parse_overrides
     from genfw.train.config import data_are_there
-    from genfw.train.jobs import own_folder, quoted, run_apart
+    from genfw.train.jobs import Fresh, own_folder, quoted
 
     flags = _parse(arguments)
-    name, overrides = flags.config_name or "config", list(flags.overrides)
+    name = flags.config_name or "config"
+    begun, overrides = sweep.reopen(flags.overrides)
+    multirun = flags.multirun or begun is not None
     if flags.config_dir:
         overrides.append(f"hydra.searchpath=[{quoted(Path(flags.config_dir).absolute())}]")
     folder = Path(flags.config_path) if flags.config_path else None
@@ -70,26 +73,45 @@ def _command(arguments: Sequence[str]) -> int:
             compose(overrides, name)
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
             return 0
-        commands = jobs(overrides) if flags.multirun else [overrides]
-        composed = [compose(command, name) for command in commands]  # all, before any starts
+        commands = jobs(overrides) if multirun else [overrides]
+        composed = [_checked(compose, command, name, commands) for command in commands]
         for config in composed:
             data_are_there(config)
         config = composed[0]
         trusted = [*config.trusted, *typed(parse_overrides(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
-        if flags.multirun:
-            place = own_folder(config, "hydra.sweep.dir")
-            overrides += [f"hydra.sweep.dir={quoted(place)}", "hydra.mode=MULTIRUN"]
-            hydra.multirun(name, partial(run_apart, flags=_shared(flags)), overrides)
-        else:
-            place = own_folder(config, "hydra.run.dir")
-            overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
-            failures: list[GenfwError] = []
-            hydra.run(name, partial(_run, failures=failures), overrides)
-            if failures:
-                raise failures[0]
+        if multirun:
+            place = own_folder(config, "hydra.sweep.dir") if begun is None else begun.absolute()
+            axes = [each for each in parse_overrides(overrides) if each.is_sweep_override()]
+            if begun is None:
+                known = all(each.is_discrete_sweep() for each in axes)
+                sweep.keep(place, overrides, len(commands) if known else None)
+            task = Fresh(tuple(_shared(flags)), tuple(each.key_or_group for each in axes))
+            return sweep.run(hydra, name, task, overrides, place)
+        place = own_folder(config, "hydra.run.dir")
+        overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
+        failures: list[GenfwError] = []
+        hydra.run(name, partial(_run, failures=failures), overrides)
+        if failures:
+            raise failures[0]
     return 0
+
+
+def _checked(compose: Callable, command: Sequence[str], name: str, commands: Sequence) -> Any:
+    """A job's configuration; all are composed before any starts.
+
+    Raises:
+        ConfigError: it is wrong; of a sweep, which combination it was.
+    """
+    try:
+        return compose(command, name)
+    except ConfigError as error:
+        others = next((each for each in commands if each != command), command)
+        own = [each for each in command if each not in others or len(commands) == 1]
+        if len(commands) == 1:
+            raise
+        raise ConfigError(f"of this sweep, {' '.join(own)}: {error}") from error
 
 
 def _run(config, failures: list[GenfwError]) -> float | None:
@@ -98,12 +120,15 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from genfw.train.job import run
+    from genfw.train.jobs import noted
 
     logging.getLogger(
         "lightning"
     ).handlers.clear()  # its lines reach the root logger's handlers as well
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        results = run(config, Path(HydraConfig.get().runtime.output_dir))
+        with noted(folder):
+            results = run(config, folder)
     except GenfwError as error:
         failures.append(error)
         return None

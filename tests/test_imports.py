@@ -31,7 +31,7 @@ MAY = {
 
 HEAVY = {"lightning", "torchmetrics", "wandb", "hydra", "omegaconf", "pytorch_lightning"}
 COMMANDS = ("__main__.py", "evaluate.py", "sample.py")
-HYDRA = {"train/plugins.py", "train/compose.py", "train/jobs.py", *COMMANDS}
+HYDRA = {"train/plugins.py", "train/compose.py", "train/jobs.py", "train/sweep.py", *COMMANDS}
 
 FILES = sorted(file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py"))
 

@@ -100,7 +100,8 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     Raises:
         ConfigError: one of them is not `key=value`.
     """
-    parser = OverridesParser.create()
+    hydra = GlobalHydra.instance()
+    parser = OverridesParser.create(hydra.config_loader() if hydra.is_initialized() else None)
     parsed = []
     for text in overrides:
         try:

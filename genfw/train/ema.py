@@ -59,6 +59,8 @@ class EMA(L.Callback):
         module = _latent(pl_module)
         assert module.average is not None  # by setup
         lerp_(module.average, module.model, 1 - decay)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # pyright: ignore
+            module.log("train/ema_decay", decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "seen": self.seen}

@@ -2,28 +2,37 @@
 
 A job in the sweep's own process would inherit its environment, its loggers and its random state,
 and Lightning's multi-process strategies would start the whole sweep again on every further rank.
+
+A sweep's folder holds
+
+sweep.json         its command line, for `sweep=<folder>`
+jobs/<n>.json      a record per job: overrides, folder, exit code, and what went wrong
+<n>/               the run folder of job n
 """
 
 from __future__ import annotations
 
 import base64
 import json
-import logging
 import os
 import secrets
+import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train.errors import ConfigError, GenfwError
-
-log = logging.getLogger(__name__)
 
 RANK_VARIABLES = (
     "LOCAL_RANK",
@@ -40,6 +49,9 @@ OF_THE_SWEEP = (
     *("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.sweeper.", "hydra.launcher."),
     *("hydra/sweeper", "hydra/launcher"),
 )
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What a person, a terminal that closes or a scheduler says to a sweep."""
 
 
 def start_name() -> str:
@@ -79,29 +91,237 @@ def quoted(path: Path) -> str:
     return QuotedString(text=str(path), quote=Quote.single).with_quotes()
 
 
-def run_apart(config: DictConfig, flags: Sequence[str] = ()) -> float | None:
-    """One job of a sweep, in its own process; what `config.optimized` names in its results.
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        number: its place in the sweep.
+        sweep: the sweep's folder.
+        folder: its own run folder.
+        overrides: what it is, `key=value`, one value each.
+        settings: of Hydra, for its process alone.
+    """
+
+    number: int
+    sweep: Path
+    folder: Path
+    overrides: tuple[str, ...]
+    settings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, hydra: DictConfig) -> Job:
+        """From the node `hydra` of its composed configuration."""
+        sweep, said = Path(str(hydra.sweep.dir)), hydra.overrides
+        settings = [each for each in said.hydra if not each.lstrip("+~").startswith(OF_THE_SWEEP)]
+        return cls(
+            int(hydra.job.num),
+            sweep,
+            sweep / str(hydra.sweep.subdir),
+            tuple(said.task),
+            tuple(settings),
+        )
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What is in its results.json; {} where there is none."""
+        file = self.folder / "results.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very job was run before, to its end.
+
+        Raises:
+            GenfwError: another one was, under its number.
+        """
+        before = self._read()
+        code = before.get("exit", "never started")
+        if code != 0 and not (code is None and self.results):  # None: we were killed, it was not
+            return False
+        if before["overrides"] != list(self.overrides):
+            raise GenfwError(
+                f"{self.sweep}: job {self.number} was {' '.join(before['overrides'])} and is now "
+                f"{' '.join(self.overrides)}: a sweeper that draws its trials needs a seed to go on"
+            )
+        return True
+
+    def arguments(self) -> list[str]:
+        """The command line of its process.
+
+        It starts anew: what is in its folder from before is set aside. This is the place where a
+        half-finished run would be gone on with.
+        """
+        if (self.folder / "config.yaml").exists():
+            _set_aside(self.folder)
+        return [*self.overrides, *self.settings, f"hydra.run.dir={quoted(self.folder)}"]
+
+    def record(self, code: int | None) -> None:
+        """Writes jobs/<n>.json, in one motion.
+
+        Args:
+            code: the exit code; None: it runs.
+        """
+        kept: dict[str, Any] = {
+            "number": self.number,
+            "folder": os.path.relpath(self.folder, self.sweep),
+            "overrides": self.overrides,
+            "exit": code,
+        }
+        said = self.folder / "error.txt"
+        if code:
+            kept["error"] = said.read_text().strip() if said.is_file() else ended(code)
+        file = self._file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps(kept, indent=2) + "\n")
+        beside.replace(file)
+
+    @property
+    def _file(self) -> Path:
+        return self.sweep / "jobs" / f"{self.number}.json"
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self._file.read_text()) if self._file.is_file() else {}
+
+    def __str__(self) -> str:
+        return f"job {self.number} ({' '.join(self.overrides)})"
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The task of a sweep: a job in a process of its own.
+
+    Hydra's launchers call it, each on its own worker; genfw's asks it to `start` jobs.
 
     Args:
         flags: command line flags that all jobs share.
-
-    Raises:
-        GenfwError: it failed; the other jobs go on.
+        axes: the keys that differ between jobs, for their names in W&B; (): all that are given.
     """
-    own = HydraConfig.get()
-    folder = Path(own.runtime.output_dir)
-    hydra = [each for each in own.overrides.hydra if not each.lstrip("+~").startswith(OF_THE_SWEEP)]
-    overrides = [*own.overrides.task, *hydra, f"hydra.run.dir={quoted(folder)}"]
-    environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
-    process = subprocess.Popen([sys.executable, "-m", "genfw", *flags, *overrides], env=environment)
+
+    flags: tuple[str, ...] = ()
+    axes: tuple[str, ...] = ()
+
+    def __call__(self, config: DictConfig) -> float | None:
+        """Runs the job of Hydra's current configuration to its end.
+
+        Returns:
+            What `config.optimized` names in its results.
+
+        Raises:
+            GenfwError: it failed; the other jobs go on.
+        """
+        hydra = HydraConfig.get()
+        job = Job.of(OmegaConf.create({"hydra": hydra}).hydra)
+        if not job.finished:
+            running: list[subprocess.Popen[bytes]] = []
+            with passed_on(running):
+                running.append(self.start(job, hydra.launcher.get("n_jobs", 1)))
+                code = running[0].wait()
+            job.record(code)
+            if code:
+                raise GenfwError(f"{job} failed with exit code {code}")
+        return job.results.get(config.optimized)
+
+    def start(self, job: Job, at_once: int) -> subprocess.Popen[bytes]:
+        """Its process, in a process group of its own, so that Ctrl-C reaches it once: by us.
+
+        Args:
+            at_once: jobs side by side, which share the cores, and then write to output.txt; -1: as
+                many as there are cores.
+        """
+        arguments = job.arguments()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        job.record(None)
+        cores = len(os.sched_getaffinity(0))
+        at_once = cores if at_once < 0 else at_once
+        environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        environment["WANDB_RUN_GROUP"] = job.sweep.name
+        environment["WANDB_NAME"] = f"{job.number} {self._name(job)}"
+        command = [sys.executable, "-m", "genfw", *self.flags, *arguments]
+        if at_once == 1:
+            return subprocess.Popen(command, env=environment, process_group=0)
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+        with (job.folder / "output.txt").open("ab") as output:
+            return subprocess.Popen(
+                command,
+                env=environment,
+                process_group=0,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+
+    def _name(self, job: Job) -> str:
+        chosen = [each for each in job.overrides if each.partition("=")[0] in self.axes]
+        return " ".join(chosen or job.overrides)
+
+
+@contextmanager
+def passed_on(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """What is said to this process goes to those that it runs; yields the signals that came.
+
+    To each of them and to its further ranks, as a terminal would. This process goes on, and does as
+    it likes with what is in the list. On another thread than the main one, nothing is passed on.
+    """
+    came: list[int] = []
+
+    def pass_on(number: int, frame: object) -> None:
+        came.append(number)
+        for process in list(running):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        code = process.wait()
+        yield came
     finally:
-        process.wait()  # Ctrl-C reaches the job too: let it finish
-    if code:
-        raise GenfwError(
-            f"job {own.job.num} ({' '.join(own.overrides.task)}) failed with exit code {code}"
-        )
-    results = folder / "results.json"
-    found = json.loads(results.read_text()) if results.is_file() else {}
-    return found.get(config.optimized)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def noted(folder: Path) -> Iterator[None]:
+    """What goes wrong is kept in a line of `folder`/error.txt, for the table of the sweep."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, GenfwError) else f"{type(error).__name__}: "
+        first = next(iter(str(error).splitlines()), "")
+        (folder / "error.txt").write_text(f"{kind}{first}\n")
+        raise
+
+
+def ended(code: int) -> str:
+    """How a process ended that did not say why.
+
+    Example:
+        >>> ended(1), ended(-9), ended(130), ended(143)
+        ('exit code 1', 'killed by SIGKILL', 'interrupted', 'interrupted')
+    """
+    if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        return "interrupted"
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def records(sweep: Path) -> list[Mapping[str, Any]]:
+    """All records of a sweep, in order, each with the `results` of its job."""
+    found = [json.loads(file.read_text()) for file in (sweep / "jobs").glob("*.json")]
+    for each in found:
+        each["folder"] = sweep / each["folder"]
+        file = each["folder"] / "results.json"
+        each["results"] = json.loads(file.read_text()) if file.is_file() else {}
+    return sorted(found, key=lambda each: each["number"])
+
+
+def _set_aside(folder: Path) -> None:
+    names = (f"{folder.name}.before-{n}" for n in range(1, 10**6))
+    folder.rename(next(p for name in names if not (p := folder.with_name(name)).exists()))
+
+
+def typed_line(flags: Sequence[str], words: Sequence[str]) -> str:
+    """`python -m genfw ...`, to be copied into a shell."""
+    return " ".join(["python -m genfw", *(shlex.quote(each) for each in (*flags, *words))])

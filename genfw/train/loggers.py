@@ -96,7 +96,8 @@ class Wandb(Logger):
 
     Args:
         folder: the run folder; W&B writes to `<folder>/wandb`.
-        project, entity, name, group, tags: as in `wandb.init`; name: default, the run folder's.
+        project, entity, name, group, tags: as in `wandb.init`; name: default, WANDB_NAME (a
+            sweep's jobs have one), else the run folder's.
         mode: auto, online, offline or disabled. auto: the environment's WANDB_MODE where it is set;
             else online when credentials and network are there; else offline.
 
@@ -123,7 +124,7 @@ class Wandb(Logger):
         self.identity = {
             "project": project,
             "entity": entity,
-            "name": name or self.folder.name,
+            "name": name or os.environ.get("WANDB_NAME") or self.folder.name,
             "group": group,
             "tags": tags,
         }

@@ -1,0 +1,210 @@
+"""python -m genfw --multirun param=eps,x0 seed=0,1,2: what is done around the jobs of a sweep.
+
+Hydra's sweeper says which jobs there are and a launcher runs them. This page has genfw's own
+launcher, k jobs side by side on this machine; it keeps what is needed to go on with a sweep that
+was interrupted, `sweep=<folder>`, and ends it with a table.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.hydra import Hydra
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.jobs import Fresh, Job, passed_on, quoted, records, typed_line
+
+KEPT = ("hydra.sweeper.", "hydra.launcher.", "hydra/sweeper=", "hydra/launcher=")
+"""Hydra's overrides that sweep.json keeps; others, and flags, stand in the line to go on with."""
+
+OWN = ("hydra.sweep.", "hydra.mode=")
+"""Those that the folder itself answers."""
+
+
+class Local(Launcher):
+    """Runs the jobs of a sweep on this machine.
+
+    Hydra's own local launcher runs one after the other, in its own process.
+
+    Args:
+        n_jobs: so many side by side; the cores are divided among them.
+    """
+
+    def __init__(self, n_jobs: int = 1):
+        if not isinstance(n_jobs, int) or n_jobs < 1:
+            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs}: expected an integer of at least 1")
+        self.n_jobs = n_jobs
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        assert isinstance(task_function, Fresh)
+        self.context, self.task, self.config = hydra_context, task_function, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Runs them all, also where some fail.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C, or another signal; the running jobs have ended.
+        """
+        jobs: list[Job] = []
+        returns: list[JobReturn] = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            with open_dict(config):
+                config.hydra.job.id = config.hydra.job.num = number
+            jobs.append(Job.of(config.hydra))
+            returns.append(JobReturn(overrides=overrides, cfg=config, hydra_cfg=config))
+        self._run(jobs)
+        ended = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
+        for job, answer in zip(jobs, returns, strict=True):
+            if error := ended[job.number].get("error"):
+                answer.status = JobStatus.FAILED
+                answer.return_value = GenfwError(f"{job} failed: {error}")
+            else:
+                answer.status = JobStatus.COMPLETED
+                answer.return_value = job.results.get(answer.cfg.optimized)
+        return returns
+
+    def _run(self, jobs: Sequence[Job]) -> None:
+        waiting = deque(job for job in jobs if not job.finished)
+        if len(waiting) < len(jobs):
+            print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are finished already")
+        running: dict[subprocess.Popen[bytes], Job] = {}
+        started: dict[int, float] = {}
+        with passed_on(running.keys()) as signals:
+            while running or (waiting and not signals):
+                while waiting and len(running) < self.n_jobs and not signals:
+                    job = waiting.popleft()
+                    print(f"{job} starts in {job.folder}", flush=True)
+                    started[job.number] = time.monotonic()
+                    running[self.task.start(job, self.n_jobs)] = job
+                time.sleep(0.05)
+                for process in [each for each in running if each.poll() is not None]:
+                    job = running.pop(process)
+                    job.record(process.returncode)
+                    seconds = time.monotonic() - started[job.number]
+                    how = "failed" if process.returncode else "finished"
+                    print(f"{job} {how} after {seconds:.0f} s", flush=True)
+        if signals:
+            raise KeyboardInterrupt
+
+
+def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The command line of `sweep=<folder> ...`: the folder, and the sweep's overrides.
+
+    A folder may come from anywhere: it does not vouch for what it names.
+
+    Args:
+        overrides: as typed; without `sweep=` they are given back.
+
+    Raises:
+        ConfigError: there is no sweep, or its jobs would be others.
+    """
+    given = [each for each in overrides if each.startswith("sweep=")]
+    if not given:
+        return None, list(overrides)
+    folder = Path(given[-1].partition("=")[2])
+    beside = [each for each in overrides if not each.startswith("sweep=")]
+    for each in beside:
+        if not (_of_hydra(each) or each.startswith("trusted=")):
+            raise ConfigError(
+                f"{each}: the jobs of a sweep that is gone on with stay what they were; beside "
+                "sweep=<folder> there may be hydra.launcher.n_jobs=<n> and the like, and trusted="
+            )
+    file = folder / "sweep.json"
+    if not file.is_file():
+        raise ConfigError(f"sweep={folder}: there is no {file}; the folder of a sweep has one")
+    kept = json.loads(file.read_text())["overrides"]
+    if any("_target_" in each for each in kept) and not any("trusted=" in each for each in beside):
+        raise ConfigError(
+            f"sweep={folder}: its command line names classes, and a folder does not vouch for "
+            f"itself. If you do: add trusted=[<module>]"
+        )
+    return folder, [*kept, *beside]
+
+
+def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
+    """Writes sweep.json.
+
+    Args:
+        overrides: the sweep's command line.
+        jobs: how many there will be; None: only the sweeper knows.
+
+    Raises:
+        ConfigError: the folder holds a sweep.
+    """
+    file = sweep / "sweep.json"
+    if file.exists():
+        raise ConfigError(
+            f"hydra.sweep.dir: {sweep} holds a sweep already; go on with it by sweep={sweep}, or "
+            "name another folder"
+        )
+    stays = [each for each in overrides if not _again(each) and not each.startswith(OWN)]
+    file.write_text(json.dumps({"overrides": stays, "jobs": jobs}, indent=2) + "\n")
+
+
+def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: Path) -> int:
+    """Runs a sweep; whatever happens, the table so far is written and shown.
+
+    Args:
+        name: of the primary configuration.
+        overrides: of the sweep.
+        sweep: its folder, with sweep.json in it.
+
+    Returns:
+        The exit code: 0, 1 where a job failed, 130 after Ctrl-C.
+    """
+    code = 0
+    words = [*overrides, f"hydra.sweep.dir={quoted(sweep)}", "hydra.mode=MULTIRUN"]
+    try:
+        hydra.multirun(name, task, words)
+    except KeyboardInterrupt:
+        code = 130
+    except ConfigError:
+        raise
+    except GenfwError:
+        code = 1  # the table says which, and why
+    finally:
+        finished = close(sweep)
+    if code or not finished:
+        again = [f"sweep={sweep}", *(each for each in overrides if _again(each))]
+        print(f"to go on: {typed_line(task.flags, again)}", file=sys.stderr)
+    return code or int(not finished)
+
+
+def close(sweep: Path) -> bool:
+    """Writes and prints the tables of a sweep; whether all its jobs are finished."""
+    from genfw.train.sweep_table import show, write
+
+    found = records(sweep)
+    if not found:
+        return False
+    planned = json.loads((sweep / "sweep.json").read_text())["jobs"]
+    write(sweep, found)
+    show(sweep, found, planned)
+    done = sum(each["exit"] == 0 for each in found)
+    return done == (planned or len(found))
+
+
+def _of_hydra(override: str) -> bool:
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _again(override: str) -> bool:
+    """Whether sweep.json does not have it."""
+    if override.startswith("trusted="):
+        return True
+    return _of_hydra(override) and not override.startswith((*KEPT, *OWN))

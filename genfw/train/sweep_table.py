@@ -1,0 +1,194 @@
+r"""The table of a sweep: mean and standard error over seeds, grouped by all else that differs.
+
+.. math:: \bar m = \frac1n \sum_i m_i, \qquad
+    \mathrm{se} = \sqrt{\frac{1}{n (n - 1)} \sum_i (m_i - \bar m)^2}
+
+over the n finished jobs of a group; one job has no standard error. In the sweep's folder:
+
+table.csv, table.md, table.png     a row per group
+jobs.csv                           a row per job: status, overrides and everything in its results
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Record = Mapping[str, Any]
+
+MAIN = ("test/bpd", "test/nll", "val/nll", "seconds/fit")
+"""Shown of every sweep, with the distances between samples and data where they were measured."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The jobs that differ in their seed alone.
+
+    Args:
+        choices: what they have in common where others differ, {key: value}.
+        jobs: how many there are, finished or not.
+        values: {metric: its value in each finished job}.
+    """
+
+    choices: dict[str, str]
+    jobs: int
+    values: dict[str, list[float]]
+
+    def mean(self, metric: str) -> float | None:
+        values = self.values[metric]
+        return sum(values) / len(values) if values else None
+
+    def stderr(self, metric: str) -> float | None:
+        values, mean = self.values[metric], self.mean(metric)
+        n = len(values)
+        if mean is None or n < 2:
+            return None
+        return math.sqrt(sum((value - mean) ** 2 for value in values) / (n * (n - 1)))
+
+    @property
+    def finished(self) -> int:
+        return max((len(values) for values in self.values.values()), default=0)
+
+    def cell(self, metric: str) -> str:
+        r"""`1.833 ± 0.005`: rounded at the second digit of the standard error."""
+        mean, stderr = self.mean(metric), self.stderr(metric)
+        if mean is None:
+            return ""
+        if not stderr or not math.isfinite(stderr):
+            return f"{mean:.5g}"
+        digits = max(0, 1 - math.floor(math.log10(stderr)))
+        return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def groups(records: Sequence[Record]) -> list[Group]:
+    """In the order of their first jobs."""
+    chosen = [_choices(each) for each in records]
+    keys = list(dict.fromkeys(key for each in chosen for key in each if key != "seed"))
+    axes = [key for key in keys if len({each.get(key) for each in chosen}) > 1]
+    shown = metrics(records)
+    made: dict[tuple[str, ...], Group] = {}
+    counts: dict[tuple[str, ...], int] = {}
+    for each, choices in zip(records, chosen, strict=True):
+        own = {axis: choices.get(axis, "") for axis in axes}
+        key = tuple(own.values())
+        group = made.setdefault(key, Group(own, 0, {metric: [] for metric in shown}))
+        counts[key] = counts.get(key, 0) + 1
+        if each["exit"] == 0:
+            for metric, values in group.values.items():
+                if isinstance(value := each["results"].get(metric), int | float):
+                    values.append(value)
+    return [Group(group.choices, counts[key], group.values) for key, group in made.items()]
+
+
+def metrics(records: Sequence[Record]) -> list[str]:
+    """The columns of the table."""
+    known = dict.fromkeys(key for each in records for key in each["results"])
+    distances = [key for key in known if key.startswith("test/") and f"{key}_samples" in known]
+    return [key for key in (*MAIN[:2], *distances, *MAIN[2:]) if key in known]
+
+
+def status(record: Record) -> str:
+    """`finished`, `running`, or `failed: ` and why."""
+    if record["exit"] is None:
+        return "running"
+    if record["exit"] == 0:
+        return "finished"
+    said = str(record.get("error", ""))
+    return said if said == "interrupted" else f"failed: {said}"
+
+
+def write(sweep: Path, records: Sequence[Record]) -> None:
+    """All four files."""
+    made, shown = groups(records), metrics(records)
+    with (sweep / "table.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        pairs = [each for metric in shown for each in (metric, f"{metric}_stderr")]
+        rows.writerow([*(made[0].choices if made else ()), "jobs", "finished", *pairs])
+        for group in made:
+            numbers = [n for m in shown for n in (group.mean(m), group.stderr(m))]
+            rows.writerow([*group.choices.values(), group.jobs, group.finished, *numbers])
+    _write_jobs(sweep / "jobs.csv", records)
+    heads, body = _cells(made, shown)
+    lines = [heads, ["---"] * len(heads), *body]
+    bad = [f"- job {each['number']}: {status(each)}" for each in records if each["exit"] != 0]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    (sweep / "table.md").write_text("\n".join([text, *([""] if bad else []), *bad]) + "\n")
+    if shown and any(group.finished for group in made):
+        plot(sweep / "table.png", [group for group in made if group.finished], shown[0])
+
+
+def plot(file: Path, made: Sequence[Group], metric: str) -> None:
+    """Mean and standard error of every group, and its jobs as small dots."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(made)), layout="constrained")
+    axes = figure.add_subplot()
+    for row, group in enumerate(made):
+        values, mean = group.values[metric], group.mean(metric)
+        axes.plot(values, [row] * len(values), ".", color="0.7", markersize=5)
+        if mean is not None:
+            axes.errorbar(mean, row, xerr=group.stderr(metric), fmt="o", color="C0", capsize=3)
+    axes.set_yticks(range(len(made)), [_label(group) for group in made])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric}: mean, standard error over seeds")
+    axes.grid(axis="x", color="0.9")
+    figure.savefig(file, dpi=120)
+
+
+def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
+    """The table and what went wrong, on the screen."""
+    made, shown = groups(records), metrics(records)
+    heads, body = _cells(made, shown)
+    sheet = Table(*heads)
+    for line in body:
+        sheet.add_row(*line)
+    console = Console()
+    console.print(sheet)
+    for each in records:
+        if each["exit"] != 0:
+            words = f"job {each['number']} ({' '.join(each['overrides'])}): {status(each)}"
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
+    done = sum(each["exit"] == 0 for each in records)
+    print(f"{done} of {planned or len(records)} jobs finished; table.csv, .md, .png in {sweep}")
+
+
+def _cells(made: Sequence[Group], shown: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    heads = [*(made[0].choices if made else ()), "seeds", *shown]
+    body = []
+    for group in made:
+        count = (
+            str(group.jobs) if group.finished == group.jobs else f"{group.finished}/{group.jobs}"
+        )
+        cells = [group.cell(metric) for metric in shown]
+        body.append([*group.choices.values(), count, *cells])
+    return heads, body
+
+
+def _write_jobs(file: Path, records: Sequence[Record]) -> None:
+    choices = [_choices(each) for each in records]
+    keys = dict.fromkeys(key for each in choices for key in each)
+    known = dict.fromkeys(key for each in records for key in each["results"])
+    with file.open("w", newline="") as opened:
+        rows = csv.DictWriter(
+            opened, ["number", "status", *keys, *(k for k in known if k not in keys)]
+        )
+        rows.writeheader()
+        for each, own in zip(records, choices, strict=True):
+            said = {"number": each["number"], "status": status(each)}
+            rows.writerow({**each["results"], **own, **said})
+
+
+def _choices(record: Record) -> dict[str, str]:
+    pairs = (each.partition("=") for each in record["overrides"])
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def _label(group: Group) -> str:
+    return ", ".join(group.choices.values()) or "all"
