@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help env run test check fid-check clean
+.PHONY: help env run grid smoke test check fid-check clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -22,6 +22,12 @@ env: .venv/ready  ## the environment, in .venv
 
 run: env  ## train the default model on the digits, then the table and the pictures (ARGS="model=vae" for another)
 	$(BIN)/python -m genfw $(ARGS)
+
+grid: env  ## the comparison: vae, mhvae, and vdm with 3 parameterizations x 2 schedules, two jobs side by side
+	$(BIN)/python -m genfw --multirun 'experiment=glob(grid_*)' hydra.launcher.n_jobs=2 $(ARGS)
+
+smoke: env  ## a few steps of every model x parameterization x schedule
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smoke.py
 
 test: env  ## all tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

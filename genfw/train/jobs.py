@@ -184,9 +184,6 @@ class Job:
     def _read(self) -> dict[str, Any]:
         return json.loads(self._file.read_text()) if self._file.is_file() else {}
 
-    def __str__(self) -> str:
-        return f"job {self.number} ({' '.join(self.overrides)})"
-
 
 @dataclass(frozen=True)
 class Fresh:
@@ -196,7 +193,7 @@ class Fresh:
 
     Args:
         flags: command line flags that all jobs share.
-        axes: the keys that differ between jobs, for their names in W&B; (): all that are given.
+        axes: the keys that differ between jobs, for their names; (): all that are given.
     """
 
     flags: tuple[str, ...] = ()
@@ -220,7 +217,9 @@ class Fresh:
                 code = running[0].wait()
             job.record(code)
             if code:
-                raise GenfwError(f"{job} failed with exit code {code}")
+                raise GenfwError(
+                    f"job {job.number} ({self.name(job)}) failed with exit code {code}"
+                )
         return job.results.get(config.optimized)
 
     def start(self, job: Job, at_once: int) -> subprocess.Popen[bytes]:
@@ -237,7 +236,7 @@ class Fresh:
         at_once = cores if at_once < 0 else at_once
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment["WANDB_RUN_GROUP"] = job.sweep.name
-        environment["WANDB_NAME"] = f"{job.number} {self._name(job)}"
+        environment["WANDB_NAME"] = f"{job.number} {self.name(job)}"
         command = [sys.executable, "-m", "genfw", *self.flags, *arguments]
         if at_once == 1:
             return subprocess.Popen(command, env=environment, process_group=0)
@@ -252,7 +251,8 @@ class Fresh:
                 stderr=output,
             )
 
-    def _name(self, job: Job) -> str:
+    def name(self, job: Job) -> str:
+        """What sets it apart: `param=eps seed=0`."""
         chosen = [each for each in job.overrides if each.partition("=")[0] in self.axes]
         return " ".join(chosen or job.overrides)
 

@@ -72,7 +72,7 @@ class Local(Launcher):
         for job, answer in zip(jobs, returns, strict=True):
             if error := ended[job.number].get("error"):
                 answer.status = JobStatus.FAILED
-                answer.return_value = GenfwError(f"{job} failed: {error}")
+                answer.return_value = GenfwError(f"job {job.number} failed: {error}")
             else:
                 answer.status = JobStatus.COMPLETED
                 answer.return_value = job.results.get(answer.cfg.optimized)
@@ -88,7 +88,7 @@ class Local(Launcher):
             while running or (waiting and not signals):
                 while waiting and len(running) < self.n_jobs and not signals:
                     job = waiting.popleft()
-                    print(f"{job} starts in {job.folder}", flush=True)
+                    print(f"job {job.number} starts: {self.task.name(job)}", flush=True)
                     started[job.number] = time.monotonic()
                     running[self.task.start(job, self.n_jobs)] = job
                 time.sleep(0.05)
@@ -97,7 +97,7 @@ class Local(Launcher):
                     job.record(process.returncode)
                     seconds = time.monotonic() - started[job.number]
                     how = "failed" if process.returncode else "finished"
-                    print(f"{job} {how} after {seconds:.0f} s", flush=True)
+                    print(f"job {job.number} {how} after {seconds:.0f} s", flush=True)
         if signals:
             raise KeyboardInterrupt
 

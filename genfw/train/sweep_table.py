@@ -151,10 +151,16 @@ def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
         sheet.add_row(*line)
     console = Console()
     console.print(sheet)
+    same = set(records[0]["overrides"]).intersection(*(each["overrides"] for each in records))
     for each in records:
         if each["exit"] != 0:
-            words = f"job {each['number']} ({' '.join(each['overrides'])}): {status(each)}"
-            console.print(words, markup=False, highlight=False, soft_wrap=True)
+            own = " ".join(word for word in each["overrides"] if word not in same)
+            console.print(
+                f"job {each['number']} ({own}): {status(each)}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     done = sum(each["exit"] == 0 for each in records)
     print(f"{done} of {planned or len(records)} jobs finished; table.csv, .md, .png in {sweep}")
 
