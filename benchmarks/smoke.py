@@ -27,7 +27,7 @@ from genfw.train.job import run
 SHORT = (
     *("trainer.max_steps=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),
     *("trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "data.batch_size=8"),
-    *("data.eval_batch_size=16", "estimator.strata=1", "validation_estimator.sets=1"),
+    *("data.eval_batch_size=16", "estimator.strata=1", "validation_estimator.strata=1"),
     *("logger=none", "metrics=none", "callbacks=none"),
 )
 SMALL = ("net.width=8", "net.blocks=1")

@@ -97,6 +97,13 @@ WRONG = [
     ("--config-path=/nope", ["/nope"]),
     ("--config-name=nope", ["nope"]),
     ("--multirun param=eps,epz", ["param=eps"]),
+    (
+        "--multirun schedule=linear,learned objective=elbo,simple",
+        ["schedule=learned objective=simple"],
+    ),
+    ("--multirun seed=0 hydra.launcher.n_jobs=0", ["n_jobs=0", "at least 1"]),
+    ("sweep=/nope", ["/nope", "sweep.json"]),
+    ("sweep=/nope seed=1", ["seed=1", "stay what they were"]),
     ("--multirun trainer.max_steps=5,many", ["trainer.max_steps", "int"]),
     # what may be imported
     ("param._target_=nofile.Flow", ["nofile"]),
@@ -381,7 +388,8 @@ def test_sweep_goes_on_after_a_failed_job(tmp_path):
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "job 0" in done.stderr
+    assert re.search(r"job 0 \(sampler.steps=0\): failed: .*at least 1", done.stdout), done.stdout
+    assert "sweep=" in done.stderr, "the line to go on with"
     (sweep,) = (tmp_path / "multirun").iterdir()
     assert not (sweep / "0" / "results.json").exists()
     assert (sweep / "1" / "results.json").exists()

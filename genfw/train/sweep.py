@@ -128,6 +128,8 @@ def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
     if not file.is_file():
         raise ConfigError(f"sweep={folder}: there is no {file}; the folder of a sweep has one")
     kept = json.loads(file.read_text())["overrides"]
+    if any(_again(each) for each in kept):
+        raise ConfigError(f"{file}: it holds settings of Hydra that genfw does not write there")
     if any("_target_" in each for each in kept) and not any("trusted=" in each for each in beside):
         raise ConfigError(
             f"sweep={folder}: its command line names classes, and a folder does not vouch for "

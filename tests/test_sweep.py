@@ -1,0 +1,245 @@
+"""A sweep: jobs that fail, are skipped, are interrupted, and the table over them."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image as PIL
+
+from genfw.train import sweep
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.jobs import Fresh, Job, noted, records
+from genfw.train.sweep import Local, close, keep, reopen
+from genfw.train.sweep_table import groups
+
+
+class Script(Fresh):
+    """Jobs that are a line of shell each; their results say how long they were up."""
+
+    def start(self, job, at_once):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        job.record(None)
+        return subprocess.Popen(["sh", "-c", job.overrides[0]], process_group=0, cwd=job.folder)
+
+
+def launch(folder, *lines, n_jobs=1):
+    launcher = Local(n_jobs)
+    launcher.task = Script()
+    launcher._run([Job(n, folder, folder / str(n), (line,)) for n, line in enumerate(lines)])
+
+
+def codes(folder):
+    return [each["exit"] for each in records(folder)]
+
+
+def test_a_failed_job_stops_no_other(tmp_path):
+    launch(tmp_path, "exit 3", "exit 0", "kill -9 $$", "exit 0")
+    assert codes(tmp_path) == [3, 0, -9, 0]
+    assert [each.get("error") for each in records(tmp_path)] == [
+        "exit code 3", None, "killed by SIGKILL", None,
+    ]  # fmt: skip
+
+
+def test_so_many_side_by_side(tmp_path):
+    """Each waits for the other: one after the other they would wait forever."""
+    meet = "touch here; until [ -e ../{}/here ]; do sleep 0.02; done"
+    launch(tmp_path, meet.format(1), meet.format(0), n_jobs=2)
+    assert codes(tmp_path) == [0, 0]
+
+
+def test_what_is_finished_is_not_run_again(tmp_path):
+    lines = ("echo x >> ran", "echo x >> ran; [ -e ../mended ]")
+    launch(tmp_path, *lines)
+    (tmp_path / "mended").touch()
+    launch(tmp_path, *lines)
+    assert codes(tmp_path) == [0, 0]
+    assert [len((tmp_path / n / "ran").read_text().split()) for n in "01"] == [1, 2]
+
+
+def test_another_job_under_the_number_of_a_finished_one_is_refused(tmp_path):
+    launch(tmp_path, "true")
+    with pytest.raises(GenfwError, match=r"was true and is now : .*seed"):
+        launch(tmp_path, ":")
+
+
+def test_a_job_that_outlived_its_sweep_is_finished(tmp_path):
+    """The sweep was killed before it could note the exit code."""
+    job = Job(0, tmp_path, tmp_path / "0", ("seed=0",))
+    job.folder.mkdir()
+    job.record(None)
+    assert not job.finished
+    (job.folder / "results.json").write_text("{}")
+    assert not job.finished
+    (job.folder / "results.json").write_text('{"val/nll": 1.0}')
+    assert job.finished
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_reaches_the_running_job_and_ends_the_sweep(tmp_path, number):
+    waits = "trap 'echo saved > saved; exit 130' INT TERM; touch up; while :; do sleep 0.02; done"
+
+    def send():
+        while not (tmp_path / "0" / "up").exists():
+            pass
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    threading.Thread(target=send).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(tmp_path, waits, "true")
+    assert signal.getsignal(number) is before
+    assert (tmp_path / "0" / "saved").exists(), "it was let finish"
+    assert not (tmp_path / "1").exists(), "nothing starts after the signal"
+    assert [each["error"] for each in records(tmp_path)] == ["interrupted"]
+
+
+def test_a_job_starts_in_an_empty_folder(tmp_path):
+    job = Job(3, tmp_path, tmp_path / "3", ("seed=0",), ("hydra.verbose=true",))
+    job.folder.mkdir()
+    (job.folder / "config.yaml").write_text("old")
+    assert job.arguments() == ["seed=0", "hydra.verbose=true", f"hydra.run.dir='{job.folder}'"]
+    assert not job.folder.exists()
+    assert (tmp_path / "3.before-1" / "config.yaml").read_text() == "old"
+
+
+def test_threads_group_and_name_of_a_job(tmp_path, monkeypatch):
+    """Two jobs on four cores have two threads each."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    code = "import os, json; json.dump(dict(os.environ), open('env.json', 'w'))"
+    popen = subprocess.Popen
+
+    def instead(command, **more):
+        return popen([sys.executable, "-c", code], cwd=job.folder, **more)
+
+    monkeypatch.setattr(subprocess, "Popen", instead)
+    job = Job(3, tmp_path / "sweep", tmp_path / "sweep" / "3", ("model=vae", "seed=7"))
+    for at_once, threads in ((1, None), (2, "2"), (-1, "1")):
+        assert Fresh(axes=("seed",)).start(job, at_once).wait() == 0
+        said = json.loads((job.folder / "env.json").read_text())
+        assert said.get("OMP_NUM_THREADS") == threads
+        assert (said["WANDB_RUN_GROUP"], said["WANDB_NAME"]) == ("sweep", "3 seed=7")
+        assert "LOCAL_RANK" not in said
+
+
+def test_what_goes_wrong_is_noted(tmp_path):
+    with pytest.raises(RuntimeError), noted(tmp_path):
+        raise RuntimeError("no ink\nmore")
+    assert (tmp_path / "error.txt").read_text() == "RuntimeError: no ink\n"
+
+
+# ---- sweep=<folder> ------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_gone_on_with_by_its_folder(tmp_path):
+    overrides = ["seed=0,1", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=x", "hydra.verbose=true"]
+    keep(tmp_path, [*overrides, "trusted=[mine]"], 2)
+    folder, again = reopen([f"sweep={tmp_path}", "hydra.launcher.n_jobs=1"])
+    assert folder == tmp_path
+    assert again == ["seed=0,1", "hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs=1"]
+    assert reopen(["seed=1"]) == (None, ["seed=1"])
+    with pytest.raises(ConfigError, match="holds a sweep already"):
+        keep(tmp_path, overrides, 2)
+
+
+def test_a_sweeps_folder_does_not_vouch_for_itself(tmp_path):
+    keep(tmp_path, ["param._target_=mine.Flow", "seed=0,1"], 2)
+    with pytest.raises(ConfigError, match="trusted"):
+        reopen([f"sweep={tmp_path}"])
+    assert "trusted=[mine]" in reopen([f"sweep={tmp_path}", "trusted=[mine]"])[1]
+
+
+def test_code_cannot_hide_in_hydras_own_keys(tmp_path):
+    harm = ["hydra.callbacks.x._target_=os.system", "hydra.searchpath=[/evil]"]
+    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": harm, "jobs": 1}))
+    with pytest.raises(ConfigError, match=r"sweep\.json"):
+        reopen([f"sweep={tmp_path}", "trusted=[mine]"])
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def swept(folder):
+    values = {("eps", 0): 2.0, ("eps", 1): 2.5, ("eps", 2): 4.0, ("x0", 0): 1.0}
+    jobs = [(param, seed) for param in ("eps", "x0") for seed in range(3)]
+    keep(folder, ["param=eps,x0", "seed=0,1,2"], len(jobs))
+    for number, (param, seed) in enumerate(jobs):
+        overrides = ("model=vdm", f"param={param}", f"seed={seed}")
+        job = Job(number, folder, folder / str(number), overrides)
+        job.folder.mkdir()
+        value = values.get((param, seed))
+        if value is not None:
+            kept = {"test/bpd": value, "test/nll": 2 * value, "versions/torch": "2"}
+            (job.folder / "results.json").write_text(json.dumps(kept))
+        job.record(1 if value is None else 0)
+    return values
+
+
+def test_mean_and_standard_error_over_seeds(tmp_path):
+    values = swept(tmp_path)
+    eps, x0 = groups(records(tmp_path))
+    three = [values["eps", seed] for seed in range(3)]
+    assert eps.choices == {"param": "eps"}, "what all jobs share is no column, nor is the seed"
+    assert eps.mean("test/bpd") == pytest.approx(statistics.mean(three))
+    assert eps.stderr("test/bpd") == pytest.approx(statistics.stdev(three) / 3**0.5)
+    assert eps.cell("test/bpd") == "2.83 ± 0.60"
+    assert (x0.jobs, x0.finished, x0.cell("test/bpd")) == (3, 1, "1")
+    assert x0.stderr("test/bpd") is None
+
+
+def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
+    swept(tmp_path)
+    assert close(tmp_path) is False
+    with (tmp_path / "table.csv").open() as file:
+        eps, x0 = csv.DictReader(file)
+    assert (eps["param"], eps["finished"], float(eps["test/nll"])) == ("eps", "3", 17 / 3)
+    assert (x0["jobs"], x0["finished"], x0["test/nll_stderr"]) == ("3", "1", "")
+    with (tmp_path / "jobs.csv").open() as file:
+        jobs = list(csv.DictReader(file))
+    assert [job["status"] for job in jobs] == ["finished"] * 4 + ["failed: exit code 1"] * 2
+    assert (jobs[2]["seed"], jobs[2]["test/bpd"], jobs[2]["versions/torch"]) == ("2", "4.0", "2")
+    assert "| eps | 3 | 2.83 ± 0.60 | 5.7 ± 1.2 |" in (tmp_path / "table.md").read_text()
+    assert "- job 4: failed: exit code 1" in (tmp_path / "table.md").read_text()
+    assert PIL.open(tmp_path / "table.png").size[0] > 400
+    said = capsys.readouterr().out
+    assert "4 of 6 jobs finished" in said
+    assert "job 4 (param=x0 seed=1): failed: exit code 1" in said
+
+
+def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):
+    class Sweeper:
+        def __init__(self, error=None):
+            self.error = error
+
+        def multirun(self, name, task, overrides):
+            if self.error:
+                raise self.error
+
+    swept(tmp_path)
+    assert sweep.run(Sweeper(), "config", Fresh(), ["seed=0"], tmp_path) == 1
+    assert sweep.run(Sweeper(KeyboardInterrupt()), "config", Fresh(), [], tmp_path) == 130
+    assert f"python -m genfw sweep={tmp_path}" in capsys.readouterr().err
+    for number in (4, 5):
+        overrides = ("model=vdm", "param=x0", f"seed={number - 3}")
+        Job(number, tmp_path, tmp_path / str(number), overrides).record(0)
+    assert sweep.run(Sweeper(), "config", Fresh(), [], tmp_path) == 0
+
+
+def test_the_grid_is_eight_combinations():
+    from genfw.train.compose import compose, jobs, session
+
+    with session():
+        commands = jobs(["experiment=glob(grid_*)"])
+        composed = [compose(command) for command in commands]
+    models = [OmegaConf.select(each, "model._target_") for each in composed]
+    assert sorted(models) == ["genfw.MHVAE", "genfw.VAE", *["genfw.VDM"] * 6]
+    pairs = {(each.param._target_, each.schedule._target_) for each in composed if "param" in each}
+    assert len(pairs) == 6
