@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 from PIL import Image as PIL
 
@@ -65,7 +66,7 @@ def test_what_is_finished_is_not_run_again(tmp_path):
 
 def test_another_job_under_the_number_of_a_finished_one_is_refused(tmp_path):
     launch(tmp_path, "true")
-    with pytest.raises(GenfwError, match=r"was true and is now : .*seed"):
+    with pytest.raises(GenfwError, match=r"was true and is now :.*seed"):
         launch(tmp_path, ":")
 
 
@@ -215,7 +216,7 @@ def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
 
 
 def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):
-    class Sweeper:
+    class Sweeper(Hydra):
         def __init__(self, error=None):
             self.error = error
 
