@@ -82,6 +82,7 @@ def _command(arguments: Sequence[str]) -> int:
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
         if multirun:
+            sweep.check_launcher(config)
             place = own_folder(config, "hydra.sweep.dir") if begun is None else begun.absolute()
             axes = [each for each in parse_overrides(overrides) if each.is_sweep_override()]
             if begun is None:

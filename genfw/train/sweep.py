@@ -41,8 +41,6 @@ class Local(Launcher):
     """
 
     def __init__(self, n_jobs: int = 1):
-        if not isinstance(n_jobs, int) or n_jobs < 1:
-            raise ConfigError(f"hydra.launcher.n_jobs={n_jobs}: expected an integer of at least 1")
         self.n_jobs = n_jobs
 
     def setup(
@@ -100,6 +98,19 @@ class Local(Launcher):
                     print(f"job {job.number} {how} after {seconds:.0f} s", flush=True)
         if signals:
             raise KeyboardInterrupt
+
+
+def check_launcher(config: DictConfig) -> None:
+    """Before there is a folder.
+
+    Raises:
+        ConfigError: genfw's own launcher cannot run so many jobs.
+    """
+    launcher = config.hydra.launcher
+    n_jobs = launcher.get("n_jobs")
+    ours = launcher._target_ == "hydra_plugins.genfw.Local"
+    if ours and (type(n_jobs) is not int or n_jobs < 1):
+        raise ConfigError(f"hydra.launcher.n_jobs={n_jobs}: expected an integer of at least 1")
 
 
 def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
