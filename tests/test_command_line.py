@@ -401,7 +401,7 @@ def test_wheel_carries_its_configuration(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
     source = tmp_path / "source"
     source.mkdir()
-    for name in ("genfw", "conf", "hydra_plugins"):
+    for name in ("genfw", "conf"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", source)
     (source / "README.md").touch()

@@ -68,6 +68,7 @@ class Local(Launcher):
         self._run(jobs)
         ended = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
         for job, answer in zip(jobs, returns, strict=True):
+            assert answer.cfg is not None
             if error := ended[job.number].get("error"):
                 answer.status = JobStatus.FAILED
                 answer.return_value = GenfwError(f"job {job.number} failed: {error}")
