@@ -180,8 +180,8 @@ def guides(config: DictConfig) -> dict[str, Guide]:
         return {}
     if "classifier" in node:
         raise GenfwError(
-            f"guidance.classifier={node.classifier}: no command trains a classifier of noisy images "
-            "yet; in a notebook, VDM(..., guidance=partial(ClassifierGuidance, classifier=...))"
+            f"guidance.classifier={node.classifier}: no command trains a classifier of noisy z "
+            "yet; in a notebook: VDM(guidance=partial(ClassifierGuidance, classifier=...))"
         )
     given = {"weaker": _weaker(config, node.weaker)} if "weaker" in node else {}
     return {"guidance": build(node, **given)}
