@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from genfw.diffusion.denoiser import Denoiser as Denoiser
     from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
     from genfw.diffusion.denoising import Denoising as Denoising
+    from genfw.diffusion.guidance import Autoguidance as Autoguidance
+    from genfw.diffusion.guidance import ClassifierFree as ClassifierFree
+    from genfw.diffusion.guidance import ClassifierGuidance as ClassifierGuidance
+    from genfw.diffusion.guidance import DenoisedClassifierGuidance as DenoisedClassifierGuidance
+    from genfw.diffusion.guidance import Guidance as Guidance
+    from genfw.diffusion.guidance import Unguided as Unguided
     from genfw.diffusion.process import marginal as marginal
     from genfw.diffusion.process import posterior as posterior
     from genfw.diffusion.process import transition as transition
@@ -106,6 +112,14 @@ _HOMES = {
     "genfw.bayes": ("DiscretePosterior",),
     "genfw.diffusion.denoiser": ("Denoiser", "NetworkDenoiser"),
     "genfw.diffusion.denoising": ("Denoising",),
+    "genfw.diffusion.guidance": (
+        "Autoguidance",
+        "ClassifierFree",
+        "ClassifierGuidance",
+        "DenoisedClassifierGuidance",
+        "Guidance",
+        "Unguided",
+    ),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
     "genfw.diffusion.sampler": ("Ancestral", "Sampler"),
     "genfw.diffusion.times": (

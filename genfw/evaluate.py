@@ -34,7 +34,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify
+    from genfw.train.certificate import certify, given
     from genfw.train.config import build
     from genfw.train.job import prepare, restore, table, versions
 
@@ -51,7 +51,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     )
     tested = trainer.test(module, data, verbose=False)[0]
     found = certify(module, data, tested, checkpoint, versions())
-    results = {**tested, **versions()}
+    conditions = {f"test/{name}": said for name, said in given(module).items()}
+    results = {**tested, **conditions, **versions()}
     if claimed is not None:
         compare(claimed, found, folder)
     elif trainer.is_global_zero:

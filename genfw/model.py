@@ -32,7 +32,15 @@ from genfw.types import Image, Labels, Nats
 
 
 class LatentModel(Registered, nn.Module, ABC, group="model"):
-    """A model of data with latent variables, judged by a lower bound on log p(x)."""
+    """A model of data with latent variables, judged by a lower bound on log p(x).
+
+    Attributes:
+        classes: a conditional model's number of labels: it is one of p(x | y), y in 0..classes-1,
+            and judged by a lower bound on log p(x | y). No label (None, or `classes` itself) means
+            something where labels were dropped in training. None: labels are taken and ignored.
+    """
+
+    classes: int | None = None
 
     @abstractmethod
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
@@ -40,7 +48,8 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 
         Args:
             x: (b, *shape) integers 0..K-1.
-            y: (b,) labels, or None.
+            y: (b,) labels, or None; the bound is then one on log p(x | y), where the model has
+                `classes`.
             noise: where the random draws come from; None is torch's global generator.
         """
 

@@ -1,6 +1,12 @@
-"""python -m genfw.sample run=<folder> n=64: images from a finished run, as a PNG grid.
+"""python -m genfw.sample run=<folder> n=64: images from a finished run.
 
-Sample number i of a seed is always the same image, however many are asked for.
+    label=7 | label=0,1,2 | label=all    of these classes, in turn; a conditional model: all
+    sampler=ddim sampler.steps=50        another way from noise to images
+    guidance=classifier_free guidance.scale=3
+    format=grid | png | npz              one picture; a folder of them; integers and labels
+
+Sample number i of a seed and label is always the same image, however many are asked for. What made
+them stands in the PNG's text chunks, or beside the arrays, and guidance in the name of the file.
 """
 
 from __future__ import annotations
@@ -8,29 +14,142 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
 
 from genfw.noise import mix
+from genfw.train.errors import ConfigError
 from genfw.train.runs import command, read
 
-USAGE = """python -m genfw.sample run=<folder> [n=64] [seed=0] [checkpoint=best|last] [out=<png>]
+if TYPE_CHECKING:
+    from genfw.model import LatentModel
+    from genfw.types import Image
+
+USAGE = """python -m genfw.sample run=<folder> [n=64] [label=7] [seed=0] [sampler=...]
+  [guidance=...] [format=grid|png|npz] [checkpoint=best|last] [out=<path>]
 Example: python -m genfw.sample run=outputs/2026-11-23_10-15-42_k3f9ab n=100 seed=1"""
+
+DEFAULTS = {
+    "n": 64,
+    "seed": 0,
+    "checkpoint": "best",
+    "out": None,
+    "chunk": 128,
+    "label": None,
+    "format": "grid",
+}
 
 
 def sample(arguments: Sequence[str]) -> None:
-    defaults = {"n": 64, "seed": 0, "checkpoint": "best", "out": None, "chunk": 128}
-    folder, config, options = read(arguments, defaults, USAGE)
+    folder, config, options = read(arguments, DEFAULTS, USAGE)
+    if options.format not in ("grid", "png", "npz"):
+        raise ConfigError(f"format={options.format}: expected grid, png or npz")
+    chosen = labels(options.label, config)
 
-    from genfw.train.frechet import to_bytes
+    from genfw.train.callbacks import slug, steered
     from genfw.train.job import prepare, restore
-    from genfw.train.pictures import draw_samples, grid, save
+    from genfw.train.pictures import draw_samples
 
     prepare()
     module, _ = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
+    given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
     with module.evaluating() as model:
-        images = draw_samples(model, range(options.n), mix(options.seed, "sample"), options.chunk)
-    picture = grid(to_bytes(images, config.data.bins), max(1, round(options.n**0.5)))
-    out = Path(options.out or folder / f"samples_{options.n}_seed{options.seed}.png")
-    print(f"{options.n} samples: {save(picture, out)}")
+        seed = mix(options.seed, "sample")
+        images = draw_samples(model, range(options.n), seed, options.chunk, given)
+        facts, guided = about(folder, options, model, chosen), steered(model)
+    anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
+    named = "" if options.label is None else slug(f"label_{options.label}")
+    name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
+    columns = max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
+    out = Path(options.out) if options.out else folder / name
+    write(images, given, facts, options.format, out, config.data.bins, columns)
+
+
+def labels(asked: Any, config: DictConfig) -> list[int] | None:
+    """The classes asked for, None where the model has none.
+
+    Raises:
+        ConfigError: it knows none, and nothing guides it to any; or there is no such class.
+    """
+    guidance = str((config.get("guidance") or {}).get("_target_"))
+    by_classifier = guidance.endswith("ClassifierGuidance")
+    classes = config.data.classes if by_classifier else config.model.get("classes")
+    if classes is None:
+        if asked is not None:
+            raise ConfigError(
+                f"label={asked}: this model knows no labels (model.classes=null); train one with "
+                "'model.classes=${data.classes}', or guide it: guidance=classifier"
+            )
+        return None
+    if asked is None or asked == "all":
+        return list(range(classes))
+    try:
+        chosen = [int(each) for each in str(asked).strip("[] ").split(",")]
+    except ValueError:
+        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all") from None
+    for each in chosen:
+        if not 0 <= each < classes:
+            raise ConfigError(
+                f"label={asked}: there is no class {each}, labels are 0..{classes - 1}"
+            )
+    return chosen
+
+
+def about(
+    folder: Path, options: DictConfig, model: LatentModel, chosen: list[int] | None
+) -> dict[str, str]:
+    """What made the images."""
+    from genfw.models.vdm import VDM
+    from genfw.train.loggers import git_commit
+
+    facts = {
+        "run": str(folder.absolute()),
+        "checkpoint": options.checkpoint,
+        "seed": str(options.seed),
+        "label": "none" if chosen is None else ",".join(map(str, chosen)),
+        "git": git_commit() or "unknown",
+    }
+    if isinstance(model, VDM):
+        facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
+        facts["guidance"] = model.guided().title or "none"
+    return facts
+
+
+def write(
+    images: Image,
+    given: list[int] | None,
+    facts: dict[str, str],
+    kind: str,
+    out: Path,
+    bins: int,
+    columns: int,
+) -> None:
+    """In this format; `out` without an ending gets one."""
+    import numpy as np
+
+    from genfw.train.frechet import to_bytes
+    from genfw.train.pictures import grid, save
+
+    pixels = to_bytes(images, bins)
+    if kind == "npz":
+        out = out if out.suffix == ".npz" else Path(f"{out}.npz")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        given = [-1] * len(images) if given is None else given
+        np.savez(out, images=images.numpy(), labels=np.array(given), **facts)  # pyright: ignore
+    elif kind == "png":
+        for i, one in enumerate(pixels):
+            of = facts if given is None else {**facts, "label": str(given[i])}
+            save(grid(one[None], 1), out / f"{i:05d}.png", of)
+    else:
+        out = out if out.suffix == ".png" else Path(f"{out}.png")
+        save(grid(pixels, columns), out, facts)
+    print(f"{len(images)} samples: {out}")
+
+
+def _columns(n: int, classes: int) -> int:
+    """Of a nearly square grid in which every column holds one class."""
+    return min(n, classes * max(1, round(n**0.5 / classes)))
 
 
 if __name__ == "__main__":

@@ -80,14 +80,16 @@ class HVAE(LatentModel, name="hvae"):
     Args:
         ladder: the network (`TopDown`).
         likelihood: p(x | z), from a network's output.
+        classes: labels 0..classes-1 are known to the ladder: p(x | y); None: it knows none.
 
     Raises:
         TypeError: the ladder is none.
         ValueError: when called, the ladder gives latents of another shape than it says.
     """
 
-    def __init__(self, ladder: nn.Module, likelihood: Likelihood):
+    def __init__(self, ladder: nn.Module, likelihood: Likelihood, classes: int | None = None):
         super().__init__()
+        self.classes = classes
         if not isinstance(ladder, TopDown):
             raise TypeError(
                 f"ladder: expected a network with `read` and `shapes` (genfw.models.hvae.TopDown), "
@@ -206,9 +208,9 @@ class HVAE(LatentModel, name="hvae"):
         return Normal(mean, _bounded(log_std).exp())
 
     def extra_repr(self) -> str:
-        return (
-            f"log p(x) >= E log p(x|z) - sum_t KL(q(z_t|z_>t, x) || p(z_t|z_>t)), T = {self.levels}"
-        )
+        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
+        bound = "log p(x) >= E log p(x|z) - sum_t KL(q(z_t|z_>t, x) || p(z_t|z_>t))"
+        return f"{bound}, T = {self.levels}{given}"
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
             p(z_{t-1} | z_t).
         likelihood: p(x | z_1), from a network's output.
         latents: size of each z_t, or its shape (channels first), from z_1 to z_T.
+        classes: labels 0..classes-1 are known to the networks: p(x | y); None: they know none.
 
     Raises:
         ValueError: the three lists are empty or of different lengths, or a size is not positive;
@@ -54,8 +55,10 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         decoders: Sequence[nn.Module],
         likelihood: Likelihood,
         latents: Sequence[int | Sequence[int]],
+        classes: int | None = None,
     ):
         super().__init__()
+        self.classes = classes
         if not len(encoders) == len(decoders) == len(latents) > 0:
             raise ValueError(
                 "expected one encoder, one decoder and one size of latents per level, got "
@@ -98,4 +101,5 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
 
     def extra_repr(self) -> str:
         chain = " -> ".join(f"z_{t} in R^{list(z)}" for t, z in enumerate(self.latents, 1))
-        return f"q: x -> {chain}; p: N(0, I) and back"
+        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
+        return f"q: x -> {chain}; p: N(0, I) and back{given}"

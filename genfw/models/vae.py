@@ -27,6 +27,7 @@ class VAE(MHVAE, name="vae"):
             ...).
         likelihood: p(x|z), from a network's output.
         latents: size of z, or its shape (channels first).
+        classes: labels 0..classes-1 are known to both networks: p(x | y); None: they know none.
 
     Raises:
         ValueError: a size is not positive; when called, the encoder gives latents of another shape.
@@ -38,8 +39,9 @@ class VAE(MHVAE, name="vae"):
         decoder: nn.Module,
         likelihood: Likelihood,
         latents: int | Sequence[int],
+        classes: int | None = None,
     ):
-        super().__init__([encoder], [decoder], likelihood, [latents])
+        super().__init__([encoder], [decoder], likelihood, [latents], classes)
 
     @property
     def encoder(self) -> nn.Module:
@@ -52,4 +54,6 @@ class VAE(MHVAE, name="vae"):
         return self.decoders[0]
 
     def extra_repr(self) -> str:
-        return f"log p(x) >= E log p(x|z) - KL(q(z|x) || N(0, I)), z in R^{list(self.latents[0])}"
+        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
+        z = f"z in R^{list(self.latents[0])}"
+        return f"log p(x) >= E log p(x|z) - KL(q(z|x) || N(0, I)), {z}{given}"

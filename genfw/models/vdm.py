@@ -28,6 +28,7 @@ from torch import Tensor
 
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.denoising import Denoising, lowering_variance
+from genfw.diffusion.guidance import Guidance, Guide, Unguided
 from genfw.diffusion.process import marginal, posterior, transition
 from genfw.diffusion.sampler import Ancestral, Sampler
 from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
@@ -53,6 +54,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
         times: which noise levels `elbo` and the objectives look at in continuous time; default
             uniform in t.
+        classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
+        guidance: what is put around the denoiser to sample, and only then.
     """
 
     def __init__(
@@ -64,6 +67,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         shape: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         times: TimeSampler | None = None,
+        classes: int | None = None,
+        guidance: Guide = Unguided,
     ):
         super().__init__()
         if steps is not None and steps < 1:
@@ -72,6 +77,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         self.shape = None if shape is None else tuple(shape)
         self.sampler = Ancestral(steps or 256) if sampler is None else sampler
         self.times = UniformTime() if times is None else times
+        self.classes, self.guidance = classes, guidance
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -88,6 +94,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
             shape=self.shape,
             sampler=sampler,
             times=self.times,
+            classes=self.classes,
+            guidance=self.guidance,
         )
 
     def for_evaluation(self) -> VDM:
@@ -100,6 +108,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
             shape=self.shape,
             sampler=self.sampler,
             times=UniformLogSNR(),
+            classes=self.classes,
+            guidance=self.guidance,
         )
 
     # The bound, by one random time per example.
@@ -174,12 +184,16 @@ class VDM(MarkovianHierarchy, name="vdm"):
         prediction = self.denoiser(z, self._time(t), y)
         return posterior(z, prediction.x, self._time(t - 1), self._time(t), self.schedule)
 
+    def guided(self) -> Guidance:
+        """The denoiser that samples are drawn with; bounds see the bare one."""
+        return self.guidance(self.denoiser).to(self.device)
+
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
         prior = self.prior(n)
         noise = draws(noise, prior.mean)
         z_1 = prior.sample(noise.fold(f"z{self.sampler.steps + 1}"))
-        z_0 = self.sampler(self.denoiser, z_1, y, noise=noise)
+        z_0 = self.sampler(self.guided(), z_1, y, noise=noise)
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 
     def _time(self, level: int) -> Tensor:
@@ -198,4 +212,5 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def extra_repr(self) -> str:
         time = "continuous time" if self.steps is None else f"T = {self.steps}"
-        return f"log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I)), {time}"
+        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
+        return f"log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I)), {time}{given}"

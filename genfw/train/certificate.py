@@ -56,7 +56,14 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
         "bpd_stderr": float(bits_per_dim(torch.tensor(stderr), dims)),
         "kind": module.estimator.kind,
         "terms": terms,
+        **given(module),
     }
+
+
+def given(module: LatentModule) -> dict[str, str]:
+    """What a conditional model was told: its NLL is one of p(x | y)."""
+    classes = module.model.classes
+    return {} if classes is None else {"given": f"the label, one of {classes}: -log p(x | y)"}
 
 
 def _estimator(module: LatentModule) -> dict[str, Any]:

@@ -578,14 +578,49 @@ def _run_can_be(config: DictConfig) -> None:
         )
 
 
-def _unconditional(config: DictConfig) -> None:
+def _labels_agree(config: DictConfig) -> None:
+    known = OmegaConf.select(config, "data.classes")
+    classes = OmegaConf.select(config, "model.classes")
+    if isinstance(classes, int) and isinstance(known, int) and classes != known:
+        raise ConfigError(
+            f"model.classes={classes}, but the data have {known} classes (data.classes): "
+            f"set model.classes={known}, or null for a model without labels"
+        )
     for place in ("net", "encoder", "decoder", "model.ladder"):
-        classes = OmegaConf.select(config, f"{place}.classes")
-        if classes is not None:
+        node = OmegaConf.select(config, place)
+        if isinstance(node, DictConfig) and "classes" in node and node.classes != classes:
             raise ConfigError(
-                f"{place}.classes={classes}: runs are not class-conditional yet (labels are not "
-                "dropped in training, so samples without one would be wrong); leave it null"
+                f"{place}.classes={_shown(node.classes)}, but the model has "
+                f"model.classes={_shown(classes)}: set model.classes, and leave {place}.classes "
+                "alone"
             )
+    dropout = OmegaConf.select(config, "label_dropout")
+    if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+        raise ConfigError(f"label_dropout={dropout}: expected a share of labels in [0, 1)")
+
+
+def _guidance_reads_model(config: DictConfig) -> None:
+    target = str(_target(config, "guidance"))
+    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", target.removeprefix("genfw.")).lower()
+    name = name.removesuffix("_guidance")
+    classes = OmegaConf.select(config, "model.classes")
+    dropout = OmegaConf.select(config, "label_dropout")
+    if target == "genfw.ClassifierFree" and classes is None:
+        raise ConfigError(
+            f"guidance={name} needs a conditional model, and this one has no labels "
+            "(model.classes=null): train one with model.classes=${data.classes}, or use "
+            "guidance=classifier"
+        )
+    without = (
+        "genfw.ClassifierFree",
+        "genfw.ClassifierGuidance",
+        "genfw.DenoisedClassifierGuidance",
+    )
+    if target in without and classes is not None and not dropout:
+        raise ConfigError(
+            f"guidance={name} asks the model without a label, and this one never saw that "
+            "(label_dropout=0): train it with label_dropout=0.1"
+        )
 
 
 def data_are_there(config: DictConfig) -> None:
@@ -601,7 +636,8 @@ def data_are_there(config: DictConfig) -> None:
 
 RULES: tuple[Callable[[DictConfig], None], ...] = (
     _run_can_be,
-    _unconditional,
+    _labels_agree,
+    _guidance_reads_model,
     _bins_agree,
     _bernoulli_is_binary,
     _likelihood_reads_model,

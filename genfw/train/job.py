@@ -32,15 +32,20 @@ from rich.console import Console
 from rich.table import Table
 
 import genfw
+from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
-from genfw.train.callbacks import Frechet, Pictures, show
-from genfw.train.certificate import certify
+from genfw.model import LatentModel
+from genfw.models.vdm import VDM
+from genfw.train.callbacks import Frechet, Pictures, show, steered
+from genfw.train.certificate import certify, given
 from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.loggers import Wandb, git_commit, one_line
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
+from genfw.train.runs import load
 
 Results = dict[str, Any]
 
@@ -85,7 +90,8 @@ def run(config: DictConfig, folder: Path) -> Results:
         results: Results = {
             **_validated(keep, config),
             **tested[0],
-            **_references(callbacks),
+            **_references(callbacks, module.model),
+            **{f"test/{name}": said for name, said in given(module).items()},
             "parameters": sum(p.numel() for p in module.model.parameters()),
             "seconds": round(time.monotonic() - started, 1),
             "seconds/fit": round(fitted, 1),
@@ -151,15 +157,54 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
     data = build(config.data)
     torch.manual_seed(config.seed)
     module = LatentModule(
-        build(config.model),
+        build(config.model, **guides(config)),
         build(config.objective),
         optimizer=build(config.optimizer),
         scheduler=build(config.scheduler),
         estimator=build(config.estimator),
         validation_estimator=build(config.validation_estimator),
         seed=config.seed,
+        label_dropout=config.get("label_dropout", 0.0),
     )
     return module, data
+
+
+def guides(config: DictConfig) -> dict[str, Guide]:
+    """The guidance of a diffusion model's samples, with what it names, a run folder, as a model.
+
+    Raises:
+        GenfwError: there is no such run, or not one of the same data.
+    """
+    node = config.get("guidance")
+    if node is None:
+        return {}
+    if "classifier" in node:
+        raise GenfwError(
+            f"guidance.classifier={node.classifier}: no command trains a classifier of noisy z "
+            "yet; in a notebook: VDM(guidance=partial(ClassifierGuidance, classifier=...))"
+        )
+    given = {"weaker": _weaker(config, node.weaker)} if "weaker" in node else {}
+    return {"guidance": build(node, **given)}
+
+
+def _weaker(config: DictConfig, place: str) -> Denoiser:
+    """The denoiser of another run, from its folder or from one of its checkpoints."""
+    file = Path(place)
+    folder = file.parent.parent if file.suffix == ".ckpt" else file
+    checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
+    theirs = load(folder, "guidance.weaker")
+    if list(theirs.data.shape) != list(config.data.shape):
+        raise GenfwError(
+            f"guidance.weaker={place}: a model of {list(theirs.data.shape)} images, and this one "
+            f"is of {list(config.data.shape)}"
+        )
+    model = restore(theirs, checkpoint)[0].evaluated
+    if not isinstance(model, VDM):
+        raise GenfwError(
+            f"guidance.weaker={place}: expected the run of a diffusion model, got a "
+            f"{type(model).__name__}"
+        )
+    return model.denoiser.requires_grad_(False).eval()
 
 
 def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDataModule]:
@@ -249,7 +294,8 @@ def table(results: Mapping[str, Any]) -> Table:
         if key.startswith("test/")
     }
     sheet = Table("test set", "")
-    sheet.add_row("NLL", f"{test['nll']:.2f} ± {test['nll_stderr']:.2f} nats (standard error)")
+    name = "NLL given labels" if "given" in test else "NLL"
+    sheet.add_row(name, f"{test['nll']:.2f} ± {test['nll_stderr']:.2f} nats (standard error)")
     sheet.add_row(
         "", f"{test['bpd']:.4f} ± {test['nll_stderr'] * test['bpd'] / test['nll']:.4f} bits/dim"
     )
@@ -305,13 +351,14 @@ def prepare() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _references(callbacks: list[L.Callback]) -> Results:
+def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
     """What Frechet distances were measured from."""
     distances = [one.distance for one in callbacks if isinstance(one, Frechet)]
     records = [one.record for one in distances if one is not None and one.record is not None]
     return {
-        f"test/{record.key}_reference": f"{record.reference_count} images of {record.reference}, "
-        f"features {record.extractor}"
+        f"test/{record.key}{steered(model)}_reference": (
+            f"{record.reference_count} images of {record.reference}, features {record.extractor}"
+        )
         for record in records
     }
 

@@ -25,7 +25,7 @@ from genfw.elbo import bits_per_dim
 from genfw.estimators.bound import Bound
 from genfw.estimators.estimator import Estimator
 from genfw.model import LatentModel
-from genfw.noise import BatchNoise, Noise, mix
+from genfw.noise import BatchNoise, Draws, Noise, mix
 from genfw.objective import Objective
 from genfw.train.data.images import Batch
 from genfw.train.metrics import NLL
@@ -46,6 +46,10 @@ class LatentModule(L.LightningModule):
         estimator: the NLL that is reported on the test set; default: the bound.
         validation_estimator: a cheaper one for validation; default: the bound over 2 x 4 draws.
         seed: of every random draw (not of the initial weights, which come with `model`).
+        label_dropout: the share of labels that a conditional model is not told in training.
+
+    Raises:
+        ValueError: label_dropout outside [0, 1).
     """
 
     def __init__(
@@ -57,8 +61,12 @@ class LatentModule(L.LightningModule):
         estimator: Estimator | None = None,
         validation_estimator: Estimator | None = None,
         seed: int = 0,
+        label_dropout: float = 0.0,
     ):
         super().__init__()
+        if not 0 <= label_dropout < 1:
+            raise ValueError(f"label_dropout: expected a share in [0, 1), got {label_dropout}")
+        self.label_dropout = label_dropout
         self.model = model
         self.average: LatentModel | None = None
         self.objective = objective
@@ -98,7 +106,8 @@ class LatentModule(L.LightningModule):
         )
         reseed(mix(self.seed, step, chunk), self.device)
         self.objective.advance(step)
-        nats = self.objective(self.model, batch.image, batch.label, noise=noise)
+        labels = drop_labels(batch.label, self.model.classes, self.label_dropout, noise)
+        nats = self.objective(self.model, batch.image, labels, noise=noise)
         if nats.shape != (len(batch.image),):
             raise ValueError(
                 f"objective: expected one value per example, ({len(batch.image)},), "
@@ -160,6 +169,17 @@ class LatentModule(L.LightningModule):
         """A file with averaged weights is evaluated by them, whoever loads it."""
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+
+def drop_labels(y: Tensor, classes: int | None, share: float, noise: Draws) -> Tensor:
+    """Labels (b,), each of them `classes`, which stands for none, with probability `share`.
+
+    Without classes there is nothing to drop, and no random number is drawn.
+    """
+    if classes is None or not share:
+        return y
+    u = noise.fold("label").uniform("label", torch.empty(len(y), device=y.device))
+    return torch.where(u < share, classes, y)
 
 
 def logs(trainer: L.Trainer) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image as PIL
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from genfw.diffusion.sampler import Step
@@ -53,13 +54,32 @@ def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
 
 
 @torch.no_grad()
-def draw_samples(model: LatentModel, indices: Sequence[int], seed: int, chunk: int = 128) -> Image:
-    """Samples number `indices` of this seed: the same images whatever the chunks and ranks."""
+def draw_samples(
+    model: LatentModel,
+    indices: Sequence[int],
+    seed: int,
+    chunk: int = 128,
+    labels: Sequence[int] | None = None,
+) -> Image:
+    """Samples number `indices` of this seed: the same images whatever the chunks and ranks.
+
+    Args:
+        labels: of these samples; None: see `in_turn`.
+    """
     device, parts = model.device, []
     for start in range(0, len(indices), chunk):
         index = torch.tensor(indices[start : start + chunk], device=device)
-        parts.append(model.sample(len(index), noise=Noise(seed, index)).cpu())
+        y = in_turn(model, index)
+        if labels is not None:
+            y = torch.tensor(labels[start : start + chunk], device=device)
+        parts.append(model.sample(len(index), y, noise=Noise(seed, index)).cpu())
     return torch.cat(parts)
+
+
+def in_turn(model: LatentModel, index: Tensor) -> Tensor | None:
+    """The labels of a conditional model's samples where nobody asks for any: class i modulo their
+    number for sample i, so that classes are balanced. None where there are no classes."""
+    return None if model.classes is None else index % model.classes
 
 
 @torch.no_grad()
@@ -69,7 +89,7 @@ def denoising_strip(model: VDM, n: int, seed: int, bins: int, levels: int = 8) -
     Two rows per sample, at `levels` times: the latent z_t, and x_hat, what the model makes of it.
     """
     index = torch.arange(n, device=model.device)
-    way, x = trajectory(model, Noise(seed, index))
+    way, x = trajectory(model, Noise(seed, index), in_turn(model, index))
     chosen = [way[round(i * (len(way) - 1) / (levels - 1))] for i in range(levels)]
     final = to_bytes(x, bins)
     latents = torch.stack([data_to_bytes(step.z) for step in chosen] + [final], 1)
@@ -77,31 +97,37 @@ def denoising_strip(model: VDM, n: int, seed: int, bins: int, levels: int = 8) -
     return grid(torch.stack([latents, guesses], 1).flatten(0, 2), levels + 1)
 
 
-def trajectory(model: VDM, noise: Noise) -> tuple[list[Step], Image]:
-    """Every step of `model.sample(n, noise=noise)`, from t = 1 on, and the images it ends in."""
-    sampler, n = model.sampler, len(noise.index)
+def trajectory(model: VDM, noise: Noise, y: Tensor | None = None) -> tuple[list[Step], Image]:
+    """Every step of `model.sample(n, y, noise=noise)`, from t = 1 on, and the images it ends in."""
+    sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
     z_1 = model.prior(n).sample(noise.fold(f"z{sampler.steps + 1}"))
     one = torch.ones((), dtype=torch.float64, device=z_1.device)
-    start = Step(one, z_1, model.denoiser(z_1, one))
-    way = [start, *sampler.path(model.denoiser, z_1, noise=noise)]
-    return way, model.decode(way[-1].z, 1).sample(noise.fold("z0"))
+    start = Step(one, z_1, denoiser(z_1, one, y))
+    way = [start, *sampler.path(denoiser, z_1, y, noise=noise)]
+    return way, model.decode(way[-1].z, 1, y).sample(noise.fold("z0"))
 
 
 @torch.no_grad()
-def reconstructions(model: MarkovianHierarchy, x: Image, noise: Noise, bins: int) -> PIL.Image:
+def reconstructions(
+    model: MarkovianHierarchy, x: Image, noise: Noise, bins: int, y: Tensor | None = None
+) -> PIL.Image:
     """Images above, and below each what the model draws from the top latent it was encoded to."""
     z: Tensor = x
     for t in range(1, model.levels + 1):
-        z = model.encode(z, t).sample(noise.fold(f"q{t}"))
+        z = model.encode(z, t, y).sample(noise.fold(f"q{t}"))
     for t in range(model.levels, 0, -1):
-        z = model.decode(z, t).sample(noise.fold(f"p{t}"))
+        z = model.decode(z, t, y).sample(noise.fold(f"p{t}"))
     return grid(to_bytes(torch.cat([x, z]), bins), columns=len(x))
 
 
-def save(picture: PIL.Image, path: Path) -> Path:
-    """Writes beside, then replaces: a reader never sees half a picture."""
+def save(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> Path:
+    """Writes beside, then replaces: a reader never sees half a picture. `facts` become text chunks
+    of the PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    picture.save(beside, format="PNG")
+    chunks = PngInfo()
+    for name, value in (facts or {}).items():
+        chunks.add_text(name, value)
+    picture.save(beside, format="PNG", pnginfo=chunks)
     beside.replace(path)
     return path

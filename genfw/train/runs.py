@@ -15,7 +15,8 @@ from genfw.train.compose import compose, session
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 
-CHOSEN_ANEW = ("estimator",)  # groups that a finished run does not depend on
+CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
+"""Groups that a finished run does not depend on; those of diffusion models after the first."""
 
 
 def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
@@ -51,17 +52,16 @@ def read(
     if wrong or "run" not in given:
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
     folder = Path(given.pop("run"))
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"run={folder}: there is no {file}; a run folder has one")
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
-    config.trusted = []  # a folder may come from anywhere: it does not vouch for itself
+    config = load(folder)
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
     for group in CHOSEN_ANEW:
         if group in given:
-            config[group] = reference[group] = _option(group, given.pop(group))
+            name = given.pop(group)
+            more = [f"{key}={value}" for key, value in given.items() if key.startswith(f"{group}.")]
+            option = _option(config, group, name, more)
+            config[group] = reference[group] = option
+    _follow(config)
     known = [*defaults, *keys(config)]
     for key, value in given.items():
         if key not in known:
@@ -84,8 +84,38 @@ def read(
     return folder, config, options
 
 
-def _option(group: str, name: str) -> DictConfig:
-    """What conf/<group>/<name>.yaml says, also a plug-in's."""
+def load(folder: Path, key: str = "run") -> DictConfig:
+    """The configuration of a run folder. Nothing is imported.
+
+    Raises:
+        ConfigError: it is no run's.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{key}={folder}: there is no {file}; a run folder has one")
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    config.trusted = []  # a folder may come from anywhere: it does not vouch for itself
+    return config
+
+
+def _option(config: DictConfig, group: str, name: str, more: Sequence[str]) -> DictConfig:
+    """What conf/<group>/<name>.yaml says, also a plug-in's, with `more` settings of the group."""
+    if group != "estimator" and "sampler" not in config:
+        raise ConfigError(
+            f"{group}={name}: of diffusion models, and this run is of {config.model._target_}"
+        )
+    model = "vae" if group == "estimator" else "vdm"  # which any option of these groups can read
+    free = ["model.classes=${data.classes}"] if group == "guidance" else []
     with session():
-        composed = compose(["model=vae", f"{group}={name}"])  # which any estimator can read
+        composed = compose([f"model={model}", *free, f"{group}={name}", *more])
     return OmegaConf.create({group: OmegaConf.to_container(composed[group], resolve=True)})[group]
+
+
+def _follow(config: DictConfig) -> None:
+    """In config.yaml interpolations are resolved; where a group's choice was copied, it is the
+    choice again."""
+    for holder in ("model", "sampler"):
+        for group in CHOSEN_ANEW:
+            if group in config and holder != group and group in config.get(holder, {}):
+                config[holder][group] = f"${{{group}}}"

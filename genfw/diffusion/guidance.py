@@ -1,0 +1,326 @@
+r"""Guidance: a denoiser, steered towards a label while it samples.
+
+Guidance wraps a denoiser and is a denoiser; samplers do not know it. An NLL is always of the bare
+model: a model puts guidance around its denoiser to sample, and nowhere else.
+
+| name                | score                                       | needs                        |
+|---------------------|---------------------------------------------|------------------------------|
+| none                | s(z, y)                                     |                              |
+| classifier_free     | w s(z, y) + (1 - w) s(z)                    | labels dropped in training   |
+| autoguidance        | w s(z, y) + (1 - w) s_weaker(z, y)          | a weaker model               |
+| classifier          | s(z) + w grad log p(y given z)              | a classifier of noisy images |
+| classifier_denoised | s(z) + w grad log p(y given x_hat(z))       | a classifier                 |
+
+w = 1 is plain, and Bayes' rule, Luo (165), (166); w > 1 sharpens. All of it is said of the score
+and done to x and eps: since z = alpha x + sigma eps, weights that sum to 1 do the same to each of
+them, and to the output of any linear parameterization.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from genfw.diffusion.denoiser import Denoiser
+from genfw.parameterization import Prediction, broadcast
+from genfw.registry import Registered
+from genfw.types import Data, Labels, Nats, Time
+
+
+class Guidance(Registered, Denoiser, ABC, group="guidance"):
+    """A denoiser around another, along the same schedule."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+
+    @property
+    def title(self) -> str:
+        """What is done to samples, for names of files and metrics; nothing where nothing is."""
+        return f"{self.name}({self.extra_repr()})"
+
+
+class Unguided(Guidance, name="none"):
+    """The denoiser as it is."""
+
+    @property
+    def title(self) -> str:
+        return ""
+
+    def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        return self.denoiser(z, t, y)
+
+
+Guide = Callable[[Denoiser], Guidance]
+"""A choice of guidance that waits for its denoiser."""
+
+
+class Scaled(Guidance):
+    """Guidance of a strength that holds in an interval of noise levels.
+
+    Args:
+        denoiser: what is guided.
+        scale: w.
+        interval: lowest and highest log SNR where it guides; None: everywhere.
+
+    Raises:
+        ValueError: an interval that is none, or a scale that is not finite.
+
+    References:
+        Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
+        Diffusion Models, Kynkaanniemi et al., 2024, https://arxiv.org/abs/2404.07724
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, interval: Sequence[float] | None):
+        super().__init__(denoiser)
+        if not math.isfinite(scale):
+            raise ValueError(f"scale: expected a finite number, got {scale}")
+        if interval is not None and (len(interval) != 2 or not interval[0] < interval[1]):
+            raise ValueError(f"interval: expected [lowest, highest] log SNR, got {list(interval)}")
+        self.scale = scale
+        self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+
+    def weight(self, t: Time, like: Data, plain: float) -> Tensor:
+        """w where it guides and `plain` elsewhere, one per example, broadcastable to `like`."""
+        log_snr = self.schedule.log_snr(t).to(like.device).expand(len(like))
+        lowest, highest = self.interval or (-math.inf, math.inf)
+        inside = (log_snr >= lowest) & (log_snr <= highest)
+        return broadcast(torch.where(inside, self.scale, plain), like)
+
+    def extra_repr(self) -> str:
+        interval = self.interval and ", interval=[{:g}, {:g}]".format(*self.interval)
+        return f"scale={self.scale:g}{interval or ''}"
+
+
+class Extrapolated(Scaled):
+    r"""Away from a second prediction, through the first:
+
+    .. math:: \hat x = w\, \hat x_1 + (1 - w)\, \hat x_2, \qquad
+        \hat x \leftarrow \hat x \left(1 - \phi + \phi\,
+        \frac{\mathrm{std}\, \hat x_1}{\mathrm{std}\, \hat x}\right)
+
+    Args:
+        denoiser: gives the first.
+        scale: w.
+        interval: lowest and highest log SNR where it guides; None: everywhere.
+        rescale: phi, how far the contrast of every image is brought back to that of the first.
+
+    Raises:
+        ValueError: rescale outside [0, 1], or see `Scaled`.
+
+    References:
+        Common Diffusion Noise Schedules and Sample Steps are Flawed, Lin et al., 2023,
+        https://arxiv.org/abs/2305.08891 (rescale)
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scale: float,
+        interval: Sequence[float] | None,
+        rescale: float,
+    ):
+        super().__init__(denoiser, scale, interval)
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale: expected a number in [0, 1], got {rescale}")
+        self.rescale = rescale
+
+    @abstractmethod
+    def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:
+        """The second prediction."""
+
+    def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        first = self.denoiser(z, t, y)
+        w = self.weight(t, z, plain=1.0)
+        if bool((w == 1).all()):
+            return first
+        x = w * first.x + (1 - w) * self.away(z, t, y).x
+        if self.rescale:
+            contrast = _std(first.x) / _std(x).clamp_min(torch.finfo(x.dtype).tiny)
+            x = x * torch.where(w == 1, 1, 1 - self.rescale + self.rescale * contrast)
+        return Prediction(x, (z - first.alpha * x) / first.sigma, first.alpha, first.sigma)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", rescale={self.rescale:g}" if self.rescale else "")
+
+
+class ClassifierFree(Extrapolated, name="classifier_free"):
+    """Away from the same model without a label.
+
+    Args:
+        denoiser: of a model that was trained with labels dropped.
+        scale: w; 1 is the conditional model, 0 the one without labels.
+        interval, rescale: see `Extrapolated`.
+
+    References:
+        Classifier-Free Diffusion Guidance, Ho, Salimans, 2022, https://arxiv.org/abs/2207.12598
+            (their w is ours less 1)
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        scale: float = 3.0,
+        interval: Sequence[float] | None = None,
+        rescale: float = 0.0,
+    ):
+        super().__init__(denoiser, scale, interval, rescale)
+
+    def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:
+        return self.denoiser(z, t, None)
+
+
+class Autoguidance(Extrapolated, name="autoguidance"):
+    """Away from a weaker model of the same data: smaller, or trained less. It needs no labels.
+
+    Args:
+        denoiser: the better one.
+        weaker: the other, along whatever schedule: it is asked at the same log SNR.
+        scale: w.
+        interval, rescale: see `Extrapolated`.
+
+    Raises:
+        ValueError: the weaker one's schedule does not reach as far.
+
+    References:
+        Guiding a Diffusion Model with a Bad Version of Itself, Karras et al., 2024,
+        https://arxiv.org/abs/2406.02507
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        weaker: Denoiser,
+        scale: float = 2.0,
+        interval: Sequence[float] | None = None,
+        rescale: float = 0.0,
+    ):
+        super().__init__(denoiser, scale, interval, rescale)
+        mine, its = denoiser.schedule, weaker.schedule
+        if its.log_snr_max < mine.log_snr_max or its.log_snr_min > mine.log_snr_min:
+            raise ValueError(
+                f"weaker: expected a model of log SNR {float(mine.log_snr_max):.3g} to "
+                f"{float(mine.log_snr_min):.3g} at least, got one of {float(its.log_snr_max):.3g} "
+                f"to {float(its.log_snr_min):.3g}"
+            )
+        self.weaker = weaker
+
+    def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:
+        return self.weaker(z, self.weaker.schedule.inverse(self.schedule.log_snr(t)), y)
+
+
+class ByClassifier(Scaled):
+    r"""Up the gradient of log p(y | z), from the model without a label:
+
+    .. math:: \hat\epsilon = \hat\epsilon(z) - w\, \sigma\, \nabla_z \log p(y \mid z),
+        \quad \text{Luo (165), (166)}
+
+    Args:
+        denoiser: of an unconditional model, or of one that was trained with labels dropped: it is
+            asked without a label.
+        classifier: (z (b, ...), log SNR (b,)) -> logits (b, classes).
+        scale: w; 0 is the denoiser without a label.
+        interval: lowest and highest log SNR where it guides; None: everywhere.
+
+    Raises:
+        ValueError: see `Scaled`; when called, there are no labels.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: nn.Module,
+        scale: float,
+        interval: Sequence[float] | None,
+    ):
+        super().__init__(denoiser, scale, interval)
+        self.classifier = classifier
+
+    @abstractmethod
+    def evidence(self, z: Data, t: Time, y: Labels) -> Nats:
+        """log p(y | z), (b,) nats, with a gradient in z."""
+
+    def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        if y is None:
+            raise ValueError(f"{self.title} needs labels to guide to: none came")
+        plain = self.denoiser(z, t, None)
+        w = self.weight(t, z, plain=0.0)
+        if bool((w == 0).all()):
+            return plain
+        eps = plain.eps - w * plain.sigma * self.gradient(z, t, y)
+        return Prediction((z - plain.sigma * eps) / plain.alpha, eps, plain.alpha, plain.sigma)
+
+    def gradient(self, z: Data, t: Time, y: Labels) -> Data:
+        """grad log p(y | z) at z (b, ...), also where gradients are switched off."""
+        with torch.inference_mode(False), torch.enable_grad():
+            z, t, y = z.detach().clone().requires_grad_(), t.clone(), y.clone()
+            (gradient,) = torch.autograd.grad(self.evidence(z, t, y).sum(), z)
+        return gradient
+
+    def log_prob(self, z: Data, t: Time, y: Labels) -> Nats:
+        """What the classifier says of y at z."""
+        log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
+        return self.classifier(z, log_snr).log_softmax(1).gather(1, y[:, None].long())[:, 0]
+
+
+class ClassifierGuidance(ByClassifier, name="classifier"):
+    """By a classifier that was trained on noisy images: exact where it is.
+
+    Args:
+        denoiser, classifier, scale, interval: see `ByClassifier`.
+
+    References:
+        Diffusion Models Beat GANs on Image Synthesis, Dhariwal, Nichol, 2021,
+        https://arxiv.org/abs/2105.05233
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: nn.Module,
+        scale: float = 1.0,
+        interval: Sequence[float] | None = None,
+    ):
+        super().__init__(denoiser, classifier, scale, interval)
+
+    def evidence(self, z: Data, t: Time, y: Labels) -> Nats:
+        return self.log_prob(z, t, y)
+
+
+class DenoisedClassifierGuidance(ByClassifier, name="classifier_denoised"):
+    """By what the classifier says of x_hat, the gradient taken through the denoiser.
+
+    log p(y | x_hat) stands for log E[p(y | x) | z], which it is not; but the classifier needs to
+    know clean images alone.
+
+    Args:
+        denoiser, classifier, scale, interval: see `ByClassifier`.
+
+    References:
+        Universal Guidance for Diffusion Models, Bansal et al., 2023,
+        https://arxiv.org/abs/2302.07121
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: nn.Module,
+        scale: float = 1.0,
+        interval: Sequence[float] | None = None,
+    ):
+        super().__init__(denoiser, classifier, scale, interval)
+
+    def evidence(self, z: Data, t: Time, y: Labels) -> Nats:
+        start = torch.zeros((), dtype=torch.float64, device=z.device)
+        z_0 = broadcast(self.schedule.alpha(start), z) * self.denoiser(z, t, None).x
+        return self.log_prob(z_0, start, y)
+
+
+def _std(x: Data) -> Tensor:
+    """The contrast of each example, broadcastable to x."""
+    return broadcast(x.flatten(1).std(1, correction=0), x)

@@ -1,0 +1,180 @@
+"""Models that are told labels, runs that train them, and the images they are asked for."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PIL
+from test_job import FID, VDM, composed
+
+from genfw import Noise, sample
+from genfw.nets import Conv
+from genfw.noise import BatchNoise, mix
+from genfw.train.job import restore, run
+from genfw.train.module import drop_labels, reseed
+from genfw.train.pictures import draw_samples
+from genfw.train.runs import command, read
+
+
+@pytest.fixture(scope="module")
+def conditional(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conditional")
+    chosen = ("model.classes=10", "guidance=classifier_free", "guidance.scale=2.0")
+    return folder, run(composed(*VDM, *FID, *chosen, "logger=csv"), folder)
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unconditional")
+    quick = ("logger=none", "metrics=none", "callbacks.pictures.every=0")
+    run(composed(*VDM, *quick), folder)
+    return folder
+
+
+def test_labels_are_dropped_by_the_stream_of_the_step():
+    y = torch.arange(10).repeat(500)
+
+    def dropped(step, share=0.2):
+        reseed(mix(0, step, 0), y.device)
+        return drop_labels(y, 10, share, BatchNoise(len(y)))
+
+    assert torch.equal(dropped(3), dropped(3)) and not torch.equal(dropped(3), dropped(4))
+    hidden = dropped(3) == 10
+    assert abs(hidden.double().mean() - 0.2) < 5 * (0.2 * 0.8 / 5000) ** 0.5
+    assert torch.equal(dropped(3)[~hidden], y[~hidden])
+    state = torch.get_rng_state()
+    assert torch.equal(drop_labels(y, None, 0.2, BatchNoise(len(y))), y)
+    assert torch.equal(drop_labels(y, 10, 0.0, BatchNoise(len(y))), y)
+    assert torch.equal(torch.get_rng_state(), state)  # runs without labels are what they were
+
+
+def test_no_label_is_one_label():
+    """None and `classes` are the same vector, example by example."""
+    net = Conv((1, 4, 4), classes=3, width=8, blocks=1)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    z, level = torch.randn(4, 1, 4, 4), torch.rand(4)
+    some = net(z, level, torch.tensor([3, 0, 3, 2]))
+    assert torch.allclose(some[[0, 2]], net(z, level)[[0, 2]], atol=1e-6)
+    assert not torch.allclose(some[[1, 3]], net(z, level)[[1, 3]], atol=1e-3)
+
+
+def test_a_reported_nll_is_given_the_label_and_nothing_is_dropped(conditional):
+    folder, results = conditional
+    certificate = json.loads((folder / "certificate.json").read_text())
+    assert certificate["result"]["given"] == results["test/given"]
+    assert "-log p(x | y)" in results["test/given"]
+    _, config, _ = read([f"run={folder}"], {}, "")
+    module, data = restore(config, folder / "checkpoints" / "best.ckpt")
+    split = data.split("test")
+    x, y = torch.tensor(split.images), torch.tensor(split.labels)
+    noise = Noise(mix(module.seed, "test"), torch.arange(len(x)))
+    with module.evaluating() as model:
+        told = module.estimator(model, x, y, noise=noise).nats.mean()
+        not_told = module.estimator(model, x, noise=noise).nats.mean()
+    assert float(told) == pytest.approx(results["test/nll"], rel=1e-6)
+    assert float(not_told) != pytest.approx(results["test/nll"], rel=1e-6)
+
+
+def test_a_frechet_distance_of_guided_samples_says_so(conditional):
+    folder, results = conditional
+    assert results["test/fd_digits_classifier_free_scale_2"] > 0
+    assert "test/fd_digits" not in results
+    assert "val/fd_digits_classifier_free_scale_2" in (folder / "metrics.csv").read_text()
+
+
+def test_an_unconditional_certificate_is_as_before(without):
+    certificate = json.loads((without / "certificate.json").read_text())
+    assert "given" not in certificate["result"]
+
+
+@pytest.mark.parametrize("model", ["vae", "mhvae", "hvae", "vdm"])
+def test_every_model_can_be_conditional(model):
+    """Its bound and its samples depend on the label; where it has no classes they do not."""
+    from genfw.train.job import assemble
+
+    for classes in (10, None):
+        module, _ = assemble(composed(f"model={model}", f"model.classes={classes or 'null'}"))
+        for p in module.model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        x, noise = torch.randint(17, (4, 1, 8, 8)), Noise(0, torch.arange(4))
+        with torch.no_grad():
+            one, other = (
+                module.model.eval().elbo(x, torch.full((4,), y), noise=noise).total for y in (1, 2)
+            )
+        assert torch.equal(one, other) is (classes is None)
+        assert ("given y in 0..9" in repr(module.model)) is (classes == 10)
+
+
+def said(folder, *arguments):
+    return command(sample.sample, [f"run={folder}", *arguments])
+
+
+def test_samples_of_a_class(conditional, tmp_path):
+    folder, _ = conditional
+    out = tmp_path / "sevens.npz"
+    given = ("label=7", "guidance.scale=3.0", "sampler.steps=6", "format=npz", f"out={out}")
+    assert said(folder, "n=5", "chunk=2", *given) == 0
+    held = dict(np.load(out))
+    assert held["images"].shape == (5, 1, 8, 8) and held["labels"].tolist() == [7] * 5
+    assert str(held["guidance"]) == "classifier_free(scale=3)"
+    assert "steps=6" in str(held["sampler"]) and str(held["label"]) == "7"
+    assert said(folder, "n=7", *given) == 0
+    assert (np.load(out)["images"][:5] == held["images"]).all()  # whatever the chunk and number
+    assert said(folder, "n=5", *given, "sampler.steps=7") == 0
+    assert (np.load(out)["images"] != held["images"]).any()  # the steps of the sampler count
+
+
+def test_a_guided_grid_says_so(conditional):
+    folder, _ = conditional
+    assert said(folder, "n=20", "label=all") == 0
+    file = folder / "samples_20_seed0_label_all_classifier_free_scale_2.png"
+    picture = PIL.open(file)
+    assert picture.text["guidance"] == "classifier_free(scale=2)"
+    assert picture.text["run"] == str(folder) and picture.text["seed"] == "0"
+    assert said(folder, "n=20", "label=0,1", "guidance=none") == 0
+    plain = PIL.open(folder / "samples_20_seed0_label_0_1.png")
+    assert plain.text["guidance"] == "none" and plain.text["label"] == "0,1"
+
+
+def test_a_run_without_labels_is_guided_by_another(without, capsys):
+    weaker = f"guidance.weaker={without / 'checkpoints' / 'last.ckpt'}"
+    assert said(without, "n=4", "guidance=autoguidance", weaker, "format=png") == 0
+    folder = without / "samples_4_seed0_autoguidance_scale_2"
+    assert [file.name for file in sorted(folder.iterdir())] == [f"{i:05d}.png" for i in range(4)]
+
+
+WRONG = [
+    (("label=11",), ["label=11", "0..9"]),
+    (("label=seven",), ["label=seven", "0,1,2 or all"]),
+    (("format=gif",), ["format=gif", "grid, png or npz"]),
+    (("guidance=classifier_fre",), ["classifier_free"]),
+    (("guidance=autoguidance", "guidance.weaker=/nope"), ["guidance.weaker=/nope", "config.yaml"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
+def test_wrong_of_a_conditional_run(conditional, arguments, words, capsys):
+    assert said(conditional[0], *arguments) in (1, 2)
+    answer = capsys.readouterr().err
+    assert all(word in answer for word in words) and "Traceback" not in answer
+
+
+def test_wrong_of_a_run_without_labels(without, capsys):
+    assert said(without, "label=7") == 2
+    assert "knows no labels" in capsys.readouterr().err
+    assert said(without, "guidance=classifier", "guidance.classifier=runs/c", "label=7") == 1
+    assert "no command trains a classifier" in capsys.readouterr().err
+    assert said(without, "guidance=classifier_free") == 2
+    assert "needs a conditional model" in capsys.readouterr().err
+
+
+def test_labels_go_round_where_nobody_asks(conditional):
+    folder, _ = conditional
+    _, config, _ = read([f"run={folder}"], {}, "")
+    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
+    with module.evaluating() as model:
+        drawn = draw_samples(model, range(12), 0)
+        y = torch.arange(12) % 10
+        assert torch.equal(drawn, model.sample(12, y, noise=Noise(0, torch.arange(12))))

@@ -1,0 +1,294 @@
+"""Guidance of a denoiser: exact on mixtures of Gaussians, and the same in every coordinate."""
+
+import math
+
+import pytest
+import torch
+from oracles import GaussianDenoiser
+from torch import nn
+
+import genfw
+from genfw import (
+    Ancestral,
+    Autoguidance,
+    ClassifierFree,
+    ClassifierGuidance,
+    Cosine,
+    DenoisedClassifierGuidance,
+    Denoiser,
+    LinearParameterization,
+    LogLinear,
+    NetworkDenoiser,
+    Noise,
+    Prediction,
+    Unguided,
+)
+from genfw.nets import MLP
+from genfw.parameterization import broadcast
+
+MEANS, STD, SHARE = (-0.6, 0.4), 0.2, (0.3, 0.7)
+SCHEDULE = Cosine(9.0, -9.0)
+
+
+class Mixture(Denoiser):
+    """The exact denoiser of two Gaussians N(MEANS[y], STD^2) in the first dimension, standard
+    normal in the others, and of their mixture where there is no label (None, or 2)."""
+
+    def __init__(self, schedule=SCHEDULE, std=STD):
+        super().__init__()
+        self.schedule, self.std = schedule, std
+
+    def forward(self, z, t, y=None):
+        y = torch.full((len(z),), 2) if y is None else y
+        alpha, sigma = (broadcast(f(t), z) for f in (self.schedule.alpha, self.schedule.sigma))
+        log_snr = self.schedule.log_snr(t).expand(len(z))
+        each = [self._one(z, alpha, sigma, mean) for mean in MEANS]
+        share = Bayes(self.std)(z, log_snr).softmax(1)
+        known = nn.functional.one_hot(y.clamp_max(1), 2).to(share)
+        share = torch.where((y < 2)[:, None], known, share)
+        x = sum(broadcast(share[:, k], z) * each[k] for k in range(2))
+        return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
+
+    def _one(self, z, alpha, sigma, mean):
+        """E[x | z, y]: every dimension by itself."""
+        means, stds = torch.zeros(z.shape[1]), torch.ones(z.shape[1])
+        means[0], stds[0] = mean, self.std
+        gain = alpha * stds**2 / (alpha**2 * stds**2 + sigma**2)
+        return means + gain * (z - alpha * means)
+
+
+class Bayes(nn.Module):
+    """The exact classifier: log p(z | y) + log p(y)."""
+
+    def __init__(self, std=STD):
+        super().__init__()
+        self.std = std
+
+    def forward(self, z, log_snr):
+        alpha, var = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid()
+        var = alpha**2 * self.std**2 + var
+        gaps = z[:, :1] - alpha[:, None] * torch.tensor(MEANS)
+        return (-0.5 * gaps**2 / var[:, None] + torch.tensor(SHARE).log()).to(z)
+
+
+def labelled(cls, **arguments):
+    """A random network that listens to its labels, read by a parameterization."""
+    torch.manual_seed(0)
+    parameterization = cls(**arguments)
+    channels = parameterization.channels(3, 5)
+    net = MLP((3,), out_channels=channels, classes=2, width=16, blocks=1)
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return NetworkDenoiser(net, parameterization, SCHEDULE)
+
+
+LINEAR = pytest.mark.parametrize(
+    "cls",
+    [c for c in genfw.Parameterization.registry.values() if issubclass(c, LinearParameterization)],
+)
+
+
+def near(one, other, tolerance=1e-9):
+    for a, b in ((one.x, other.x), (one.eps, other.eps), (one.score, other.score)):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture
+def batch(double):
+    z, y = torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 1, 0])
+    return z, torch.linspace(0.05, 0.95, 6, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 3.0])
+@LINEAR
+def test_guidance_commutes_with_the_parameterization(cls, w, batch):
+    """To combine the network's outputs, and to combine what they mean, is the same."""
+    z, t, y = batch
+    denoiser = labelled(cls)
+    output, *rest = denoiser._read(z, t, y)
+    without = denoiser._read(z, t, None)[0]
+    expected = denoiser.parameterization.solve(w * output + (1 - w) * without, *rest)
+    near(ClassifierFree(denoiser, w)(z, t, y), expected)
+
+
+@pytest.mark.parametrize("cls", genfw.Parameterization.registry.values())
+def test_every_parameterization_is_guided_to_the_same_score(cls, batch):
+    """w s(z | y) + (1 - w) s(z), and z = alpha x + sigma eps still holds."""
+    z, t, y = batch
+    denoiser = labelled(cls, **({} if issubclass(cls, LinearParameterization) else {"bins": 5}))
+    guided = ClassifierFree(denoiser, 2.5)(z, t, y)
+    with_label, without = denoiser(z, t, y), denoiser(z, t)
+    torch.testing.assert_close(guided.score, 2.5 * with_label.score - 1.5 * without.score)
+    torch.testing.assert_close(guided.alpha * guided.x + guided.sigma * guided.eps, z)
+    assert not torch.allclose(guided.x, with_label.x)
+
+
+def test_scale_one_is_plain_and_scale_zero_has_no_label(batch):
+    z, t, y = batch
+    denoiser = labelled(genfw.V)
+    near(ClassifierFree(denoiser, 1.0)(z, t, y), denoiser(z, t, y))
+    near(ClassifierFree(denoiser, 1.0, rescale=1.0)(z, t, y), denoiser(z, t, y))
+    near(ClassifierFree(denoiser, 0.0)(z, t, y), denoiser(z, t))
+    near(Unguided(denoiser)(z, t, y), denoiser(z, t, y))
+    near(ClassifierGuidance(denoiser, Bayes(), 0.0)(z, t, y), denoiser(z, t))
+
+
+def test_outside_its_interval_guidance_is_plain(batch):
+    z, t, y = batch
+    denoiser = labelled(genfw.Eps)
+    log_snr = SCHEDULE.log_snr(t)
+    inside = (log_snr > -2) & (log_snr < 3)
+    assert 0 < inside.sum() < 6
+    for rescale in (0.0, 0.5):
+        limited = ClassifierFree(denoiser, 4.0, [-2.0, 3.0], rescale)(z, t, y).x
+        full = ClassifierFree(denoiser, 4.0, None, rescale)(z, t, y).x
+        torch.testing.assert_close(limited[inside], full[inside])
+        torch.testing.assert_close(limited[~inside], denoiser(z, t, y).x[~inside])
+    limited = ClassifierGuidance(denoiser, Bayes(), 4.0, [-2.0, 3.0])(z, t, y).x
+    torch.testing.assert_close(limited[~inside], denoiser(z, t).x[~inside])
+    assert not torch.allclose(limited[inside], denoiser(z, t).x[inside])
+
+
+def test_rescaling_gives_back_the_contrast(batch):
+    z, t, y = batch
+    denoiser = labelled(genfw.X0)
+    plain, sharp = denoiser(z, t, y).x, ClassifierFree(denoiser, 5.0)(z, t, y).x
+    whole, half = (ClassifierFree(denoiser, 5.0, rescale=phi)(z, t, y) for phi in (1.0, 0.5))
+    torch.testing.assert_close(whole.x.std(1), plain.std(1))
+    torch.testing.assert_close(half.x, 0.5 * whole.x + 0.5 * sharp)
+    torch.testing.assert_close(half.alpha * half.x + half.sigma * half.eps, z)
+    direction = nn.functional.cosine_similarity(whole.x, sharp)
+    torch.testing.assert_close(direction, torch.ones(6))
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5])
+def test_the_exact_classifier_guides_exactly(w, batch):
+    """Bayes: s(z) + grad log p(y | z) = s(z | y), so that a classifier and its absence agree."""
+    z, t, y = batch
+    mixture = Mixture()
+    by_classifier = ClassifierGuidance(mixture, Bayes(), w)(z, t, y)
+    near(by_classifier, ClassifierFree(mixture, w)(z, t, y), 1e-7)
+    if w == 1:
+        near(by_classifier, mixture(z, t, y), 1e-7)
+
+
+def test_gradients_are_taken_wherever_gradients_are_off(batch):
+    z, t, y = batch
+    denoiser = labelled(genfw.V)
+    for cls in (ClassifierGuidance, DenoisedClassifierGuidance):
+        guided = cls(denoiser, Bayes(), 2.0)
+        expected = guided(z, t, y).x.detach()
+        with torch.no_grad():
+            torch.testing.assert_close(guided(z, t, y).x, expected)
+        with torch.inference_mode():  # as in Lightning's test loop
+            torch.testing.assert_close(guided(z + 0, t + 0, y + 0).x, expected)
+
+
+def test_samples_of_an_exactly_guided_mixture_are_those_of_the_class(double):
+    n, y = 4000, torch.arange(4000) % 2
+    noise = Noise(0, torch.arange(n))
+    z = ClassifierGuidance(Mixture(), Bayes(), 1.0)
+    z = Ancestral(100)(z, torch.randn(n, 1), y, noise=noise)[:, 0]
+    for k in (0, 1):
+        x = z[y == k] / SCHEDULE.alpha(torch.tensor(0.0))
+        assert abs(x.mean() - MEANS[k]) < 5 * STD / (n / 2) ** 0.5 + 0.005
+        assert abs(x.std() / STD - 1) < 0.1
+
+
+def test_through_x_hat_the_gradient_is_that_of_the_composition(batch):
+    """By finite differences; and near the data, where x_hat is z, both ways agree."""
+    z, t, y = batch
+    mixture, h = Mixture(), 1e-5
+    guided = DenoisedClassifierGuidance(mixture, Bayes(), 1.0)
+    gradient = guided.gradient(z, t, y)
+    for d in range(3):
+        step = h * torch.eye(3)[d]
+        rise = guided.evidence(z + step, t, y) - guided.evidence(z - step, t, y)
+        torch.testing.assert_close(gradient[:, d], rise / (2 * h), rtol=1e-5, atol=1e-6)
+    found = guided(z, t, y)
+    expected = mixture(z, t).score + gradient
+    torch.testing.assert_close(found.score, expected, rtol=1e-7, atol=1e-7)
+
+    start = torch.full((6,), 1e-4, dtype=torch.float64)
+    z_0 = SCHEDULE.alpha(start)[:, None] * torch.randn(6, 3)
+    exact = ClassifierGuidance(mixture, Bayes(), 1.0).gradient(z_0, start, y)
+    torch.testing.assert_close(guided.gradient(z_0, start, y), exact, rtol=0.05, atol=1e-3)
+
+
+def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
+    z, t, y = batch
+    weaker = Mixture(LogLinear(12.0, -11.0), std=0.5)
+    guided = Autoguidance(Mixture(), weaker, 2.0)(z, t, y)
+    same = Mixture(SCHEDULE, std=0.5)(z, t, y)
+    near(
+        guided,
+        Prediction(
+            2 * Mixture()(z, t, y).x - same.x,
+            2 * Mixture()(z, t, y).eps - same.eps,
+            same.alpha,
+            same.sigma,
+        ),
+        1e-6,
+    )
+    near(Autoguidance(Mixture(), Mixture(), 3.0)(z, t, y), Mixture()(z, t, y))
+    with pytest.raises(ValueError, match="9 to -9 at least, got one of 5 to -9"):
+        Autoguidance(Mixture(), Mixture(Cosine(5.0, -9.0)))
+
+
+def test_an_nll_is_of_the_bare_model():
+    """Whatever guides a model's samples."""
+    torch.manual_seed(0)
+    net = MLP((1, 2, 2), classes=2, width=8, blocks=1)
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    denoiser = NetworkDenoiser(net, genfw.Eps(), Cosine(4.0, -6.0))
+
+    def vdm(**more):
+        return genfw.VDM(
+            denoiser,
+            genfw.BinsLikelihood(3),
+            shape=(1, 2, 2),
+            sampler=Ancestral(4),
+            classes=2,
+            **more,
+        )
+
+    plain, guided = vdm(), vdm(guidance=lambda bare: ClassifierFree(bare, 6.0))
+    x, y = torch.randint(3, (5, 1, 2, 2)), torch.tensor([0, 1, 1, 0, 1])
+    noise = Noise(0, torch.arange(5))
+    with torch.no_grad():
+        for one, other in (
+            (plain, guided),
+            (plain.for_evaluation(), guided.for_evaluation()),
+            (plain.at(steps=3), guided.at(steps=3)),
+        ):
+            assert torch.equal(
+                one.elbo(x, y, noise=noise).total, other.elbo(x, y, noise=noise).total
+            )
+        many = Noise(0, torch.arange(64))
+        labels = torch.ones(64, dtype=torch.int64)
+        assert not torch.equal(
+            plain.sample(64, labels, noise=many), guided.sample(64, labels, noise=many)
+        )
+        sampled = guided.for_evaluation().sample(64, labels, noise=many)
+        assert torch.equal(guided.sample(64, labels, noise=many), sampled)
+
+
+def test_what_cannot_be_guided():
+    denoiser = GaussianDenoiser(SCHEDULE, 0.0, 1.0)
+    with pytest.raises(ValueError, match="needs labels"):
+        ClassifierGuidance(denoiser, Bayes())(torch.randn(2, 1), torch.tensor(0.5))
+    with pytest.raises(ValueError, match="lowest, highest"):
+        ClassifierFree(denoiser, interval=[2.0, -2.0])
+    with pytest.raises(ValueError, match="finite"):
+        ClassifierFree(denoiser, math.inf)
+    with pytest.raises(ValueError, match=r"rescale.*\[0, 1\], got 2.0"):
+        ClassifierFree(denoiser, rescale=2.0)
+
+
+def test_a_title_says_what_is_done():
+    denoiser = GaussianDenoiser(SCHEDULE, 0.0, 1.0)
+    assert Unguided(denoiser).title == ""
+    assert ClassifierFree(denoiser, 3.0).title == "classifier_free(scale=3)"
+    limited = ClassifierFree(denoiser, 1.5, [-3.0, 4.0], 0.7)
+    assert limited.title == "classifier_free(scale=1.5, interval=[-3, 4], rescale=0.7)"
