@@ -35,6 +35,7 @@ GROUPS = {  # those of genfw itself: tests register classes of their own
 CLASSES = [(group, name) for group, classes in GROUPS.items() for name in classes]
 FACTS = {"data": {"shape": [1, 8, 8], "bins": 17, "classes": 10}, "model": {"latents": 3}}
 FACTS["param"] = {"_target_": "genfw.V"}
+FACTS["grid"] = {"_target_": "genfw.KarrasGrid", "rho": 7.0}
 FACTS["likelihood"] = {"_target_": "genfw.CategoricalLikelihood", "bins": 17}
 
 
