@@ -66,6 +66,13 @@ def test_file_names_its_class_and_its_arguments(group, name):
             assert argument.types <= types, f"{key}: {argument.types} where the class takes {types}"
 
 
+def test_what_may_be_none_may_be_left_out():
+    """As in the config.yaml of a run older than the argument."""
+    arguments = ConfFiles([CONF]).schema("genfw.Ancestral").arguments
+    assert not arguments["grid"].required and arguments["grid"].default is None
+    assert ConfFiles([CONF]).schema("genfw.Cosine").arguments["log_snr_max"].required
+
+
 @pytest.mark.parametrize(("group", "name"), [each for each in CLASSES if each[0] != "model"])
 def test_class_can_be_built_from_its_file(group, name):
     facts = {**FACTS, "data": {**FACTS["data"], "bins": 2 if name == "bernoulli" else 17}}

@@ -45,7 +45,7 @@ class GaussianDenoiser(Oracle):
     x_hat = (alpha s^2 z + sigma^2 m) / (alpha^2 s^2 + sigma^2).
     """
 
-    def __init__(self, schedule: NoiseSchedule, mean: float, std: float):
+    def __init__(self, schedule: NoiseSchedule, mean: Tensor | float, std: Tensor | float):
         super().__init__(schedule)
         self.mean, self.std = mean, std
 
@@ -58,7 +58,7 @@ class GaussianDenoiser(Oracle):
         """log p_t(z) without labels, (b,)."""
         alpha, sigma = self.amplitudes(z, t)
         var = alpha**2 * self.std**2 + sigma**2
-        terms = (z - alpha * self.mean) ** 2 / var + var.log() + math.log(2 * math.pi)
+        terms = (z - alpha * self.mean) ** 2 / var + (2 * math.pi * var).log()
         return -0.5 * terms.flatten(1).sum(1)
 
 

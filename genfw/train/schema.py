@@ -180,7 +180,7 @@ class _Comments:
 def _argument(node: DictConfig, key: str, comments: _Comments) -> Argument:
     types = comments.types.get(key)
     if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-        return Argument(types, required=True)
+        return Argument(types, required=types is None or "None" not in types)
     default = node[key]
     if types or default is None:
         return Argument(types, default=default)
