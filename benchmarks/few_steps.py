@@ -1,4 +1,4 @@
-"""How few calls of the network will do: Frechet distance of each sampler against 1000 ancestral steps.
+"""How few calls of the network will do: Frechet distances against that of 1000 ancestral steps.
 
     python benchmarks/few_steps.py run=<folder> [sets=5] [samples=2000] [evaluations=[5,10,20,50]]
         [reference=1000] [grid=uniform] [samplers=null] [chunk=500] [device=cpu]

@@ -6,7 +6,7 @@ A VDM (param=score, a normal density as its decoder) is trained on samples of a 
 normals and on 500 points of two half moons by denoising score matching, objective `simple`. Its
 field, `Prediction.score`, is drawn beside the exact one, which both data have in closed form: a
 mixture of normals, and the softmax-weighted mean of the finite set. Error: E ||sigma (score_hat -
-score)||^2 / E ||sigma score||^2 over z ~ p_t, at the time drawn and averaged over log SNR.
+score)||^2 / E ||sigma score||^2 over z ~ p_t, at the time drawn and summed over levels of log SNR.
 
 References:
     Generative Modeling by Estimating Gradients of the Data Distribution, Song, Ermon, 2019,
