@@ -39,7 +39,7 @@ from genfw.testing.oracles import FiniteDenoiser, MixtureDenoiser
 from genfw.train.data import Batch
 from genfw.train.module import LatentModule, warmup_cosine
 
-BATCH, SHOWN = 256, 2.0
+BATCH, SHOWN = 256, 4.0
 """Examples a step; the log SNR at which fields are drawn."""
 
 
@@ -109,7 +109,7 @@ def field_error(model: genfw.VDM, exact: MixtureDenoiser, log_snr: Tensor, n: in
 def draw(axes: Axes, denoiser: genfw.Denoiser, data: Tensor, title: str) -> None:
     """sigma * score at log SNR `SHOWN`, over noisy data."""
     t = denoiser.schedule.inverse(torch.tensor(SHOWN))
-    at = torch.linspace(-1.3, 1.3, 20)
+    at = torch.linspace(-1.2, 1.2, 21)
     z = torch.cartesian_prod(at, at)
     p = denoiser(z, t)
     arrows = (p.sigma * p.score).numpy()
@@ -124,7 +124,7 @@ def draw(axes: Axes, denoiser: genfw.Denoiser, data: Tensor, title: str) -> None
 def main(out: str = "docs/images/score_field.png", steps: str = "1500", seed: str = "0") -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
-    figure = Figure(figsize=(7, 7), dpi=75, layout="constrained")
+    figure = Figure(figsize=(7, 7), dpi=65, layout="constrained")
     rows = FigureCanvasAgg(figure).figure.subplots(2, 2)
     for axes, data in zip(rows, (circle, moons)):
         exact = data(genfw.Cosine(log_snr_max=8.0, log_snr_min=-8.0))
