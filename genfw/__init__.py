@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from genfw.diffusion.denoiser import Denoiser as Denoiser
     from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
     from genfw.diffusion.denoising import Denoising as Denoising
+    from genfw.diffusion.grid import KarrasGrid as KarrasGrid
+    from genfw.diffusion.grid import LogSNRGrid as LogSNRGrid
+    from genfw.diffusion.grid import TimeGrid as TimeGrid
+    from genfw.diffusion.grid import UniformGrid as UniformGrid
     from genfw.diffusion.guidance import Autoguidance as Autoguidance
     from genfw.diffusion.guidance import ClassifierFree as ClassifierFree
     from genfw.diffusion.guidance import ClassifierGuidance as ClassifierGuidance
@@ -24,8 +28,18 @@ if TYPE_CHECKING:
     from genfw.diffusion.process import marginal as marginal
     from genfw.diffusion.process import posterior as posterior
     from genfw.diffusion.process import transition as transition
+    from genfw.diffusion.sampler import DDIM as DDIM
     from genfw.diffusion.sampler import Ancestral as Ancestral
+    from genfw.diffusion.sampler import Churn as Churn
+    from genfw.diffusion.sampler import DPMSolver as DPMSolver
+    from genfw.diffusion.sampler import DPMSolverSDE as DPMSolverSDE
+    from genfw.diffusion.sampler import Euler as Euler
+    from genfw.diffusion.sampler import Heun as Heun
+    from genfw.diffusion.sampler import Langevin as Langevin
+    from genfw.diffusion.sampler import PredictorCorrector as PredictorCorrector
     from genfw.diffusion.sampler import Sampler as Sampler
+    from genfw.diffusion.sampler import Step as Step
+    from genfw.diffusion.sampler import UniPC as UniPC
     from genfw.diffusion.times import AntitheticTime as AntitheticTime
     from genfw.diffusion.times import ImportanceTime as ImportanceTime
     from genfw.diffusion.times import IndependentTime as IndependentTime
@@ -121,7 +135,21 @@ _HOMES = {
         "Unguided",
     ),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
-    "genfw.diffusion.sampler": ("Ancestral", "Sampler"),
+    "genfw.diffusion.grid": ("KarrasGrid", "LogSNRGrid", "TimeGrid", "UniformGrid"),
+    "genfw.diffusion.sampler": (
+        "DDIM",
+        "Ancestral",
+        "Churn",
+        "DPMSolver",
+        "DPMSolverSDE",
+        "Euler",
+        "Heun",
+        "Langevin",
+        "PredictorCorrector",
+        "Sampler",
+        "Step",
+        "UniPC",
+    ),
     "genfw.diffusion.times": (
         "AntitheticTime",
         "ImportanceTime",

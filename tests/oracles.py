@@ -4,25 +4,9 @@ import math
 
 import torch
 
-from genfw import Denoiser, GaussianLikelihood, MarkovianHierarchy, Normal, Prediction
-from genfw.parameterization import broadcast
-
-
-class GaussianDenoiser(Denoiser):
-    """The exact denoiser for data N(mean, std^2), independent dimensions.
-
-    x_hat = (alpha s^2 z + sigma^2 m) / (alpha^2 s^2 + sigma^2).
-    """
-
-    def __init__(self, schedule, mean, std):
-        super().__init__()
-        self.schedule, self.mean, self.std = schedule, mean, std
-
-    def forward(self, z, t, y=None):
-        alpha, sigma = (broadcast(f(t), z) for f in (self.schedule.alpha, self.schedule.sigma))
-        var = self.std**2
-        x = (alpha * var * z + sigma**2 * self.mean) / (alpha**2 * var + sigma**2)
-        return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
+from genfw import Denoiser, GaussianLikelihood, MarkovianHierarchy, Normal
+from genfw.testing.oracles import FiniteDenoiser as FiniteDenoiser
+from genfw.testing.oracles import GaussianDenoiser as GaussianDenoiser
 
 
 def gaussian_log_prob(x, mean, std):
@@ -30,25 +14,6 @@ def gaussian_log_prob(x, mean, std):
     error = (x - mean) / std
     terms = -0.5 * error**2 - torch.as_tensor(std).log() - 0.5 * math.log(2 * math.pi)
     return terms.flatten(1).sum(1)
-
-
-class FiniteDenoiser(Denoiser):
-    """The ideal denoiser for a finite data set: a softmax-weighted mean of its points (n, ...)."""
-
-    def __init__(self, schedule, points):
-        super().__init__()
-        self.schedule, self.points = schedule, points
-
-    def forward(self, z, t, y=None):
-        alpha, sigma = (broadcast(f(t), z) for f in (self.schedule.alpha, self.schedule.sigma))
-        gap = (
-            (z[:, None] - alpha[:, None] * self.points[None])
-            if alpha.ndim
-            else z[:, None] - alpha * self.points[None]
-        )
-        energy = -0.5 * (gap / (sigma[:, None] if sigma.ndim else sigma)).square().flatten(2).sum(2)
-        x = torch.einsum("bn,n...->b...", energy.softmax(1), self.points)
-        return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
 
 
 class LinearDenoiser(Denoiser):

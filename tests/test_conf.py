@@ -37,6 +37,7 @@ FACTS = {"data": {"shape": [1, 8, 8], "bins": 17, "classes": 10}}
 FACTS["model"] = {"latents": 3, "classes": None}
 WRAPS = {"guidance": {"denoiser"}}  # given when the model samples: their files are partial
 FACTS["param"] = {"_target_": "genfw.V"}
+FACTS["grid"] = {"_target_": "genfw.KarrasGrid", "rho": 7.0}
 FACTS["likelihood"] = {"_target_": "genfw.CategoricalLikelihood", "bins": 17}
 
 
@@ -65,6 +66,13 @@ def test_file_names_its_class_and_its_arguments(group, name):
         if types is not None:
             assert argument.types is not None, f"{key}: state its types in a comment"
             assert argument.types <= types, f"{key}: {argument.types} where the class takes {types}"
+
+
+def test_what_may_be_none_may_be_left_out():
+    """As in the config.yaml of a run older than the argument."""
+    arguments = ConfFiles([CONF]).schema("genfw.Ancestral").arguments
+    assert not arguments["grid"].required and arguments["grid"].default is None
+    assert ConfFiles([CONF]).schema("genfw.Cosine").arguments["log_snr_max"].required
 
 
 @pytest.mark.parametrize(("group", "name"), [each for each in CLASSES if each[0] != "model"])
@@ -185,8 +193,10 @@ def test_packages_in_pyproject_are_the_folders():
     import tomllib
 
     root = Path(__file__).parents[1]
-    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tool = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    where = {name: name.replace(".", "/") for name in tool["packages"]} | tool["package-dir"]
+    listed = {where[name].replace("/", ".") for name in tool["packages"]}
     folders = {
         ".".join(file.parent.relative_to(root).parts) for file in (root / "genfw").rglob("*.py")
     }
-    assert set(listed) - {"genfw.conf"} == folders
+    assert listed - {"conf"} == folders

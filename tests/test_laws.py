@@ -16,14 +16,18 @@ from genfw import (
     NoiseSchedule,
     Parameterization,
     Prediction,
+    Sampler,
+    TimeGrid,
 )
 from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing import (
+    GRID_LAWS,
     LAWS,
     LIKELIHOOD_LAWS,
     MODEL_LAWS,
     PARAMETERIZATION_LAWS,
+    SAMPLER_LAWS,
     SCHEDULE_LAWS,
     check,
 )
@@ -55,6 +59,18 @@ def test_parameterizations(law, cls):
 @registered(Likelihood)
 def test_likelihoods(law, cls):
     law(cls, **({} if cls.density else {"bins": 2 if cls is BernoulliLikelihood else 17}))
+
+
+@laws(GRID_LAWS)
+@registered(TimeGrid)
+def test_grids(law, cls):
+    law(cls)
+
+
+@laws(SAMPLER_LAWS)
+@registered(Sampler)
+def test_samplers(law, cls):
+    law(cls)
 
 
 def vae(shape, bins):
@@ -153,6 +169,13 @@ class Divides(LinearParameterization):
         return 0.0, 1e30 * (1e20 / sigma)
 
 
+class Sharp(genfw.CategoricalParameterization):
+    """Its mean is of other masses than it states."""
+
+    def solve(self, output, z, alpha, sigma):
+        return super().solve(2 * output, z, alpha, sigma)
+
+
 class Leaky(CategoricalLikelihood):
     def forward(self, h):
         made = super().forward(h)
@@ -174,9 +197,63 @@ class Edges(CategoricalLikelihood):
         return 2 * x / (self.bins - 1) - 1.0
 
 
+class Stops(genfw.UniformGrid):
+    def between(self, u, schedule):
+        return super().between(u, schedule).round(decimals=2)
+
+
+class Free(genfw.Heun):
+    calls = 1
+
+
+class Whitened(genfw.Euler):
+    """The prediction, the mean over the batch taken off."""
+
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
+        return z - 0.01 * z.mean(0), prediction
+
+
+class Doubles(genfw.Euler):
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
+        return z * s.new_ones(1, dtype=torch.float64), prediction
+
+
+class Quiet(genfw.Ancestral):
+    """Takes the mean of every step."""
+
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        prediction = denoiser(z, t, y)
+        return genfw.posterior(z, prediction.x, s, t, denoiser.schedule).mean, prediction
+
+
+class Unlabelled(genfw.Euler):
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        return super().step(denoiser, z, t, s, None, noise=noise, past=past)
+
+
+class Stale(genfw.Euler):
+    """Predicts at the time it goes to."""
+
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        prediction = denoiser(z, s, y)
+        alpha, sigma = (
+            f(s).to(z.dtype) for f in (denoiser.schedule.alpha, denoiser.schedule.sigma)
+        )
+        return alpha * prediction.x + sigma * prediction.eps, prediction
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
+        (Stops, {}, "times do not fall"),
+        (Free, {}, "asked 10 times, evaluations says 5"),
+        (Whitened, {}, "a sample depends on its batch"),
+        (Doubles, {}, "samples are torch.float64"),
+        (Quiet, {}, "training points|deviation of the samples"),
+        (Unlabelled, {}, "mean of the samples"),
+        (Stale, {}, "training points"),
         (Rising, {}, "slope is not positive"),
         (Late, {}, "jump|inverse"),
         (Flat, {}, "does not fall"),
@@ -185,6 +262,7 @@ class Edges(CategoricalLikelihood):
         (Forgets, {}, "a perfect network does not give"),
         (Centred, {}, "depends on its batch"),
         (Divides, {}, "not finite|perfect network"),
+        (Sharp, {"bins": 5}, "the score is not the gradient"),
         (Leaky, {"bins": 3}, "masses sum to"),
         (Last, {"bins": 3}, "samples do not follow"),
         (Edges, {"bins": 3}, "not the bin centres"),

@@ -205,3 +205,30 @@ def test_printing_an_objective_shows_its_weight():
     assert repr(MinSnr()) == "MinSnr(min(SNR, 5) / SNR per dt)"
     assert repr(SigmoidWeighted(2.0)) == "SigmoidWeighted(w = sigmoid(2 - log SNR))"
     assert "N(log SNR; 2.4, 2.4^2) (1 / SNR + 0.5^2)" in repr(EdmWeighted())
+
+
+@pytest.mark.parametrize("schedule", [Cosine, Linear, LogLinear])
+def test_denoising_score_matching_is_here_already(schedule, double):
+    """E w ||score_hat + eps / sigma||^2 over t: twice `simple` for w = sigma^2, and the bound's own
+    denoising term for w = g^2 / 2, g^2 = -sigma^2 lambda'. Draw by draw."""
+    from genfw import Score
+
+    made = schedule(HIGH, LOW)
+    denoiser = NetworkDenoiser(MLP((3,), 3, width=8, blocks=1), Score(), made)
+    for p in denoiser.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    vdm, x, noise = (
+        VDM(denoiser, GaussianLikelihood()),
+        gaussian_data(50),
+        Noise(0, torch.arange(50)),
+    )
+    t, eps = noise.time(), noise.normal("eps", x)
+    alpha, sigma = made.alpha(t)[:, None], made.sigma(t)[:, None]
+    score = denoiser(alpha * x + sigma * eps, t).score
+    error = (score + eps / sigma).square().sum(1)
+    g_squared = sigma[:, 0] ** 2 * made.slope(t)
+    with torch.no_grad():
+        by_sigma = Objective.registry["simple"]()(vdm, x, noise=noise)
+        by_bound = vdm.elbo(x, noise=noise).levels[0]
+    assert torch.allclose(sigma[:, 0] ** 2 * error, 2 * by_sigma, rtol=1e-9)
+    assert torch.allclose(g_squared / 2 * error, by_bound, rtol=1e-9)

@@ -1,39 +1,158 @@
-"""Down the chain."""
+"""Down the chain: equalities between samplers, and the order with which they converge."""
+
+import math
 
 import pytest
 import torch
-from oracles import FiniteDenoiser, GaussianDenoiser
+from oracles import GaussianDenoiser, LinearDenoiser
 
-from genfw import Ancestral, Cosine, Noise, NoiseSchedule, Sampler
+import genfw
+from genfw import (
+    DDIM,
+    Ancestral,
+    Churn,
+    Cosine,
+    DPMSolver,
+    DPMSolverSDE,
+    Euler,
+    Heun,
+    KarrasGrid,
+    Langevin,
+    LinearParameterization,
+    LogLinear,
+    LogSNRGrid,
+    NetworkDenoiser,
+    Noise,
+    NoiseSchedule,
+    Parameterization,
+    PredictorCorrector,
+    Sampler,
+    TimeGrid,
+    UniPC,
+    posterior,
+)
+from genfw.diffusion.sampler.langevin import walk
+from genfw.diffusion.sampler.multistep import polynomial_weights
+from genfw.nets import MLP
+from genfw.parameterization import DiscreteParameterization
+from genfw.testing.oracles import MixtureDenoiser
 
-ALL = pytest.mark.parametrize("cls", Sampler.registry.values())
+MEAN, STD = 0.3, 0.4
 
 
-@ALL
-def test_the_finite_data_oracle_returns_training_points(cls, double):
-    points = torch.randn(5, 2, 2)
-    schedule = Cosine(12.0, -12.0)
-    z = cls(steps=100)(FiniteDenoiser(schedule, points), torch.randn(64, 2, 2))
-    nearest = (z[:, None] / schedule.alpha(torch.tensor(0.0)) - points).flatten(2).norm(dim=2)
-    assert nearest.min(1).values.max() < 0.05
-    assert len(nearest.argmin(1).unique()) == 5
+def registered(interface):
+    return pytest.mark.parametrize("cls", interface.registry.values(), ids=interface.registry)
 
 
-@ALL
-def test_chunks_and_order_leave_every_sample_alone(cls, double):
-    denoiser = GaussianDenoiser(Cosine(9.0, -9.0), 0.3, 0.4)
-    z = torch.randn(8, 3)
-    whole = cls(steps=6)(denoiser, z, noise=Noise(0, torch.arange(8)))
-    for part in torch.randperm(8).split(3):
-        assert torch.allclose(cls(steps=6)(denoiser, z[part], noise=Noise(0, part)), whole[part])
+def keys(n=8):
+    return Noise(0, torch.arange(n))
 
 
-@pytest.mark.parametrize("schedule", NoiseSchedule.registry.values())
+def mixture(schedule=None):
+    """A flow that is not linear."""
+    means = torch.tensor([[-0.7, 0.2, 0.1], [0.5, -0.4, 0.6]], dtype=torch.float64)
+    return MixtureDenoiser(Cosine(7.0, -7.0) if schedule is None else schedule, means, 0.2)
+
+
+def equal(one, other, n=8, tolerance=1e-9):
+    z = torch.randn(n, 3, dtype=torch.float64)
+    found, expected = (each(mixture(), z, noise=keys(n)) for each in (one, other))
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("grid", TimeGrid.registry.values(), ids=TimeGrid.registry)
+def test_ddim_with_all_the_noise_is_ancestral(grid):
+    assert equal(DDIM(7, eta=1.0, grid=grid()), Ancestral(7, grid()))
+    assert not equal(DDIM(7, eta=0.9, grid=grid()), Ancestral(7, grid()))
+
+
+def test_ddim_without_noise_is_euler_in_z_over_alpha_against_sigma_over_alpha():
+    assert equal(DDIM(7, eta=0.0), Euler(7))
+    assert not equal(DDIM(7, eta=0.1), Euler(7))
+
+
+def test_the_first_step_of_a_multistep_solver_is_of_order_one():
+    assert equal(DPMSolver(1), DDIM(1))
+    assert equal(UniPC(1), DDIM(1))
+    assert equal(DPMSolverSDE(1), Ancestral(1))
+    assert not equal(DPMSolver(2), DDIM(2))
+    assert not equal(DPMSolverSDE(2), Ancestral(2))
+
+
+def test_edm_without_churn_is_heun():
+    assert equal(Churn(5, churn=0.0), Heun(5))
+    assert equal(Churn(5, churn=9.0, low=1e4, high=1e5), Heun(5))
+    assert not equal(Churn(5, churn=1.0), Heun(5))
+
+
+def test_churn_adds_what_it_says(double):
+    """n^ = (1 + gamma) n: by the moments of the latent that the denoiser is shown first."""
+    schedule, shown = Cosine(7.0, -7.0), []
+    denoiser, n, t = GaussianDenoiser(schedule, MEAN, STD), 50_000, torch.tensor(0.5)
+    z = torch.full((n, 1), 0.7)
+    with denoiser.register_forward_pre_hook(lambda _, given: shown.append(given)):
+        Churn(10, churn=2.0, inflation=1.5).step(
+            denoiser, z, t, torch.tensor(0.4), None, noise=keys(n)
+        )
+    z_hat, t_hat, _ = shown[0]
+    before, after = (schedule.sigma(each) / schedule.alpha(each) for each in (t, t_hat))
+    assert torch.isclose(after, 1.2 * before)
+    u = z_hat / schedule.alpha(t_hat)
+    std = 1.5 * (after**2 - before**2).sqrt()
+    assert abs(u.mean() - 0.7 / schedule.alpha(t)) < 5 * std / n**0.5
+    assert abs(u.std() / std - 1) < 5 / (2 * n) ** 0.5
+
+
+def exact_flow(z, schedule):
+    """Where the probability flow of N(MEAN, STD^2) takes z from t = 1 to t = 0: it keeps the
+    number of standard deviations from the mean."""
+    alpha, sigma = (f(torch.tensor([1.0, 0.0])) for f in (schedule.alpha, schedule.sigma))
+    std = (alpha**2 * STD**2 + sigma**2).sqrt()
+    return alpha[1] * MEAN + std[1] / std[0] * (z - alpha[0] * MEAN)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(5.0, -5.0), Cosine(5.0, -5.0)], ids=str)
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (Euler, 1),
+        (DDIM, 1),
+        (Heun, 2),
+        (lambda *a, **k: Churn(*a, churn=0.0, **k), 2),
+        (DPMSolver, 2),
+        (lambda *a, **k: UniPC(*a, order=1, **k), 2),
+        (lambda *a, **k: UniPC(*a, order=2, **k), 3),
+        (lambda *a, **k: UniPC(*a, order=3, **k), 4),
+    ],
+    ids=["euler", "ddim", "heun", "edm", "dpm_solver", "unipc1", "unipc2", "unipc3"],
+)
+def test_halving_the_steps_shows_the_order(make, order, schedule):
+    """On the flow of theory.md, dz/dlambda = 1/2 sigma^2 (z + score), whose end is known."""
+    z = torch.randn(64, 3, dtype=torch.float64)
+    denoiser, end = GaussianDenoiser(schedule, MEAN, STD), exact_flow(z, schedule)
+    errors = [
+        float((make(steps, grid=LogSNRGrid())(denoiser, z) - end).square().mean().sqrt())
+        for steps in (50, 100)
+    ]
+    assert abs(math.log2(errors[0] / errors[1]) - order) < 0.3, errors
+
+
+def test_weights_integrate_polynomials_against_the_exponential():
+    from scipy.integrate import quad
+
+    nodes = torch.tensor([-1.3, -0.4, 0.0, 1.0], dtype=torch.float64)
+    h = torch.tensor(0.7, dtype=torch.float64)
+    for m in (1, 2, 3, 4):
+        w = polynomial_weights(nodes[-m:], h)
+        for k in range(m):
+            exact = 0.7 * quad(lambda x, k=k: math.exp(0.7 * (x - 1)) * x**k, 0, 1)[0]
+            assert abs(float((w * nodes[-m:] ** k).sum()) - exact) < 1e-12
+
+
+@pytest.mark.parametrize("schedule", NoiseSchedule.registry.values(), ids=NoiseSchedule.registry)
 def test_one_ancestral_step_is_the_posterior_with_the_guess(schedule, double):
     """Luo (94): mean and variance of many draws of one step."""
-    from genfw import posterior
-
-    denoiser = GaussianDenoiser(schedule(9.0, -9.0), 0.3, 0.4)
+    denoiser = GaussianDenoiser(schedule(9.0, -9.0), MEAN, STD)
     z, s, t = torch.full((50_000, 1), 0.7), torch.tensor(0.4), torch.tensor(0.6)
     z_s, prediction = Ancestral(1).step(
         denoiser, z, t, s, None, noise=Noise(0, torch.arange(50_000))
@@ -43,18 +162,105 @@ def test_one_ancestral_step_is_the_posterior_with_the_guess(schedule, double):
     assert abs(z_s.std() / q.std[0, 0] - 1) < 0.02
 
 
-def test_the_path_ends_where_the_loop_does_and_the_last_time_is_zero(double):
-    denoiser, z, noise = (
-        GaussianDenoiser(Cosine(9.0, -9.0), 0.3, 0.4),
-        torch.randn(4, 3),
-        Noise(0, torch.arange(4)),
+def test_langevin_keeps_its_stationary_law(double):
+    """On N(alpha m, v) steps of c have the stationary variance v / (1 - c / (2 v))."""
+    n, size, t = 40_000, 0.4, torch.tensor(0.5)
+    denoiser = GaussianDenoiser(Cosine(7.0, -7.0), MEAN, STD)
+    alpha, sigma = denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)
+    v, c = alpha**2 * STD**2 + sigma**2, size * sigma**2
+    z = torch.zeros(n, 1)
+    for i in range(40):
+        z, _ = walk(denoiser, z, t, None, size, keys(n).fold(i))
+    stationary = v / (1 - c / (2 * v))
+    assert abs(z.mean() - alpha * MEAN) < 5 * (stationary / n).sqrt()
+    assert abs(z.var() / stationary - 1) < 5 * (2 / n) ** 0.5
+    assert abs(z.var() / v - 1) > 0.1  # and not v itself: the step is large
+
+
+@pytest.mark.parametrize("cls", [Langevin, PredictorCorrector])
+def test_walks_of_one_step_draw_noise_of_their_own(cls):
+    """Two corrections with the same noise would add up to twice its deviation."""
+
+    class Blind(genfw.Denoiser):
+        schedule = Cosine(7.0, -7.0)
+
+        def forward(self, z, t, y=None):
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            return genfw.Prediction(z / alpha, 0 * z, alpha, sigma)
+
+    n, s, t = 40_000, torch.tensor(0.5), torch.tensor(0.5 + 1e-9)
+    z, _ = cls(10, corrections=4, size=0.1).step(
+        Blind(), torch.zeros(n, 1, dtype=torch.float64), t, s, None, noise=keys(n)
     )
-    path = list(Ancestral(5).path(denoiser, z, noise=noise))
+    expected = (4 * 2 * 0.1) ** 0.5 * Blind.schedule.sigma(s)
+    assert abs(z.std() / expected - 1) < 5 / (2 * n) ** 0.5
+
+
+@registered(Sampler)
+def test_every_parameterization_is_sampled(cls):
+    """Also in float32; linear ones, which say the same, give the same samples."""
+    z, drawn = torch.randn(4, 1, 2, 2), []
+    for param_cls in Parameterization.registry.values():
+        discrete = issubclass(param_cls, DiscreteParameterization)
+        param = param_cls(bins=5) if discrete else param_cls()
+        net = MLP((1, 2, 2), param.channels(1, 5), width=8, blocks=1)
+        denoiser = NetworkDenoiser(net, param, Cosine(7.0, -7.0))
+        x = cls(steps=2)(denoiser, z, noise=keys(4))
+        assert x.isfinite().all() and x.dtype == torch.float32
+        if isinstance(param, LinearParameterization):
+            exact = LinearDenoiser(Cosine(7.0, -7.0), param, MEAN, STD)
+            drawn.append(cls(steps=2)(exact, z.double(), noise=keys(4)))
+    assert len(drawn) >= 6
+    for x in drawn[1:]:
+        assert torch.allclose(x, drawn[0], rtol=1e-7, atol=1e-7)
+
+
+def test_the_path_ends_where_the_loop_does_and_the_last_time_is_zero(double):
+    denoiser, z = GaussianDenoiser(Cosine(9.0, -9.0), MEAN, STD), torch.randn(4, 3)
+    path = list(Ancestral(5).path(denoiser, z, noise=keys(4)))
     assert len(path) == 5 and path[-1].s == 0
-    assert torch.equal(path[-1].z, Ancestral(5)(denoiser, z, noise=noise))
+    assert torch.equal(path[-1].z, Ancestral(5)(denoiser, z, noise=keys(4)))
     assert path[0].prediction.x.shape == z.shape
 
 
-def test_no_steps_are_refused():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        Ancestral(steps=0)
+def test_a_hook_on_the_denoiser_shows_the_progress_of_a_model():
+    denoiser = GaussianDenoiser(Cosine(7.9, -7.0), MEAN, STD)
+    sampler = Heun(6)
+    vdm = genfw.VDM(denoiser, genfw.BinsLikelihood(5), shape=(3,), sampler=sampler)
+    done = []
+    with denoiser.register_forward_hook(lambda *_: done.append(len(done) + 1)):
+        vdm.sample(4)
+    assert done == list(range(1, sampler.evaluations + 1))
+
+
+def test_grids_are_even_in_what_they_say():
+    schedule = Cosine(7.0, -9.0)
+    inside = genfw.UniformGrid()(8, schedule)
+    assert torch.allclose(inside.diff(), torch.tensor(-1 / 8).double())
+    rho = 3.0
+    for grid, read in (
+        (LogSNRGrid(), lambda log_snr: log_snr),
+        (KarrasGrid(rho), lambda log_snr: (-log_snr / 2 / rho).exp()),
+        (KarrasGrid(1.0), lambda log_snr: (-log_snr / 2).exp()),
+    ):
+        steps = read(schedule.log_snr(grid(8, schedule))).diff()
+        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Ancestral(steps=0), "at least 1, got 0"),
+        (lambda: DDIM(eta=1.1), "eta: expected a number from 0 to 1, got 1.1"),
+        (lambda: Churn(churn=-1.0), "churn: expected at least 0"),
+        (lambda: Churn(inflation=0.0), "inflation: expected a positive"),
+        (lambda: Churn(low=2.0, high=1.0), "low <= high, got 2.0 and 1.0"),
+        (lambda: UniPC(order=4), "order: expected 1, 2 or 3, got 4"),
+        (lambda: Langevin(corrections=0), "corrections: expected at least 1"),
+        (lambda: PredictorCorrector(size=1.0), r"size: expected a share in \(0, 1\), got 1.0"),
+        (lambda: KarrasGrid(rho=0.0), "rho: expected a finite positive number"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()

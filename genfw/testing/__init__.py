@@ -17,13 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from genfw.diffusion.grid import TimeGrid
+from genfw.diffusion.sampler import Sampler
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
 from genfw.parameterization import Parameterization
 from genfw.schedule import NoiseSchedule
+from genfw.testing.grid import GRID_LAWS as GRID_LAWS
 from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
 from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
 from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZATION_LAWS
+from genfw.testing.sampler import SAMPLER_LAWS as SAMPLER_LAWS
 from genfw.testing.schedule import SCHEDULE_LAWS as SCHEDULE_LAWS
 
 LAWS: dict[type, tuple[Callable[..., None], ...]] = {
@@ -31,6 +35,8 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     Parameterization: PARAMETERIZATION_LAWS,
     Likelihood: LIKELIHOOD_LAWS,
     LatentModel: MODEL_LAWS,
+    TimeGrid: GRID_LAWS,
+    Sampler: SAMPLER_LAWS,
 }
 
 

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfw.parameterization import LinearParameterization, Parameterization, Prediction
+from genfw.bayes import centres
+from genfw.parameterization import (
+    DiscreteParameterization,
+    LinearParameterization,
+    Parameterization,
+    Prediction,
+)
+from genfw.schedule import LogLinear
+from genfw.testing.oracles import GaussianDenoiser, MixtureDenoiser
 
 Make = Callable[..., Parameterization]
 SHAPE, BINS = (2, 3), 5
@@ -63,6 +71,41 @@ def every_level_has_finite_predictions_and_gradients(make: Make, **arguments: An
             assert value.isfinite().all(), f"{what} is not finite in {dtype}"
 
 
+def the_score_is_the_gradient_of_the_log_density(make: Make, **arguments: Any) -> None:
+    """Tweedie: of a perfect network, `Prediction.score` is autograd's gradient of log p_t(z). For
+    linear ones the data are a Gaussian and a mixture; for discrete ones, the output's own prior
+    over values."""
+    param, (_, _, z, alpha, sigma) = make(**arguments), _point()
+    z = z.requires_grad_()
+    if isinstance(param, LinearParameterization):
+        schedule, t = LogLinear(14.0, -12.0), torch.linspace(1, 0, len(z), dtype=torch.float64)
+        means = torch.stack([_centred(z) - 0.4, 0.5 - _centred(z)])
+        for oracle in (GaussianDenoiser(schedule, 0.3, 0.4), MixtureDenoiser(schedule, means, 0.5)):
+            perfect = oracle(z.detach(), t)
+            alpha, sigma = perfect.alpha, perfect.sigma
+            target = param.target(perfect.x, perfect.eps, alpha, sigma)
+            p = param.solve(target / param.scale(alpha, sigma), z.detach(), alpha, sigma)
+            _equal_scores(p, oracle.log_density(z, t), z)
+    elif isinstance(param, DiscreteParameterization):
+        output, values = _output(param, z), centres(BINS).view(-1, 1, 1)
+        numbers = output.unflatten(1, (param.outputs, -1)).flatten(2)
+        prior = param.log_prior(numbers).unflatten(2, SHAPE)
+        gap = z.unsqueeze(1) - _wide(alpha).unsqueeze(1) * values
+        log_p = (prior - 0.5 * (gap / _wide(sigma).unsqueeze(1)) ** 2).logsumexp(1)
+        _equal_scores(param.solve(output, z.detach(), alpha, sigma), log_p.flatten(1).sum(1), z)
+
+
+def _equal_scores(p: Prediction, log_density: Tensor, z: Tensor) -> None:
+    (gradient,) = torch.autograd.grad(log_density.sum(), z)
+    away = p.sigma * (p.score - gradient)  # of the order of 1 at every level
+    assert away.abs().max() < 1e-6, "the score is not the gradient of log p_t"
+
+
+def _centred(z: Tensor) -> Tensor:
+    """Some point of the shape of an example."""
+    return torch.linspace(-0.3, 0.3, z[0].numel(), dtype=z.dtype).view(z.shape[1:])
+
+
 def _point() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x, eps, z (9, 2, 3), alpha, sigma (9,), float64."""
     made = torch.Generator().manual_seed(0)
@@ -94,4 +137,5 @@ PARAMETERIZATION_LAWS = (
     amplitudes_broadcast,
     examples_do_not_mix,
     every_level_has_finite_predictions_and_gradients,
+    the_score_is_the_gradient_of_the_log_density,
 )

@@ -1,9 +1,4 @@
-r"""Samplers: from noise at t = 1 down to the first latent z_0.
-
-A sampler is a `step` from time t to s < t; the loop over a grid of times is shared and keeps what
-multi-step samplers need (`past`), so samplers hold no state. They see a `Denoiser` and nothing
-else.
-"""
+"""The interface: a `step`, and the loop that all samplers share."""
 
 from __future__ import annotations
 
@@ -16,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from genfw.diffusion.denoiser import Denoiser
-from genfw.diffusion.process import posterior
+from genfw.diffusion.grid import TimeGrid, UniformGrid
 from genfw.noise import Draws, draws
 from genfw.parameterization import Prediction
 from genfw.registry import Registered
+from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels
 
 
@@ -37,13 +33,20 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
 
     Args:
         steps: how many.
+        grid: at which times; default even in t.
+
+    To show progress, iterate over `path`; where somebody else does, as in `VDM.sample`, a forward
+    hook on the denoiser sees every one of `evaluations` calls.
     """
 
-    def __init__(self, steps: int):
+    calls: int = 1
+    """How often a step asks the denoiser."""
+
+    def __init__(self, steps: int, grid: TimeGrid | None = None):
         super().__init__()
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}")
-        self.steps = steps
+        self.steps, self.grid = steps, UniformGrid() if grid is None else grid
 
     @abstractmethod
     def step(
@@ -60,9 +63,14 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
         """From z at time t to time s < t. `past` holds the predictions of the steps before, the
         latest last."""
 
-    def times(self) -> Tensor:
-        """The grid, (steps + 1,) float64, from 1 down to 0: uniform in t."""
-        return torch.linspace(1, 0, self.steps + 1, dtype=torch.float64)
+    @property
+    def evaluations(self) -> int:
+        """How often the denoiser is asked in all."""
+        return self.steps * self.calls
+
+    def times(self, schedule: NoiseSchedule) -> Tensor:
+        """The grid, (steps + 1,) float64, from 1 down to 0."""
+        return self.grid(self.steps, schedule)
 
     def path(
         self, denoiser: Denoiser, z: Data, y: Labels | None = None, *, noise: Draws | None = None
@@ -70,7 +78,7 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
         """Every step of the way, from z at t = 1 (b, ...) to z_0."""
         noise = draws(noise, z)
         past: tuple[Prediction, ...] = ()
-        times = self.times().to(z.device)
+        times = self.times(denoiser.schedule).to(z.device)
         for i, (t, s) in enumerate(pairwise(times)):
             here = noise.fold(f"z{self.steps - i}")
             z, prediction = self.step(denoiser, z, t, s, y, noise=here, past=past)
@@ -88,24 +96,3 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
-
-
-class Ancestral(Sampler, name="ancestral"):
-    """The model's own chain: z_s from p(z_s | z_t) = q(z_s | z_t, x = x_hat). Luo (94)."""
-
-    def __init__(self, steps: int = 256):
-        super().__init__(steps)
-
-    def step(
-        self,
-        denoiser: Denoiser,
-        z: Data,
-        t: Tensor,
-        s: Tensor,
-        y: Labels | None,
-        *,
-        noise: Draws,
-        past: tuple[Prediction, ...] = (),
-    ) -> tuple[Data, Prediction]:
-        prediction = denoiser(z, t, y)
-        return posterior(z, prediction.x, s, t, denoiser.schedule).sample(noise), prediction
