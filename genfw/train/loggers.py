@@ -9,6 +9,7 @@ is the ledger, complete up to the last row.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ class CSV(Logger):
 
     `step` first, then names as they appear. A name that appears late adds a column: the file is
     then rewritten beside itself and replaced in one motion. Rows of a file that is already there
-    are kept.
+    are kept, or `cut`.
 
     Args:
         folder: the run folder.
@@ -47,10 +48,12 @@ class CSV(Logger):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.columns = ["step"]
+        self.columns, self.rows = ["step"], 0
         if self.path.exists():
             with self.path.open(newline="") as file:
-                self.columns = next(csv.reader(file), self.columns)
+                reader = csv.reader(file)
+                self.columns = next(reader, self.columns)
+                self.rows = sum(1 for _ in reader)
 
     @property
     def name(self) -> str:
@@ -73,12 +76,20 @@ class CSV(Logger):
             self._rewrite()
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
+        self.rows += 1
+
+    @rank_zero_only
+    def cut(self, rows: int) -> None:
+        """Keeps the first so many rows: those after a checkpoint are about to come again."""
+        if self.rows > rows:
+            self.rows = rows
+            self._rewrite()
 
     def _rewrite(self) -> None:
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+                rows = list(itertools.islice(csv.DictReader(file), self.rows))
         beside = self.path.with_suffix(".csv.tmp")
         with beside.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
@@ -91,8 +102,8 @@ class Wandb(Logger):
     """A W&B run that starts in seconds or not at all, and never fails.
 
     The run is opened by the first call, `log_hyperparams` with the composed configuration. Its id
-    is then in `wandb_id.txt` in the run folder. What W&B refuses later is said once, and the run
-    goes on without it.
+    is then in `wandb_id.txt` in the run folder, and a folder that has one goes on with that run.
+    What W&B refuses later is said once, and the run goes on without it.
 
     Args:
         folder: the run folder; W&B writes to `<folder>/wandb`.
@@ -208,10 +219,13 @@ class Wandb(Logger):
             "init_timeout": ONLINE_PATIENCE,
             "disable_git": True,
         }
+        known = self.folder / "wandb_id.txt"
+        same = {"id": known.read_text().strip(), "resume": "allow"} if known.exists() else {}
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self.run = wandb.init(
                     **self.identity,
+                    **same,
                     dir=str(self.folder),
                     config=dict(config),
                     mode=attempt,  # pyright: ignore[reportArgumentType]
@@ -224,7 +238,7 @@ class Wandb(Logger):
                 self.reason = f"no run could be opened online: {one_line(error)}"
         self.run.define_metric("trainer/global_step", hidden=True)
         self.run.define_metric("*", step_metric="trainer/global_step")
-        (self.folder / "wandb_id.txt").write_text(self.run.id + "\n")
+        known.write_text(self.run.id + "\n")
 
     def _quietly(self, act: Callable[[], Any]) -> None:
         """W&B's troubles are not the run's."""

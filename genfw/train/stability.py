@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from genfw.train.errors import GenfwError
+from genfw.train.errors import Stopped
 from genfw.train.module import logs
 
 Policy = Literal["stop", "skip"]
@@ -53,7 +53,7 @@ class Stability(L.Callback):
 
     Raises:
         ValueError: an argument out of its range.
-        GenfwError: in training, at a step that is not finite: it names the step and the images.
+        Stopped: in training, at a step that is not finite: it names the step and the images.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Stability(L.Callback):
         if bad:
             self.nonfinite += 1
             if self.nan_policy == "stop" or self.nonfinite > self.max_consecutive:
-                raise GenfwError(self._report(trainer.global_step, loss, norm, images))
+                raise Stopped(self._report(trainer.global_step, loss, norm, images))
             skip = True
         else:
             self.nonfinite = 0
