@@ -84,8 +84,7 @@ class Keeper(Checkpoint):
             ) from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.validation_due:
-            _validate(trainer)
+        _go_on(trainer, self.validation_due)
 
     def on_train_batch_end(
         self,
@@ -208,8 +207,23 @@ class Keeper(Checkpoint):
             print(f"{said}; training goes on", flush=True)
 
 
+def _go_on(trainer: L.Trainer, validation_due: bool) -> None:
+    """What Lightning leaves out where it goes on: the validation after the saved step, and where
+    that step was the last of its epoch, to count the next one as begun."""
+    fit: Any = trainer.fit_loop
+    progress = fit.epoch_progress
+    between = fit.restarted_mid_epoch and progress.current.ready == progress.current.completed
+    if validation_due:
+        progress.current.completed -= between  # its numbers are still of the epoch before
+        _validate(trainer)
+        progress.current.completed += between
+    if between:
+        progress.increment_ready()
+        progress.increment_started()
+
+
 def _validate(trainer: L.Trainer) -> None:
-    """The validation that was due, as Lightning's loop calls it after a step."""
+    """As Lightning's loop does after a step."""
     loop: Any = trainer.fit_loop.epoch_loop
     connector: Any = trainer._logger_connector
     first = connector._first_loop_iter
