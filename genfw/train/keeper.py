@@ -130,10 +130,15 @@ class Keeper(Checkpoint):
         """Keeps the weights last saved as the best ones, if this is their NLL and it is less."""
         if nll is None or not float(nll) < self.best or self.saved != trainer.global_step:
             return
-        self.best = float(nll)
+        failed = None
         if trainer.is_global_zero:
-            same(self.folder / "last.ckpt", self.folder / "best.ckpt")
-        trainer.strategy.barrier()
+            try:
+                same(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            except OSError as error:
+                failed = str(error)
+                print(f"the best weights could not be kept ({failed}); training goes on")
+        if trainer.strategy.broadcast(failed) is None:
+            self.best = float(nll)
 
     def _put_aside(self, good: Path) -> None:
         """A last.ckpt that is damaged must not become previous.ckpt."""

@@ -39,7 +39,7 @@ class CSV(Logger):
 
     `step` first, then names as they appear. A name that appears late adds a column: the file is
     then rewritten beside itself and replaced in one motion. Rows of a file that is already there
-    are kept, or `cut`.
+    are kept, or `cut`. On a full disk rows wait in memory.
 
     Args:
         folder: the run folder.
@@ -49,6 +49,7 @@ class CSV(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.columns, self.rows = ["step"], 0
+        self._waiting: list[dict[str, Any]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
                 reader = csv.reader(file)
@@ -69,33 +70,49 @@ class CSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        row = {"step": step, **plain(metrics)}
-        new = [name for name in row if name not in self.columns]
+        self._waiting.append({"step": step, **plain(metrics)})
+        try:
+            self._write(self._waiting)
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"{self.path}: {error.strerror}; its rows wait for room", file=sys.stderr)
+        else:
+            self._waiting = []
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """All of these rows, or none."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        new = [name for name in names if name not in self.columns]
         if new or not self.path.exists():
-            self.columns += new
-            self._rewrite()
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-        self.rows += 1
+            self._rewrite([*self.columns, *new])
+        whole = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+        except OSError:
+            os.truncate(self.path, whole)
+            raise
+        self.rows += len(rows)
 
     @rank_zero_only
     def cut(self, rows: int) -> None:
         """Keeps the first so many rows: those after a checkpoint are about to come again."""
         if self.rows > rows:
             self.rows = rows
-            self._rewrite()
+            self._rewrite(self.columns)
 
-    def _rewrite(self) -> None:
+    def _rewrite(self, columns: list[str]) -> None:
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = list(itertools.islice(csv.DictReader(file), self.rows))
         beside = self.path.with_suffix(".csv.tmp")
         with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         beside.replace(self.path)
+        self.columns = columns
 
 
 class Wandb(Logger):

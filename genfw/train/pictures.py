@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import sys
 from pathlib import Path
 
 import torch
@@ -99,9 +100,13 @@ def reconstructions(model: MarkovianHierarchy, x: Image, noise: Noise, bins: int
 
 
 def save(picture: PIL.Image, path: Path) -> Path:
-    """Writes beside, then replaces: a reader never sees half a picture."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes beside, then replaces: a reader never sees half a picture. A full disk costs the
+    picture, not the run."""
     beside = path.with_name(f".{path.name}.tmp")
-    picture.save(beside, format="PNG")
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(beside, format="PNG")
+        beside.replace(path)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; no picture", file=sys.stderr)
     return path

@@ -6,14 +6,14 @@ A finished run goes on too, given a larger `trainer.max_steps`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from genfw.train.errors import ConfigError
 from genfw.train.runs import read
+from genfw.train.slurm import first_rank
 
 USAGE = """python -m genfw resume=<folder> [key=value ...]
 Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_steps=5000"""
@@ -73,14 +73,3 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
         return False
     print(f"{folder} is finished, at trainer.max_steps={steps}: give a larger one to go on")
     return True
-
-
-def requeued(folder: Path) -> bool:
-    """Whether SLURM starts this very job again, which then goes on in its folder."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0 and (folder / "config.yaml").exists()
-
-
-def first_rank() -> bool:
-    """Before there is a process group."""
-    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
-    return all(os.environ.get(name, "0") == "0" for name in names)
