@@ -23,7 +23,12 @@ SMALL = (
     *("callbacks.progress.every=1", "~callbacks.pictures", "~callbacks.diagnostics"),
 )
 MODELS = {
-    "vae": ("model=vae", "net@encoder=mlp_encoder", "net@decoder=mlp_decoder", "encoder.hidden=[8]"),
+    "vae": (
+        "model=vae",
+        "net@encoder=mlp_encoder",
+        "net@decoder=mlp_decoder",
+        "encoder.hidden=[8]",
+    ),
     "mhvae": (
         *("model=mhvae", "model.latents=[4,2]", "objective=warmup", "objective.steps=20"),
         *("net@encoder=mlp_encoder", "net@decoder=mlp_decoder", "encoder.hidden=[8]"),
@@ -64,7 +69,7 @@ class Ended:
     seconds: float
 
 
-def run(*arguments, world=1, fault=None, environment=None, timeout=60.0) -> Ended:
+def run(*arguments, world=1, fault=None, environment=None, timeout=240.0) -> Ended:
     """`python -m genfw <arguments>` on `world` ranks."""
     if world > 1 and not any(each.startswith("resume=") for each in arguments):
         arguments = (*arguments, "trainer.strategy=ddp", f"trainer.devices={world}")

@@ -29,7 +29,6 @@ COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
 def test_two_ranks(tmp_path, fault):
     ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
     assert ended.codes == [143, 143], ended.said
-    assert ended.seconds < 10
     step = 5 if fault.moment == "train" else 3  # the step is finished; a validation is not
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step
     assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
