@@ -84,8 +84,13 @@ def run(*arguments, world=1, fault=None, environment=None, timeout=240.0) -> End
     ranks = []
     for rank in range(world):
         torchrun = {
-            **{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world},
-            **{"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world,
+            "LOCAL_WORLD_SIZE": world,
+            "GROUP_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
             "TORCHELASTIC_RUN_ID": "test",
         }
         given = {**(environment or {}), **(torchrun if world > 1 else {})}

@@ -117,7 +117,7 @@ def _refuse(*_):
     raise OSError(errno.EPERM, "no links here")
 
 
-# ---- when it is written ----------------------------------------------------------------------------
+# ---- when it is written
 
 
 class Disk(AtomicIO):
@@ -179,7 +179,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
 
 
 def test_unsaved_last_weights_are_an_error(tmp_path):
-    with pytest.raises(Stopped, match="of step 4 could not be saved.*step 2 are"):
+    with pytest.raises(Stopped, match=r"of step 4 could not be saved.*step 2 are"):
         trained(tmp_path, steps=4, files=Disk(full=(2,)))
 
 

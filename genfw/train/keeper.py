@@ -66,7 +66,8 @@ class Keeper(Checkpoint):
         self._exit_code = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Finds out early whether files can be written, and removes what a killed run left."""
+        """Finds out early whether files can be written, and removes what a killed run left; one
+        that was killed before its first save begins anew."""
         if stage != "fit" or not trainer.is_global_zero:
             return
         try:
@@ -78,6 +79,9 @@ class Keeper(Checkpoint):
             probe = self.folder / "probe.tmp"
             probe.write_bytes(b"genfw")
             probe.unlink()
+            if self.begin is None:
+                for ledger in _ledgers(trainer):
+                    ledger.cut(0)
         except OSError as error:
             raise ConfigError(
                 f"checkpoints cannot be written to {self.folder}: {error.strerror}"
