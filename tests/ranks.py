@@ -49,7 +49,8 @@ class Fault:
     """What happens where: a signal to a rank itself, at a global step.
 
     Attributes:
-        moment: train (in the step after), validation (in its second batch), write (half way).
+        moment: train (in the step after), validation (in its second batch), write (half way); nan:
+            no signal, the weights are no numbers in the step after.
         ranks: those it happens to.
     """
 
@@ -184,7 +185,20 @@ def _inject(fault, mark):
 
         setattr(LatentModule, name, wrapped)
 
-    if fault.moment == "train":
+    def poison(module):
+        for p in module.model.parameters():
+            p.data.fill_(torch.nan)
+
+    if fault.moment == "nan":
+        step = LatentModule.training_step
+
+        def poisoned(self, batch, batch_idx):
+            if self.trainer.global_step == fault.step:
+                poison(self)
+            return step(self, batch, batch_idx)
+
+        LatentModule.training_step = poisoned
+    elif fault.moment == "train":
         before("training_step")
     elif fault.moment == "validation":
         before("validation_step", lambda batch_idx: batch_idx == 1)

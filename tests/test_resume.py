@@ -63,6 +63,16 @@ def finished(tmp_path_factory):
     return folder
 
 
+def test_a_run_killed_before_its_first_save_begins_anew(finished, tmp_path):
+    given = (*command("vae", 1), f"hydra.run.dir={tmp_path}/run")
+    ended = ranks.run(*given, fault=Fault("write", 3))
+    assert ended.codes == [-signal.SIGKILL], ended.said
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+    ended = ranks.run(f"resume={tmp_path}/run")
+    assert ended.codes == [0], ended.said
+    assert not differences(state(finished), state(tmp_path / "run"))
+
+
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(finished, capsys):
     before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     assert main([f"resume={finished}"]) == 0

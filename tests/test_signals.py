@@ -8,6 +8,7 @@ import lightning.pytorch as L
 import pytest
 import ranks
 import tiny
+import torch
 from ranks import MODELS, SMALL, Fault
 
 from genfw.train.checkpoint import AtomicIO, read
@@ -33,6 +34,17 @@ def test_two_ranks(tmp_path, fault):
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step
     assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):
+    """On rank 1, which rank 0 says and ends too; what is saved is from before."""
+    fault = Fault("nan", 4, ranks=(1,))
+    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    assert ended.codes == [1, 1], ended.said
+    assert ended.said.count("rank 1, step 4: the loss is nan for training images") == 1
+    last = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 3
+    assert all(torch.isfinite(each).all() for each in last["state_dict"].values())
 
 
 class At(L.Callback):
