@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help env run grid smoke test check fid-check clean
+.PHONY: help env run grid smoke test check fid-check clean faults
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -31,6 +31,9 @@ smoke: env  ## a few steps of every model x parameterization x schedule
 
 test: env  ## all tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+faults: env  ## ten kills of each model at each moment, and signals, on one rank and two: hours; goes on where it was stopped
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/faults.py $(ARGS)
 
 check: env  ## formatting, lint, types, doctests, import laws
 	$(BIN)/ruff format --check .

@@ -1,5 +1,7 @@
 """python -m genfw [group=option ...] [key=value ...]: trains a model, then tests it.
 
+python -m genfw resume=<folder>: goes on with a run that was interrupted.
+
 The configuration is composed and checked first, in well under a second; torch is imported when it
 is right.
 """
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.slurm import first_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code.
 
-    0, or 1: the run failed, 2: the configuration is wrong, 130: Ctrl-C.
+    0, or 1: the run failed, 2: the configuration is wrong, 130: Ctrl-C, 143: SIGTERM or SIGUSR1;
+    after either the run is saved.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if os.getcwd() not in sys.path:
@@ -32,8 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GenfwError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        print(_short(str(error)), file=sys.stderr)
-        return error.exit_code
+        together = error.on_all_ranks and not first_rank()
+        if not together:  # rank 0 says it
+            print(_short(str(error)), file=sys.stderr)
+        return 0 if together and _launched() else error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -50,6 +56,12 @@ def _command(arguments: Sequence[str]) -> int:
 
         names = [f"{each.name} ({each.module})" for each in plugins.installed()]
         print(help.text([conf_folder(), *plugins.conf_folders()], names), end="")
+        return 0
+
+    from genfw.train import resume, slurm
+
+    if resume.asked(arguments):
+        resume.resume(arguments)
         return 0
 
     from genfw.train import sweep
@@ -91,6 +103,9 @@ def _command(arguments: Sequence[str]) -> int:
             task = Fresh(tuple(_shared(flags)), tuple(each.key_or_group for each in axes))
             return sweep.run(hydra, name, task, overrides, place)
         place = own_folder(config, "hydra.run.dir")
+        if slurm.restarted() and (place / "config.yaml").exists():
+            resume.resume([f"resume={place}", f"trusted=[{','.join(trusted)}]"])
+            return 0
         overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
         failures: list[GenfwError] = []
         hydra.run(name, partial(_run, failures=failures), overrides)
@@ -134,6 +149,11 @@ def _run(config, failures: list[GenfwError]) -> float | None:
         failures.append(error)
         return None
     return results.get(config.optimized)
+
+
+def _launched() -> bool:
+    """Whether Lightning started this rank: it kills rank 0 within seconds of one that fails."""
+    return not any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:

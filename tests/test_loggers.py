@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import socket
 import struct
 import subprocess
@@ -309,3 +310,32 @@ def test_git_commit(monkeypatch):
     assert commit is None or len(commit.removesuffix("+")) == 40
     monkeypatch.setattr(loggers.shutil, "which", lambda name: None)
     assert loggers.git_commit() is None
+
+
+def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
+    """A limit on the size of files, which stops a write in its midst as a full disk does."""
+    log = CSV(tmp_path)
+    log.log_metrics({"train/objective": 1.5}, step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 2, hard))
+    try:
+        log.log_metrics({"train/objective": 2.5}, step=1)
+        log.log_metrics({"val/nll": 3.5}, step=1)  # a new column too
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [row["step"] for row in csv.DictReader(log.path.open())] == ["0"]
+    assert capsys.readouterr().err.count("wait for room") == 1
+    log.log_metrics({"train/objective": 4.5}, step=2)
+    rows = list(csv.DictReader(log.path.open()))
+    assert [row["step"] for row in rows] == ["0", "1", "1", "2"]
+    assert rows[2]["val/nll"] == "3.5" and log.rows == 4
+
+
+def test_a_run_goes_on_in_its_own_wandb_run(tmp_path):
+    ids = []
+    for _ in range(2):
+        log = Wandb(tmp_path, mode="offline")
+        log.log_hyperparams({})
+        ids.append(log.version)
+        log.finish()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()

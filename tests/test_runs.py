@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,8 @@ def genfw(*arguments):
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
+        # a background shell has its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -37,17 +40,41 @@ def weights(folder):
     return torch.load(file, weights_only=True)["state_dict"]
 
 
+def signalled(process, number):
+    """Sends it after the first step that is told, and waits: (exit code, what was said)."""
+    killer = threading.Timer(240, process.kill)  # ends the reading below, whatever happens
+    killer.start()
+    try:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if line.startswith("step"):
+                process.send_signal(number)
+                break
+        said += process.stdout.read()
+        return process.wait(30), said
+    finally:
+        killer.cancel()
+        process.kill()
+
+
 def test_ctrl_c_saves_and_says_so(tmp_path):
     folder = tmp_path / "run"
     process = genfw(*BARE, "trainer.max_steps=100000", f"hydra.run.dir={folder}")
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step"):
-            process.send_signal(signal.SIGINT)
-            break
-    said = process.stdout.read()
-    assert process.wait(60) == 130, said
-    assert "interrupted at step" in said and "Traceback" not in said
+    code, said = signalled(process, signal.SIGINT)
+    assert code == 130, said
+    assert f"python -m genfw resume={folder}" in said and "objective" in said.split("so far")[1]
+    assert "Traceback" not in said
+    assert weights(folder)
+
+
+def test_a_signal_to_rank_0_of_lightnings_own_launcher(tmp_path):
+    """Which kills everybody when a further rank ends with an exit code of its own."""
+    folder = tmp_path / "run"
+    ddp = ("trainer=ddp", "trainer.max_steps=100000", f"hydra.run.dir={folder}")
+    code, said = signalled(genfw(*BARE, *ddp), signal.SIGTERM)
+    assert code == 143, said
+    assert said.count("interrupted at step") == 1 and "Traceback" not in said
     assert weights(folder)
 
 

@@ -205,6 +205,12 @@ class Pictures(L.Callback):
                 save(picture, path)
                 show(trainer, f"val/{kind}", path)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
+
     def draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
         """By kind: samples, and denoising or reconstructions (of `images`), by `evaluated`.
 
@@ -279,6 +285,12 @@ class Frechet(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure(trainer, pl_module, "test", self.samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.validations = state_dict["validations"]
 
     def _measure(
         self, trainer: L.Trainer, module: L.LightningModule, split: str, samples: int

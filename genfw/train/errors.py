@@ -8,9 +8,21 @@ class GenfwError(Exception):
     """
 
     exit_code = 1
+    on_all_ranks = False
+    """Whether every rank raises it at the same place: then none is left waiting for another."""
 
 
 class ConfigError(GenfwError):
     """The configuration is wrong; found before anything is trained, exit code 2."""
 
     exit_code = 2
+
+
+class Stopped(GenfwError):
+    """All ranks agreed to stop."""
+
+    on_all_ranks = True
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -1,7 +1,7 @@
 """One run, from a composed configuration to a folder with everything that is worth keeping:
 
 config.yaml             the configuration, all interpolations resolved
-checkpoints/best.ckpt   best validation NLL; last.ckpt: last step; both raw and averaged
+checkpoints/best.ckpt   best validation NLL; last.ckpt, previous.ckpt: the last two saves
 metrics.csv             every logged number, row by row
 wandb/, wandb_id.txt    the W&B run
 samples/, denoising/    pictures during training
@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -25,8 +25,9 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -39,117 +40,115 @@ from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given
+from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.config import build
-from genfw.train.errors import GenfwError
+from genfw.train.errors import GenfwError, Stopped
+from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit, one_line
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
 from genfw.train.runs import load
+from genfw.train.signals import Signals
 
 Results = dict[str, Any]
 
 
-def run(config: DictConfig, folder: Path) -> Results:
+def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     """Trains, then tests the best weights.
 
     Args:
         config: composed and checked.
         folder: the run folder, which exists and is this run's alone.
+        begin: the checkpoint of this folder to go on from.
 
     Returns:
         What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
         nats; `test/bpd` in bits; seconds, parameters, versions.
+
+    Raises:
+        Stopped: a signal asked for it, a loss is not finite, or nothing could be saved any more.
     """
     prepare()
     started = time.monotonic()
     resolved = container(config)
-    OmegaConf.save(OmegaConf.create(resolved), folder / "config.yaml")
+    keep_config(resolved, folder)
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     failed = 1
-    try:
-        L.seed_everything(config.seed, workers=True, verbose=False)
-        module, data = assemble(config)
-        keep = ModelCheckpoint(
-            dirpath=str(folder / "checkpoints"),
-            filename="best",
-            monitor="val/nll",
-            save_last=True,
-            enable_version_counter=False,
-        )
-        callbacks = make_callbacks(config)
-        trainer = make_trainer(config, folder, loggers, [*callbacks, keep])
-        announce(config, folder, module, trainer)
-        for logger in loggers:
-            logger.log_hyperparams({**resolved, "git": git_commit()})
-        fitted = time.monotonic()
-        fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
-        fitted = time.monotonic() - fitted
-        best = choose(trainer, module, data, keep)
-        tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
-        results: Results = {
-            **_validated(keep, config),
-            **tested[0],
-            **_references(callbacks, module.model),
-            **{f"test/{name}": said for name, said in given(module).items()},
-            "parameters": sum(p.numel() for p in module.model.parameters()),
-            "seconds": round(time.monotonic() - started, 1),
-            "seconds/fit": round(fitted, 1),
-            **versions(),
-        }
-        certificate = certify(module, data, tested[0], best, versions())
-        if trainer.is_global_zero:
-            write(folder / "results.json", results)
-            write(folder / "certificate.json", certificate)
-            finish_pictures(module, trainer, callbacks, folder)
-            Console().print(table(results))
-            print(f"run folder: {folder}")
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.summarize({**results, "certificate": certificate})
-        failed = 0
-        return results
-    finally:
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.finish(exit_code=failed)
-                print(logger.where)
+    with Signals() as signals:
+        try:
+            L.seed_everything(config.seed, workers=True, verbose=False)
+            module, data = assemble(config)
+            files = AtomicIO()
+            keeper = build(
+                config.checkpoint,
+                folder=folder / "checkpoints",
+                files=files,
+                signals=signals,
+                begin=begin,
+            )
+            callbacks = make_callbacks(config)
+            trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+            announce(config, folder, module, trainer)
+            for logger in loggers:
+                logger.log_hyperparams({**resolved, "git": git_commit()})
+            fitted = time.monotonic()
+            fit(trainer, module, data, keeper)
+            fitted = time.monotonic() - fitted
+            trainer.validate(module, data, verbose=False)  # steps after the last validation count
+            best = keeper.path
+            tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+            results: Results = {
+                **_validated(keeper.best, config),
+                **tested[0],
+                **_references(callbacks, module.model),
+                **{f"test/{name}": said for name, said in given(module).items()},
+                "parameters": sum(p.numel() for p in module.model.parameters()),
+                "seconds": round(time.monotonic() - started, 1),
+                "seconds/fit": round(fitted, 1),
+                **versions(),
+            }
+            certificate = certify(module, data, tested[0], best, versions())
+            if trainer.is_global_zero:
+                write(folder / "results.json", results)
+                write(folder / "certificate.json", certificate)
+                finish_pictures(module, trainer, callbacks, folder)
+                Console().print(table(results))
+                print(f"run folder: {folder}")
+            for logger in loggers:
+                if isinstance(logger, Wandb):
+                    logger.summarize({**results, "certificate": certificate})
+            failed = 0
+            return results
+        except Stopped as stop:
+            failed = stop.exit_code
+            raise
+        finally:
+            for logger in loggers:
+                if isinstance(logger, Wandb):
+                    logger.finish(exit_code=failed)
+                    print(logger.where)
 
 
-def fit(trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, last: Path) -> None:
-    """Trains and saves the last weights, also when Ctrl-C ends it.
+def fit(
+    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keeper: Keeper
+) -> None:
+    """Trains; Ctrl-C ends it with a table of what there is.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, which Lightning turns into an exit with code 1.
+        Stopped: by a signal, after the step was saved.
+        KeyboardInterrupt: by Ctrl-C in a hurry, which Lightning turns into an exit with code 1.
     """
     try:
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=keeper.begin, weights_only=True)
+    except Stopped as stop:
+        if stop.exit_code == 130 and trainer.is_global_zero:
+            Console().print(so_far(trainer, keeper))
+        raise
     except SystemExit as stop:
         if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
-        trainer.save_checkpoint(last)
-        print(f"interrupted at step {trainer.global_step}; weights in {last}", flush=True)
         raise KeyboardInterrupt from None
-    trainer.save_checkpoint(last)
-
-
-def choose(
-    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keep: ModelCheckpoint
-) -> Path:
-    """The checkpoint of the best validation NLL, the steps after the last validation included."""
-    folder = Path(keep.dirpath or "")
-    best, last = folder / "best.ckpt", folder / "last.ckpt"
-    validated = trainer.validate(module, data, verbose=False)
-    if not validated or "val/nll" not in validated[0]:
-        return Path(keep.best_model_path or last)
-    nll = torch.tensor(validated[0]["val/nll"])
-    if keep.best_model_score is None or nll < keep.best_model_score.cpu():
-        keep.best_model_score = nll
-        if trainer.is_global_zero:
-            shutil.copyfile(last, best)
-        trainer.strategy.barrier()
-        return best
-    return Path(keep.best_model_path)
 
 
 def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
@@ -213,12 +212,7 @@ def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDa
     Raises:
         GenfwError: the file is not there, cannot be read, or holds another model.
     """
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise GenfwError(f"there is no checkpoint {file}") from error
-    except Exception as error:
-        raise GenfwError(f"{file} cannot be read: {one_line(error)}") from error
+    checkpoint = read(file)
     module, data = assemble(config)
     module.on_load_checkpoint(checkpoint)
     try:
@@ -237,13 +231,18 @@ def make_callbacks(config: DictConfig) -> list[L.Callback]:
 
 
 def make_trainer(
-    config: DictConfig, folder: Path, loggers: list[Logger], callbacks: list[L.Callback]
+    config: DictConfig,
+    folder: Path,
+    loggers: list[Logger],
+    callbacks: list[L.Callback],
+    files: AtomicIO,
 ) -> L.Trainer:
     """Lightning's Trainer as configured."""
     return build(
         config.trainer,
         logger=loggers or False,
         callbacks=callbacks,
+        plugins=[files],
         default_root_dir=str(folder),
         val_check_interval=validation_interval(config.trainer),
     )
@@ -312,6 +311,29 @@ def table(results: Mapping[str, Any]) -> Table:
     return sheet
 
 
+def so_far(trainer: L.Trainer, keeper: Keeper) -> Table:
+    """The end of a run that was interrupted."""
+    sheet = Table("so far", "")
+    sheet.add_row("step", f"{trainer.global_step}")
+    known = trainer.callback_metrics
+    for key, name in (("train/objective", "objective"), ("val/nll", "validation NLL")):
+        if key in known:
+            sheet.add_row(name, f"{float(known[key]):.2f} nats")
+    if math.isfinite(keeper.best):
+        sheet.add_row("best validation NLL", f"{keeper.best:.2f} nats")
+    return sheet
+
+
+@rank_zero_only
+def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
+    """config.yaml, and no results: those of a run that goes on are yet to come."""
+    beside = folder / "config.yaml.tmp"
+    OmegaConf.save(OmegaConf.create(dict(resolved)), beside)
+    beside.replace(folder / "config.yaml")
+    for name in ("results.json", "certificate.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write(file: Path, value: Mapping[str, Any]) -> None:
     """As JSON."""
     file.write_text(json.dumps(value, indent=2) + "\n")
@@ -346,6 +368,7 @@ def prepare() -> None:
         ".*litlogger.*",
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
+        ".*your dataloader is not resumable.*",  # it is: genfw.train.batches
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -363,9 +386,8 @@ def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
     }
 
 
-def _validated(keep: ModelCheckpoint, config: DictConfig) -> Results:
-    if keep.best_model_score is None:
+def _validated(best: float, config: DictConfig) -> Results:
+    if not math.isfinite(best):
         return {}
-    nll = keep.best_model_score.double()
     dims = int(torch.tensor(list(config.data.shape)).prod())
-    return {"val/nll": float(nll), "val/bpd": float(bits_per_dim(nll, dims))}
+    return {"val/nll": best, "val/bpd": float(bits_per_dim(torch.tensor(best).double(), dims))}

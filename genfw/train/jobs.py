@@ -32,6 +32,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
+from genfw.train import slurm
 from genfw.train.errors import ConfigError, GenfwError
 
 RANK_VARIABLES = (
@@ -55,7 +56,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def start_name() -> str:
-    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits."""
+    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits; of a SLURM job the name
+    that it has when it is started again."""
+    if (job := slurm.job()) is not None:
+        return job
     random = base64.b32encode(secrets.token_bytes(4)).decode()[:6].lower()
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{random}"
 
@@ -64,16 +68,19 @@ OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=Tru
 
 
 def own_folder(config: DictConfig, key: str) -> Path:
-    """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist."""
+    """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist, and
+    where SLURM starts a job again it may hold this very run."""
     parent, _, leaf = key.rpartition(".")
     named = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
     assert isinstance(named, dict)
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
-            folder.mkdir(parents=True, exist_ok="${start:}" not in str(named[leaf]))
+            named_anew = "${start:}" in str(named[leaf]) and slurm.job() is None
+            folder.mkdir(parents=True, exist_ok=not named_anew)
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
-            if (folder / "config.yaml").exists() and not further_rank:
+            known = further_rank or not slurm.first_rank() or slurm.restarted()
+            if (folder / "config.yaml").exists() and not known:
                 raise ConfigError(
                     f"{key}: {folder} holds a run already; name another, or none for a new one"
                 )

@@ -9,6 +9,7 @@ is the ledger, complete up to the last row.
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ class CSV(Logger):
 
     `step` first, then names as they appear. A name that appears late adds a column: the file is
     then rewritten beside itself and replaced in one motion. Rows of a file that is already there
-    are kept.
+    are kept, or `cut`. On a full disk rows wait in memory.
 
     Args:
         folder: the run folder.
@@ -47,10 +48,13 @@ class CSV(Logger):
     def __init__(self, folder: str | Path):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self.columns = ["step"]
+        self.columns, self.rows = ["step"], 0
+        self._waiting: list[dict[str, Any]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                self.columns = next(csv.reader(file), self.columns)
+                reader = csv.reader(file)
+                self.columns = next(reader, self.columns)
+                self.rows = sum(1 for _ in reader)
 
     @property
     def name(self) -> str:
@@ -66,33 +70,57 @@ class CSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        row = {"step": step, **plain(metrics)}
-        new = [name for name in row if name not in self.columns]
-        if new or not self.path.exists():
-            self.columns += new
-            self._rewrite()
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
+        self._waiting.append({"step": step, **plain(metrics)})
+        try:
+            self._write(self._waiting)
+        except OSError as error:
+            if len(self._waiting) == 1:
+                print(f"{self.path}: {error.strerror}; its rows wait for room", file=sys.stderr)
+        else:
+            self._waiting = []
 
-    def _rewrite(self) -> None:
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        """All of these rows, or none."""
+        names = dict.fromkeys(name for row in rows for name in row)
+        new = [name for name in names if name not in self.columns]
+        if new or not self.path.exists():
+            self._rewrite([*self.columns, *new])
+        whole = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerows(rows)
+        except OSError:
+            os.truncate(self.path, whole)
+            raise
+        self.rows += len(rows)
+
+    @rank_zero_only
+    def cut(self, rows: int) -> None:
+        """Keeps the first so many rows: those after a checkpoint are about to come again."""
+        if self.rows > rows:
+            self.rows = rows
+            self._rewrite(self.columns)
+
+    def _rewrite(self, columns: list[str]) -> None:
         rows: list[dict[str, str]] = []
         if self.path.exists():
             with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+                rows = list(itertools.islice(csv.DictReader(file), self.rows))
         beside = self.path.with_suffix(".csv.tmp")
         with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         beside.replace(self.path)
+        self.columns = columns
 
 
 class Wandb(Logger):
     """A W&B run that starts in seconds or not at all, and never fails.
 
     The run is opened by the first call, `log_hyperparams` with the composed configuration. Its id
-    is then in `wandb_id.txt` in the run folder. What W&B refuses later is said once, and the run
-    goes on without it.
+    is then in `wandb_id.txt` in the run folder, and a folder that has one goes on with that run.
+    What W&B refuses later is said once, and the run goes on without it.
 
     Args:
         folder: the run folder; W&B writes to `<folder>/wandb`.
@@ -208,10 +236,15 @@ class Wandb(Logger):
             "init_timeout": ONLINE_PATIENCE,
             "disable_git": True,
         }
+        known = self.folder / "wandb_id.txt"
+        same: dict[str, Any] = (
+            {"id": known.read_text().strip(), "resume": "allow"} if known.exists() else {}
+        )
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self.run = wandb.init(
                     **self.identity,
+                    **same,
                     dir=str(self.folder),
                     config=dict(config),
                     mode=attempt,  # pyright: ignore[reportArgumentType]
@@ -224,7 +257,7 @@ class Wandb(Logger):
                 self.reason = f"no run could be opened online: {one_line(error)}"
         self.run.define_metric("trainer/global_step", hidden=True)
         self.run.define_metric("*", step_metric="trainer/global_step")
-        (self.folder / "wandb_id.txt").write_text(self.run.id + "\n")
+        known.write_text(self.run.id + "\n")
 
     def _quietly(self, act: Callable[[], Any]) -> None:
         """W&B's troubles are not the run's."""

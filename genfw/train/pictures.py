@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -122,12 +123,15 @@ def reconstructions(
 
 def save(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> Path:
     """Writes beside, then replaces: a reader never sees half a picture. `facts` become text chunks
-    of the PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    of the PNG. A full disk costs the picture, not the run."""
     beside = path.with_name(f".{path.name}.tmp")
     chunks = PngInfo()
     for name, value in (facts or {}).items():
         chunks.add_text(name, value)
-    picture.save(beside, format="PNG", pnginfo=chunks)
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(beside, format="PNG", pnginfo=chunks)
+        beside.replace(path)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; no picture", file=sys.stderr)
     return path

@@ -33,26 +33,27 @@ def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
 
 
 def read(
-    arguments: Sequence[str], defaults: Mapping[str, Any], usage: str
+    arguments: Sequence[str], defaults: Mapping[str, Any], usage: str, word: str = "run"
 ) -> tuple[Path, DictConfig, DictConfig]:
     """A run folder, its configuration with the changes asked for, and the command's own options.
 
     Args:
-        arguments: `key=value`, `run` among them.
+        arguments: `key=value`, the folder among them.
         defaults: the command's options. Every other key must be one of the run's config.yaml, or a
             group that may be chosen anew, `estimator=importance_weighted`.
-        usage: said where `run` is missing.
+        usage: said where the folder is missing.
+        word: what names the folder.
 
     Raises:
         ConfigError: an argument that is not understood, a folder that is no run's, an unknown key.
     """
     pairs = [each.partition("=") for each in arguments]
-    wrong = [key + sign + value for key, sign, value in pairs if not sign]
-    given = {key: value for key, _, value in pairs}
-    if wrong or "run" not in given:
+    wrong = [name + sign + value for name, sign, value in pairs if not sign]
+    given = {name: value for name, _, value in pairs}
+    if wrong or word not in given:
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
-    folder = Path(given.pop("run"))
-    config = load(folder)
+    folder = Path(given.pop(word))
+    config = load(folder, word)
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
     for group in CHOSEN_ANEW:

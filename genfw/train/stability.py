@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from genfw.train.errors import GenfwError
+from genfw.train.errors import Stopped
 from genfw.train.module import logs
 
 Policy = Literal["stop", "skip"]
@@ -53,7 +53,7 @@ class Stability(L.Callback):
 
     Raises:
         ValueError: an argument out of its range.
-        GenfwError: in training, at a step that is not finite: it names the step and the images.
+        Stopped: in training, at a step that is not finite: it names the step and the images.
     """
 
     def __init__(
@@ -99,7 +99,8 @@ class Stability(L.Callback):
         if bad:
             self.nonfinite += 1
             if self.nan_policy == "stop" or self.nonfinite > self.max_consecutive:
-                raise GenfwError(self._report(trainer.global_step, loss, norm, images))
+                told = self._report(trainer.global_step, loss, norm, images)
+                raise Stopped(from_the_cause(told, bool(loss.isfinite())))
             skip = True
         else:
             self.nonfinite = 0
@@ -198,6 +199,16 @@ def decide(bad: Tensor, norm: Tensor) -> tuple[bool, float]:
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
     worst, length = both.tolist()
     return worst > 0, length
+
+
+def from_the_cause(told: str, finite: bool) -> str:
+    """What the first rank says whose own loss is not finite; gradients are those of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return told
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (finite, dist.get_rank(), told))
+    _, rank, told = min(every)
+    return f"rank {rank}, {told}"
 
 
 def gradient_norm(optimizer: Optimizer) -> Tensor:

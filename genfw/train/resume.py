@@ -1,0 +1,77 @@
+"""python -m genfw resume=<folder>: a run that was killed or interrupted goes on where it was.
+
+It is the run of the folder's config.yaml, exactly: what would change its mathematics is refused.
+A finished run goes on too, given a larger `trainer.max_steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from genfw.train.errors import ConfigError
+from genfw.train.runs import read
+from genfw.train.slurm import first_rank
+
+USAGE = """python -m genfw resume=<folder> [key=value ...]
+Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_steps=5000"""
+
+MAY_CHANGE = (
+    *("trainer.max_", "trainer.enable_progress_bar", "trainer.profiler", "trainer.limit_test_"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+    "trainer.accumulate_grad_batches",
+    *("checkpoint.", "callbacks.progress.", "logger.", "estimator", "trusted"),
+    *("data.path", "data.num_workers", "data.eval_batch_size", "optimized"),
+)
+"""How long, where, and what is shown. The product of ranks and micro-batches must stay: see
+`genfw.train.keeper`."""
+
+
+def asked(arguments: Sequence[str]) -> bool:
+    """Whether a command line goes on with a run."""
+    return any(each.startswith("resume=") for each in arguments)
+
+
+def resume(arguments: Sequence[str]) -> None:
+    """Goes on with the run that `resume=` names.
+
+    Raises:
+        ConfigError: there is none, or something is given that it cannot go on with.
+        CheckpointError: it has no checkpoint that is whole.
+    """
+    for each in arguments:
+        key = each.partition("=")[0]
+        if key != "resume" and not key.startswith(MAY_CHANGE):
+            raise ConfigError(
+                f"{each}: a run that goes on keeps its {key}. What may change: "
+                f"{', '.join(name.rstrip('._') for name in MAY_CHANGE)}"
+            )
+    folder, config, _ = read(arguments, {}, USAGE, word="resume")
+    take_up(folder, config)
+
+
+def take_up(folder: Path, config: DictConfig) -> None:
+    """Goes on from the newest checkpoint of `folder`; a run killed before its first one begins."""
+    from genfw.train.checkpoint import newest
+    from genfw.train.job import run
+    from genfw.train.jobs import noted
+
+    checkpoints = folder / "checkpoints"
+    begin = None
+    if any(checkpoints.glob("*.ckpt")):
+        begin = newest(checkpoints, say=print if first_rank() else lambda _: None)
+    if begin is None or not _finished(folder, config, begin):
+        with noted(folder):
+            run(config, folder, begin)
+
+
+def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
+    from genfw.train.checkpoint import read as read_checkpoint
+
+    step, steps = read_checkpoint(begin)["global_step"], config.trainer.max_steps
+    if not (folder / "results.json").is_file() or step < steps or steps < 0:
+        return False
+    print(f"{folder} is finished, at trainer.max_steps={steps}: give a larger one to go on")
+    return True

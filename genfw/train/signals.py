@@ -1,0 +1,120 @@
+"""Signals that ask a run to stop, and how ranks agree on it.
+
+SIGTERM, SIGUSR1 (a scheduler takes the machine back) and SIGINT (Ctrl-C) set a flag and no more.
+The flags of all ranks are compared where every rank comes by: after each step, and after each batch
+of evaluation. So it does not matter which ranks got the signal, or when. A second Ctrl-C does not
+wait.
+
+Lightning's own handlers call a collective operation from within the signal, in which ranks that are
+elsewhere at that moment hang; they are replaced whenever a loop begins.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+import torch.distributed as dist
+
+from genfw.train.errors import Stopped
+
+EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
+"""128 + the number of SIGTERM or SIGINT. SIGUSR1 announces a SIGTERM."""
+
+
+class Signals(L.Callback):
+    """Use as a context, around everything that a signal should not cut short."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """The exit code that was asked for; 0: none."""
+        self._before: dict[signal.Signals, Any] = {}
+        self._group: Any = None
+        self._polls = 0
+
+    def __enter__(self) -> Signals:
+        """What is ignored (Ctrl-C by a job in the background) stays ignored."""
+        found = {number: signal.getsignal(number) for number in EXIT_CODES}
+        self._before = {k: v for k, v in found.items() if v is not signal.SIG_IGN}
+        self._install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> int:
+        """The exit code that any rank was asked for, the same on all of them; 0: go on.
+
+        All ranks must call it equally often.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.received
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")  # does not wait for a GPU
+        asked = torch.tensor(self.received)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
+        return int(asked)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._install()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer.num_val_batches)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer.num_test_batches)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._poll(trainer)
+
+    def on_test_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+        self._poll(trainer)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._catch_up(trainer)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._catch_up(trainer)
+
+    def _begin(self, batches: Any) -> None:
+        """Ranks may have one batch more or less; all of them ask as often as the busiest."""
+        self._install()
+        most = torch.tensor(float(sum(batches) if isinstance(batches, list) else batches))
+        self.agreed()  # makes the group
+        if self._group is not None:
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self._group)
+        self._polls = int(most)
+
+    def _poll(self, trainer: L.Trainer) -> None:
+        self._polls -= 1
+        stop(self.agreed(), trainer)
+
+    def _catch_up(self, trainer: L.Trainer) -> None:
+        while self._polls > 0:
+            self._poll(trainer)
+
+    def _install(self) -> None:
+        for number in self._before:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = EXIT_CODES[signal.Signals(number)]
+
+
+def stop(exit_code: int, trainer: L.Trainer) -> None:
+    """Nothing, at 0.
+
+    Raises:
+        Stopped: on all ranks.
+    """
+    if exit_code:
+        folder, step = trainer.default_root_dir, trainer.global_step
+        raise Stopped(
+            f"interrupted at step {step}; to go on: python -m genfw resume={folder}", exit_code
+        )

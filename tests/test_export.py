@@ -1,0 +1,74 @@
+"""What is exported is what was reported, and it can be built again from its file alone."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_job import VDM, composed
+
+from genfw import Noise
+from genfw.export import export, load
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.job import restore, run
+from genfw.train.runs import command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    few = [each for each in VDM if not each.startswith("callbacks")]
+    run(composed(*few, "logger=none", "metrics=none", "~callbacks.pictures"), folder)
+    assert command(export, [f"run={folder}"]) == 0
+    return folder
+
+
+def test_the_same_bound(folder):
+    config = OmegaConf.load(folder / "config.yaml")
+    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
+    model = load(folder / "model.safetensors")
+    assert not model.training and module.average is not None
+    x = torch.randint(17, (5, 1, 8, 8), generator=torch.Generator().manual_seed(1))
+    noise = Noise(3, torch.arange(5))
+    with module.evaluating() as reported:
+        expected = reported.elbo(x, noise=noise).total
+    assert torch.equal(model.elbo(x, noise=noise).total, expected)
+    assert not torch.equal(module.model.eval().elbo(x, noise=noise).total, expected)
+
+
+def test_the_file_says_what_it_is(folder):
+    with safe_open(folder / "model.safetensors", framework="pt") as held:
+        told = held.metadata()
+    assert json.loads(told["model"])["_target_"] == "genfw.VDM"
+    assert json.loads(told["data"]) == {"name": "digits", "shape": [1, 8, 8], "bins": 17}
+
+
+def changed(folder, tmp_path, **metadata):
+    with safe_open(folder / "model.safetensors", framework="pt") as held:
+        told = {**held.metadata(), **metadata}
+        weights = {name: held.get_tensor(name) for name in held.keys()}  # noqa: SIM118
+    save_file(weights, tmp_path / "other.safetensors", told)
+    return tmp_path / "other.safetensors"
+
+
+def test_a_file_does_not_vouch_for_itself(folder, tmp_path):
+    model = json.dumps({"_target_": "os.mkdir", "path": str(tmp_path / "PWNED")})
+    with pytest.raises(ConfigError, match="not among what a config may import"):
+        load(changed(folder, tmp_path, model=model))
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_weights_of_another_model_and_other_files(folder, tmp_path):
+    with safe_open(folder / "model.safetensors", framework="pt") as held:
+        model = json.loads(held.metadata()["model"])
+    model["denoiser"]["network"]["width"] = 8
+    with pytest.raises(GenfwError, match="size mismatch"):
+        load(changed(folder, tmp_path, model=json.dumps(model)))
+    save_file({"w": torch.zeros(2)}, tmp_path / "bare.safetensors")
+    with pytest.raises(GenfwError, match="not written by genfw"):
+        load(tmp_path / "bare.safetensors")
+    (tmp_path / "no.safetensors").write_text("<html>")
+    with pytest.raises(GenfwError, match="cannot be read"):
+        load(tmp_path / "no.safetensors")

@@ -1,0 +1,117 @@
+"""Whoever gets the signal, whenever: the step is finished and saved, and all ranks end alike."""
+
+import itertools
+import os
+import signal
+
+import lightning.pytorch as L
+import pytest
+import ranks
+import tiny
+import torch
+from ranks import MODELS, SMALL, Fault
+
+from genfw.train.checkpoint import AtomicIO, read
+from genfw.train.errors import Stopped
+from genfw.train.keeper import Keeper
+from genfw.train.signals import EXIT_CODES, Signals
+
+COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("train", 4, signal.SIGTERM, ranks=(0, 1)),
+        Fault("train", 4, signal.SIGUSR1, ranks=(1,)),
+        Fault("validation", 3, signal.SIGTERM, ranks=(1,)),
+    ],
+)
+def test_two_ranks(tmp_path, fault):
+    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    assert ended.codes == [143, 143], ended.said
+    step = 5 if fault.moment == "train" else 3  # the step is finished; a validation is not
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):
+    """On rank 1, which rank 0 says and ends too; what is saved is from before."""
+    fault = Fault("nan", 4, ranks=(1,))
+    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    assert ended.codes == [1, 1], ended.said
+    assert ended.said.count("rank 1, step 4: the loss is nan for training images") == 1
+    last = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert last["global_step"] == 3
+    assert all(torch.isfinite(each).all() for each in last["state_dict"].values())
+
+
+class At(L.Callback):
+    """Raises signals at a moment of training."""
+
+    def __init__(self, hook, step, *numbers):
+        self.hook, self.step, self.numbers = hook, step, numbers
+
+    def strike(self, hook, trainer):
+        if hook == self.hook and trainer.global_step == self.step:
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+    def on_train_batch_start(self, trainer, *_):
+        self.strike("step", trainer)
+
+    def on_validation_batch_start(self, trainer, *_):
+        self.strike("validation", trainer)
+
+
+def trained(folder, *callbacks, steps=6):
+    files = AtomicIO()
+    with Signals() as signals:
+        keeper = Keeper(folder, files, signals)
+        settings = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+        trainer = tiny.trainer(
+            folder,
+            steps,
+            callbacks=[signals, *callbacks, keeper],
+            plugins=[files],
+            enable_checkpointing=True,
+            **settings,
+        )
+        trainer.fit(tiny.module(), tiny.Images())
+
+
+@pytest.mark.parametrize(
+    ("number", "hook"), list(itertools.product(EXIT_CODES, ("step", "validation")))
+)
+def test_one_rank(tmp_path, number, hook):
+    before = {each: signal.getsignal(each) for each in EXIT_CODES}
+    with pytest.raises(Stopped, match=f"resume={tmp_path}") as stopped:
+        trained(tmp_path, At(hook, 4, number))
+    assert stopped.value.exit_code == EXIT_CODES[number] == (130 if number == 2 else 143)
+    saved = read(tmp_path / "last.ckpt")
+    assert saved["global_step"] == (5 if hook == "step" else 4)
+    assert saved["genfw"]["validation_due"] is (hook == "validation")
+    assert {each: signal.getsignal(each) for each in EXIT_CODES} == before
+
+
+def test_a_signal_at_the_last_step(tmp_path):
+    with pytest.raises(Stopped):
+        trained(tmp_path, At("step", 5, signal.SIGTERM))
+    assert read(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    with pytest.raises(SystemExit) as stopped:  # Lightning's answer to a KeyboardInterrupt
+        trained(tmp_path, At("step", 3, signal.SIGINT, signal.SIGINT))
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+    assert read(tmp_path / "last.ckpt")["global_step"] == 2
+
+
+def test_what_is_ignored_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trained(tmp_path, At("step", 3, signal.SIGINT), steps=4)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert read(tmp_path / "last.ckpt")["global_step"] == 4
