@@ -116,11 +116,18 @@ def run(*arguments, world=1, fault=None, environment=None, timeout=240.0) -> End
     return Ended([process.exitcode or 0 for process in ranks], said, seconds)
 
 
+MEASURED = ("train/images_per_second", "train/wait_share", "memory/")
+"""Columns that say how fast and where a run ran."""
+
+
 def state(folder):
     """All that a checkpoint says of the run, and the ledger."""
     last = torch.load(Path(folder) / "checkpoints" / "last.ckpt", weights_only=True)
     with (Path(folder) / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if v and not k.startswith(MEASURED)}
+            for row in csv.DictReader(file)
+        ]
     del last["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]  # counts evaluations again
     return {**last, "rows": rows}
 

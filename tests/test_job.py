@@ -101,7 +101,11 @@ def test_pictures(vdm):
 
 def test_checkpoints_hold_plain_types_raw_and_averaged_weights(vdm):
     folder, _ = vdm
-    assert {file.name for file in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {file.name for file in (folder / "checkpoints").iterdir()} == {
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    }
     for name, steps in (("best", (3, 6)), ("last", (6,))):
         held = torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert held["global_step"] in steps
@@ -193,10 +197,10 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
 )
 def test_a_certificate_holds_for_its_own_protocol_only(vdm, capsys, given, said):
     folder, _ = vdm
-    entries = (folder / "evaluation.json").read_bytes()
+    before = {path: path.read_bytes() for path in folder.glob("*.json")}
     assert command(evaluate.evaluate, [f"run={folder}", "verify=true", *given]) == 1
     assert said in capsys.readouterr().err
-    assert (folder / "evaluation.json").read_bytes() == entries
+    assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
 
 
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):
@@ -247,6 +251,7 @@ def test_vae_without_loggers_and_with_a_failing_metric(tmp_path, monkeypatch, ca
     assert out.count("fd_digits skipped: RuntimeError: singular product") == 1
     assert "step 3/6" in out
     assert {file.name for file in tmp_path.iterdir()} == {
+        "certificate.json",
         "checkpoints",
         "config.yaml",
         "reconstructions.png",
