@@ -1,17 +1,20 @@
 """Training minimises the objective and nothing else; reports measure the model and nothing else."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import tiny
 import torch
+from omegaconf import OmegaConf
 
 import genfw
 from genfw import ELBO, Estimate
 from genfw.noise import Noise, mix
 from genfw.train.metrics import NLL
 from genfw.train.module import warmup_cosine
+from genfw.train.resolvers import fused
 
 
 def estimates(n, seed=0):
@@ -172,6 +175,16 @@ def test_reports_are_float32_under_mixed_precision(tmp_path):
         for precision in ("32-true", "bf16-mixed")
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_default_optimizer_trains_with_clipping(tmp_path, precision):
+    trainer = OmegaConf.create({"precision": precision, "gradient_clip_val": 1.0})
+    module = tiny.module()
+    module.optimizer = partial(torch.optim.AdamW, fused=fused(trainer))
+    before = [p.clone() for p in module.parameters()]
+    tiny.trainer(tmp_path, 2, **trainer).fit(module, tiny.Images())
+    assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
 def test_objective_must_keep_examples_apart(tmp_path):

@@ -65,15 +65,16 @@ def out_channels(param: DictConfig, channels: int) -> int:
 
 
 def fused(trainer: DictConfig) -> bool:
-    """Whether the optimizer may take all weights in one call: always, but where float16 gradients
-    are unscaled before they are clipped.
+    """Whether the optimizer may take all weights in one call: always, but where gradients of a
+    mixed precision are clipped. Lightning refuses that, since a fused optimizer would unscale
+    float16 gradients after it; bfloat16 ones, which have no scale, too.
 
     Example:
-        >>> fused(OmegaConf.create({"precision": "16-mixed", "gradient_clip_val": 1.0}))
+        >>> fused(OmegaConf.create({"precision": "bf16-mixed", "gradient_clip_val": 1.0}))
         False
     """
-    scaled = str(trainer.get("precision")) in ("16", "16-mixed")
-    return not (scaled and trainer.get("gradient_clip_val"))
+    mixed = str(trainer.get("precision")) in ("16", "bf16", "16-mixed", "bf16-mixed")
+    return not (mixed and trainer.get("gradient_clip_val"))
 
 
 def register() -> None:
