@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from hydra._internal.hydra import Hydra
@@ -16,24 +17,38 @@ from PIL import Image as PIL
 
 from genfw.train import sweep
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import Fresh, Job, noted, records
+from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, noted, records
 from genfw.train.sweep import Local, close, keep, reopen
 from genfw.train.sweep_table import groups
 
 
 class Script(Fresh):
-    """Jobs that are a line of shell each; their results say how long they were up."""
+    """Jobs that are a line of shell each."""
 
-    def start(self, job, at_once):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        job.record(None)
-        return subprocess.Popen(["sh", "-c", job.overrides[0]], process_group=0, cwd=job.folder)
+    def command(self, job):
+        return ["sh", "-c", f"cd {job.folder}; {job.overrides[0]}"]
+
+
+class Sweeper(Hydra):
+    def __init__(self, error=None):
+        self.error = error
+
+    def multirun(self, name, task, overrides):
+        if isinstance(self.error, int):
+            signal.raise_signal(self.error)
+        elif self.error:
+            raise self.error
 
 
 def launch(folder, *lines, n_jobs=1):
     launcher = Local(n_jobs)
     launcher.task = Script()
     launcher._run([Job(n, folder, folder / str(n), (line,)) for n, line in enumerate(lines)])
+
+
+def wait_until(condition):
+    while not condition():
+        time.sleep(0.01)
 
 
 def codes(folder):
@@ -82,23 +97,58 @@ def test_a_job_that_outlived_its_sweep_is_finished(tmp_path):
     assert job.finished
 
 
+def test_a_job_that_outlived_its_sweep_is_left_alone(tmp_path):
+    """While it lives nobody takes its folder; its lock ends with it, also by SIGKILL."""
+    job = Job(0, tmp_path, tmp_path / "0", ("sleep 60 & wait",))
+    process = Script().start(job, 1)
+    assert living(tmp_path) == {0: str(process.pid)}
+    with pytest.raises(GenfwError, match=f"jobs 0 still run.*{process.pid}"):
+        sweep.run(Sweeper(), "config", Script(), [], tmp_path)
+    with pytest.raises(GenfwError, match="job 0 runs already"):
+        Script().start(job, 1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not living(tmp_path))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_running_job_and_ends_the_sweep(tmp_path, number):
     waits = "trap 'echo saved > saved; exit 130' INT TERM; touch up; while :; do sleep 0.02; done"
 
     def send():
-        while not (tmp_path / "0" / "up").exists():
-            pass
+        wait_until((tmp_path / "0" / "up").exists)
         os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     threading.Thread(target=send).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as stopped:
         launch(tmp_path, waits, "true")
+    assert stopped.value.exit_code == 128 + number
     assert signal.getsignal(number) is before
     assert (tmp_path / "0" / "saved").exists(), "it was let finish"
     assert not (tmp_path / "1").exists(), "nothing starts after the signal"
     assert [each["error"] for each in records(tmp_path)] == ["interrupted"]
+
+
+def test_what_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with handled(Interrupted.by):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            with pytest.raises(Interrupted):
+                signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_error_of_before_is_not_said_again(tmp_path):
+    """A job that failed, ran again and was interrupted, or killed."""
+    for line, said in (("exit 143", "interrupted"), ("kill -9 $$", "killed by SIGKILL")):
+        (tmp_path / "0").mkdir(exist_ok=True)
+        (tmp_path / "0" / "error.txt").write_text("no ink")
+        launch(tmp_path, line)
+        assert [each["error"] for each in records(tmp_path)] == [said]
 
 
 def test_a_job_starts_in_an_empty_folder(tmp_path):
@@ -216,17 +266,10 @@ def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
 
 
 def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):
-    class Sweeper(Hydra):
-        def __init__(self, error=None):
-            self.error = error
-
-        def multirun(self, name, task, overrides):
-            if self.error:
-                raise self.error
-
     swept(tmp_path)
     assert sweep.run(Sweeper(), "config", Fresh(), ["seed=0"], tmp_path) == 1
     assert sweep.run(Sweeper(KeyboardInterrupt()), "config", Fresh(), [], tmp_path) == 130
+    assert sweep.run(Sweeper(signal.SIGTERM), "config", Fresh(), [], tmp_path) == 143
     assert f"python -m genfw sweep={tmp_path}" in capsys.readouterr().err
     for number in (4, 5):
         overrides = ("model=vdm", "param=x0", f"seed={number - 3}")

@@ -7,12 +7,14 @@ A sweep's folder holds
 
 sweep.json         its command line, for `sweep=<folder>`
 jobs/<n>.json      a record per job: overrides, folder, exit code, and what went wrong
+jobs/<n>.lock      held by the job's process for as long as it lives
 <n>/               the run folder of job n
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import secrets
@@ -21,12 +23,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -53,6 +56,25 @@ OF_THE_SWEEP = (
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a person, a terminal that closes or a scheduler says to a sweep."""
+
+INTERRUPTED = "interrupted"
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ends the sweep, not an error: Hydra and its launchers let it pass, like Ctrl-C.
+
+    Args:
+        number: the signal.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.exit_code = 130 if number == signal.SIGINT else 143
+
+    @classmethod
+    def by(cls, number: int, frame: FrameType | None) -> None:
+        """A handler of signals."""
+        raise cls(number)
 
 
 def start_name() -> str:
@@ -163,6 +185,23 @@ class Job:
             _set_aside(self.folder)
         return [*self.overrides, *self.settings, f"hydra.run.dir={quoted(self.folder)}"]
 
+    @contextmanager
+    def lock(self) -> Iterator[int]:
+        """Yields the descriptor of a lock for its process to inherit.
+
+        The system takes it back when that process has ended, however it ended; so it tells whether
+        a job lives whose sweep was killed.
+
+        Raises:
+            GenfwError: the job lives, from before.
+        """
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock.open("a") as file:
+            if not _take(file):
+                raise GenfwError(f"{self.sweep}: job {self.number} runs already")
+            file.truncate(0)
+            yield file.fileno()
+
     def record(self, code: int | None) -> None:
         """Writes jobs/<n>.json, in one motion.
 
@@ -177,7 +216,9 @@ class Job:
         }
         said = self.folder / "error.txt"
         if code:
-            kept["error"] = said.read_text().strip() if said.is_file() else ended(code)
+            how = ended(code)
+            known = said.is_file() and how != INTERRUPTED
+            kept["error"] = said.read_text().strip() if known else how
         file = self._file
         file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(".tmp")
@@ -187,6 +228,10 @@ class Job:
     @property
     def _file(self) -> Path:
         return self.sweep / "jobs" / f"{self.number}.json"
+
+    @property
+    def _lock(self) -> Path:
+        return self._file.with_suffix(".lock")
 
     def _read(self) -> dict[str, Any]:
         return json.loads(self._file.read_text()) if self._file.is_file() else {}
@@ -214,15 +259,18 @@ class Fresh:
 
         Raises:
             GenfwError: it failed; the other jobs go on.
+            Interrupted: by a signal, which it was told.
         """
         hydra = HydraConfig.get()
         job = Job.of(OmegaConf.create({"hydra": hydra}).hydra)
         if not job.finished:
             running: list[subprocess.Popen[bytes]] = []
-            with passed_on(running):
+            with passed_on(running) as signals:
                 running.append(self.start(job, hydra.launcher.get("n_jobs", 1)))
                 code = running[0].wait()
             job.record(code)
+            if signals:
+                raise Interrupted(signals[0])
             if code:
                 raise GenfwError(
                     f"job {job.number} ({self.name(job)}) failed with exit code {code}"
@@ -236,23 +284,36 @@ class Fresh:
             at_once: jobs side by side, which share the cores, and then write to output.txt; -1: as
                 many as there are cores.
         """
-        arguments = job.arguments()
-        job.folder.mkdir(parents=True, exist_ok=True)
-        job.record(None)
+        with job.lock() as lock:
+            command = self.command(job)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / "error.txt").unlink(missing_ok=True)
+            job.record(None)
+            process = self._start(command, job, at_once, lock)
+            os.write(lock, f"{process.pid}\n".encode())
+        return process
+
+    def command(self, job: Job) -> list[str]:
+        """Its process's, with the program that runs it."""
+        return [sys.executable, "-m", "genfw", *self.flags, *job.arguments()]
+
+    def _start(
+        self, command: Sequence[str], job: Job, at_once: int, lock: int
+    ) -> subprocess.Popen[bytes]:
         cores = len(os.sched_getaffinity(0))
         at_once = cores if at_once < 0 else at_once
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment["WANDB_RUN_GROUP"] = job.sweep.name
         environment["WANDB_NAME"] = f"{job.number} {self.name(job)}"
-        command = [sys.executable, "-m", "genfw", *self.flags, *arguments]
         if at_once == 1:
-            return subprocess.Popen(command, env=environment, process_group=0)
+            return subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
         with (job.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(
                 command,
                 env=environment,
                 process_group=0,
+                pass_fds=(lock,),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -269,25 +330,35 @@ def passed_on(running: Collection[subprocess.Popen[bytes]]) -> Iterator[list[int
     """What is said to this process goes to those that it runs; yields the signals that came.
 
     To each of them and to its further ranks, as a terminal would. This process goes on, and does as
-    it likes with what is in the list. On another thread than the main one, nothing is passed on.
+    it likes with what is in the list.
     """
     came: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
         for process in list(running):
             if process.poll() is None:
                 os.killpg(process.pid, number)
 
-    if threading.current_thread() is not threading.main_thread():
+    with handled(pass_on):
         yield came
-        return
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """`SIGNALS` go to `handler`, but for those that are ignored (by nohup). On another thread than
+    the main one, none do."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        now = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: kept for number, kept in now.items() if kept is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
     try:
-        yield came
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, kept in before.items():
+            signal.signal(number, kept)
 
 
 @contextmanager
@@ -310,7 +381,7 @@ def ended(code: int) -> str:
         ('exit code 1', 'killed by SIGKILL', 'interrupted', 'interrupted')
     """
     if code in (130, 143, -signal.SIGINT, -signal.SIGTERM):
-        return "interrupted"
+        return INTERRUPTED
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
@@ -322,6 +393,25 @@ def records(sweep: Path) -> list[Mapping[str, Any]]:
         file = each["folder"] / "results.json"
         each["results"] = json.loads(file.read_text()) if file.is_file() else {}
     return sorted(found, key=lambda each: each["number"])
+
+
+def living(sweep: Path) -> dict[int, str]:
+    """{job: process} of jobs that live, though the sweep that started them may not."""
+    found = {}
+    for path in (sweep / "jobs").glob("*.lock"):
+        with path.open() as file:
+            if not _take(file):
+                found[int(path.stem)] = file.read().strip()
+    return dict(sorted(found.items()))
+
+
+def _take(file: TextIO) -> bool:
+    """Whether its lock was free; it is held until all who have the file open have ended."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _set_aside(folder: Path) -> None:

@@ -22,7 +22,17 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import Fresh, Job, passed_on, quoted, records, typed_line
+from genfw.train.jobs import (
+    Fresh,
+    Interrupted,
+    Job,
+    handled,
+    living,
+    passed_on,
+    quoted,
+    records,
+    typed_line,
+)
 
 KEPT = ("hydra.sweeper.", "hydra.launcher.", "hydra/sweeper=", "hydra/launcher=")
 """Hydra's overrides that sweep.json keeps; others, and flags, stand in the line to go on with."""
@@ -55,7 +65,7 @@ class Local(Launcher):
         """Runs them all, also where some fail.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C, or another signal; the running jobs have ended.
+            Interrupted: by Ctrl-C, or another signal; the running jobs have ended.
         """
         jobs: list[Job] = []
         returns: list[JobReturn] = []
@@ -98,7 +108,7 @@ class Local(Launcher):
                     how = "failed" if process.returncode else "finished"
                     print(f"job {job.number} {how} after {seconds:.0f} s", flush=True)
         if signals:
-            raise KeyboardInterrupt
+            raise Interrupted(signals[0])
 
 
 def check_launcher(config: DictConfig) -> None:
@@ -179,12 +189,23 @@ def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: P
         sweep: its folder, with sweep.json in it.
 
     Returns:
-        The exit code: 0, 1 where a job failed, 130 after Ctrl-C.
+        The exit code: 0, 1 where a job failed, 130 after Ctrl-C, 143 after another signal.
+
+    Raises:
+        GenfwError: jobs of it are running.
     """
+    if running := living(sweep):
+        raise GenfwError(
+            f"sweep={sweep}: jobs {', '.join(map(str, running))} still run (processes "
+            f"{', '.join(running.values())}); go on when they have ended: kill saves and ends them"
+        )
     code = 0
     words = [*overrides, f"hydra.sweep.dir={quoted(sweep)}", "hydra.mode=MULTIRUN"]
     try:
-        hydra.multirun(name, task, words)
+        with handled(Interrupted.by):
+            hydra.multirun(name, task, words)
+    except Interrupted as signal:
+        code = signal.exit_code
     except KeyboardInterrupt:
         code = 130
     except ConfigError:
