@@ -160,6 +160,22 @@ def test_a_job_starts_in_an_empty_folder(tmp_path):
     assert (tmp_path / "3.before-1" / "config.yaml").read_text() == "old"
 
 
+def test_a_job_that_was_saved_goes_on(tmp_path):
+    """While a file is whole; else it starts anew. The folder does not vouch for itself."""
+    from genfw.train.checkpoint import write
+
+    job = Job(0, tmp_path, tmp_path / "0", ("seed=0", "trusted=[mine]"), ("hydra.verbose=true",))
+    file = job.folder / "checkpoints" / "last.ckpt"
+    file.parent.mkdir(parents=True)
+    (job.folder / "config.yaml").touch()
+    write({"global_step": 3}, file)
+    assert job.arguments(["--config-name=x"]) == [f"resume={job.folder}", "trusted=[mine]"]
+    file.write_bytes(file.read_bytes()[:-1])
+    anew = job.arguments(["--config-name=x"])
+    assert anew[:2] == ["--config-name=x", "seed=0"]
+    assert not job.folder.exists()
+
+
 def test_threads_group_and_name_of_a_job(tmp_path, monkeypatch):
     """Two jobs on four cores have two threads each."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
@@ -213,6 +229,15 @@ def test_code_cannot_hide_in_hydras_own_keys(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({"overrides": harm, "jobs": 1}))
     with pytest.raises(ConfigError, match=r"sweep\.json"):
         reopen([f"sweep={tmp_path}", "trusted=[mine]"])
+
+
+def test_a_requeued_sweep_goes_on_by_itself(tmp_path, monkeypatch):
+    keep(tmp_path, ["seed=0,1"], 2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(ConfigError, match="holds a sweep already"):
+        keep(tmp_path, ["seed=0,1"], 2)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    keep(tmp_path, ["seed=0,1"], 2)
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -175,15 +175,35 @@ class Job:
             )
         return True
 
-    def arguments(self) -> list[str]:
+    @property
+    def saved(self) -> bool:
+        """Whether its folder holds a run, with a checkpoint that is whole."""
+        checkpoints = self.folder / "checkpoints"
+        if not (self.folder / "config.yaml").exists() or not any(checkpoints.glob("*.ckpt")):
+            return False
+        from genfw.train.checkpoint import CheckpointError, newest  # imports torch
+
+        try:
+            newest(checkpoints, say=lambda _: None)
+        except CheckpointError:
+            return False
+        return True
+
+    def arguments(self, flags: Sequence[str] = ()) -> list[str]:
         """The command line of its process.
 
-        It starts anew: what is in its folder from before is set aside. This is the place where a
-        half-finished run would be gone on with.
+        What was saved is gone on with. Else it starts anew, and what is in its folder from before
+        is set aside.
+
+        Args:
+            flags: for a start; a run that goes on has its whole configuration in its folder.
         """
+        if self.saved:
+            trusted = [each for each in self.overrides if each.startswith("trusted=")]
+            return [f"resume={self.folder}", *trusted]
         if (self.folder / "config.yaml").exists():
             _set_aside(self.folder)
-        return [*self.overrides, *self.settings, f"hydra.run.dir={quoted(self.folder)}"]
+        return [*flags, *self.overrides, *self.settings, f"hydra.run.dir={quoted(self.folder)}"]
 
     @contextmanager
     def lock(self) -> Iterator[int]:
@@ -295,7 +315,7 @@ class Fresh:
 
     def command(self, job: Job) -> list[str]:
         """Its process's, with the program that runs it."""
-        return [sys.executable, "-m", "genfw", *self.flags, *job.arguments()]
+        return [sys.executable, "-m", "genfw", *job.arguments(self.flags)]
 
     def _start(
         self, command: Sequence[str], job: Job, at_once: int, lock: int

@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from genfw.train import slurm
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.jobs import (
     Fresh,
@@ -163,6 +164,8 @@ def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
 def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
     """Writes sweep.json.
 
+    Where SLURM starts a job again, the folder holds this very sweep, which goes on.
+
     Args:
         overrides: the sweep's command line.
         jobs: how many there will be; None: only the sweeper knows.
@@ -171,6 +174,8 @@ def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
         ConfigError: the folder holds a sweep.
     """
     file = sweep / "sweep.json"
+    if file.exists() and slurm.restarted():
+        return
     if file.exists():
         raise ConfigError(
             f"hydra.sweep.dir: {sweep} holds a sweep already; go on with it by sweep={sweep}, or "
