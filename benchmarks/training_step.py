@@ -7,7 +7,8 @@ time, fused AdamW, trained in three ways in turn, the best of all rounds of each
 * stock: `Trainer.fit` of a LightningModule of twenty lines that logs the loss and bits/dim at every
   step as the manual shows, EMAWeightAveraging, CSVLogger, a DataLoader over a TensorDataset.
 * genfw: `Trainer.fit` of a LatentModule with what `python -m genfw` brings: keyed noise, EMA,
-  Stability (gradient norm, skips), the same logger and numbers, ImageData.
+  Stability (gradient norm, skips), Watch (throughput, memory), the same logger and numbers,
+  ImageData.
 
 Seconds are of optimizer steps alone, from the 50th to the last. Targets: genfw at most 1.15 of
 stock; the ratio to the bare loop is reported.
@@ -33,6 +34,7 @@ from genfw.train.data import ImageData, Source, Split, Splits
 from genfw.train.ema import EMA
 from genfw.train.module import LatentModule
 from genfw.train.stability import Stability
+from genfw.train.watch import Watch
 
 SHAPE, BATCH, IMAGES, STEPS, FIRST = (1, 28, 28), 100, 10_000, 450, 50
 
@@ -124,7 +126,7 @@ def stock() -> float:
 
 def ours() -> float:
     data = ImageData(Random(), SHAPE, 2, 1, raw_bins=256, batch_size=BATCH, binarize="dynamic")
-    return fit(LatentModule(vae(), genfw.Elbo(), optimizer), data, EMA(), Stability())
+    return fit(LatentModule(vae(), genfw.Elbo(), optimizer), data, EMA(), Stability(), Watch())
 
 
 def main() -> None:

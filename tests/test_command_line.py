@@ -408,6 +408,35 @@ def test_sweep_goes_on_after_a_failed_job(tmp_path):
     assert OmegaConf.load(sweep / "1" / "config.yaml").data.name == "a=b, c"
 
 
+TELL = """
+import os, signal, time
+import lightning.pytorch as L
+
+class Tell(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_goes_on_with_the_job_that_was_saved(tmp_path):
+    """Its first job tells the sweep to stop, which tells the job."""
+    (tmp_path / "mine.py").write_text(TELL)
+    short = (*SHORT[1:], "trainer.max_steps=5", "trainer.accelerator=cpu", "model=vae")
+    done = genfw(
+        *("--multirun", "seed=0", "+callbacks.tell._target_=mine.Tell", *short), cwd=tmp_path
+    )
+    assert done.returncode == 143, done.stdout + done.stderr
+    (sweep,) = (tmp_path / "multirun").iterdir()
+    assert "job 0: interrupted" in done.stdout
+    assert f"python -m genfw sweep={sweep.relative_to(tmp_path)}" in done.stderr
+    done = genfw(f"sweep={sweep}", "trusted=[mine]", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (sweep / "0.before-1").exists(), "it did not start anew"
+
+
 @pytest.mark.slow
 def test_wheel_carries_its_configuration(tmp_path):
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
@@ -423,6 +452,7 @@ def test_wheel_carries_its_configuration(tmp_path):
     done = genfw("--cfg", "job", "param=v", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert done.returncode == 0, done.stderr
     assert "genfw.V" in done.stdout
+    assert (tmp_path / "site/hydra_plugins/genfw.py").is_file(), "where Hydra finds the launcher"
     packed = {
         p.relative_to(tmp_path / "site/genfw/conf")
         for p in (tmp_path / "site/genfw/conf").rglob("*.yaml")

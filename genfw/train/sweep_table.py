@@ -156,7 +156,7 @@ def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
         if each["exit"] != 0:
             own = " ".join(word for word in each["overrides"] if word not in same)
             console.print(
-                f"job {each['number']} ({own}): {status(each)}",
+                f"job {each['number']}{f' ({own})' if own else ''}: {status(each)}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
