@@ -19,7 +19,7 @@ from genfw.train import sweep
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, noted, records
 from genfw.train.sweep import Local, close, keep, reopen
-from genfw.train.sweep_table import groups
+from genfw.train.sweep_table import groups, show
 
 
 class Script(Fresh):
@@ -269,6 +269,20 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
     assert eps.cell("test/bpd") == "2.83 ± 0.60"
     assert (x0.jobs, x0.finished, x0.cell("test/bpd")) == (3, 1, "1")
     assert x0.stderr("test/bpd") is None
+
+
+def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"grid_vdm_score_{schedule}" for schedule in ("cosine", "linear")]
+    kept = {each: 123.456789 for each in ("test/bpd", "test/nll", "val/nll", "seconds/fit")}
+    kept |= {"test/fd_digits": 39.0, "test/fd_digits_samples": 1000}
+    made = [
+        {"number": n, "overrides": [f"experiment={each}"], "exit": 0, "results": kept}
+        for n, each in enumerate(names)
+    ]
+    show(tmp_path, made, 2)
+    said = capsys.readouterr().out
+    assert all(each in said for each in names), said
 
 
 def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):

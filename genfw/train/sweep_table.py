@@ -146,7 +146,10 @@ def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
     """The table and what went wrong, on the screen."""
     made, shown = groups(records), metrics(records)
     heads, body = _cells(made, shown)
-    sheet = Table(*heads)
+    chosen = len(made[0].choices)
+    sheet = Table()
+    for place, head in enumerate(heads):  # a narrow screen cuts no name
+        sheet.add_column(head, no_wrap=place < chosen, overflow="fold")
     for line in body:
         sheet.add_row(*line)
     console = Console()
