@@ -274,7 +274,7 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
 def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"grid_vdm_score_{schedule}" for schedule in ("cosine", "linear")]
-    kept = {each: 123.456789 for each in ("test/bpd", "test/nll", "val/nll", "seconds/fit")}
+    kept = dict.fromkeys(("test/bpd", "test/nll", "val/nll", "seconds/fit"), 123.456789)
     kept |= {"test/fd_digits": 39.0, "test/fd_digits_samples": 1000}
     made = [
         {"number": n, "overrides": [f"experiment={each}"], "exit": 0, "results": kept}
