@@ -174,6 +174,12 @@ def test_reports_are_float32_under_mixed_precision(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_no_report_of_weights_below_float32(tmp_path, precision):
+    with pytest.raises(ValueError, match=r"float16.*float32.*trainer.precision=bf16-mixed"):
+        tiny.trainer(tmp_path, precision=precision).test(tiny.module(), tiny.Images())
+
+
 def test_objective_must_keep_examples_apart(tmp_path):
     class Mean(genfw.Objective):
         def forward(self, model, x, y=None, *, noise=None):

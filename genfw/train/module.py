@@ -84,8 +84,18 @@ class LatentModule(L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[LatentModel]:
-        """`evaluated` in evaluation mode, without gradients or autocast; then back in its mode."""
+        """`evaluated` in evaluation mode, without gradients or autocast; then back in its mode.
+
+        Raises:
+            ValueError: its weights are narrower than float32.
+        """
         model = self.evaluated
+        narrow = {str(p.dtype) for p in model.parameters() if p.dtype.itemsize < 4}
+        if narrow:
+            raise ValueError(
+                f"the weights are {' and '.join(narrow)}, and numbers are reported in float32 or "
+                "better: use trainer.precision=bf16-mixed, or 32-true to evaluate these"
+            )
         training = model.training
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             try:
