@@ -173,7 +173,8 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     held = json.loads((folder / "certificate.json").read_text())
     assert held["result"]["nll"] == pytest.approx(results["test/nll"])
     assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
-    assert held["estimator"]["draws"] == 2 and held["estimator"]["dtype"] == "float32"
+    assert held["estimator"]["draws"] == 2
+    assert held["estimator"]["dtype"] == "float32" and held["estimator"]["tf32"] is False
     assert held["model"]["weights"] == "exponential moving average"
     assert held["model"]["decoder"] == "BinsLikelihood(bins=17)"
     assert held["model"]["log_snr"] == pytest.approx([2 * math.log(3.02 * 17), -10.0])

@@ -174,6 +174,40 @@ def test_reports_are_float32_under_mixed_precision(tmp_path):
     assert found[0] == found[1]
 
 
+def rounding():
+    backends = torch.backends
+    operators = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+    return torch.get_float32_matmul_precision(), *(each.fp32_precision for each in operators)
+
+
+def test_reports_know_no_tf32_and_training_keeps_it():
+    """The numbers themselves differ on a GPU only."""
+    before, module = rounding(), tiny.module()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for cudnn in ("tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = cudnn
+            chosen = rounding()
+            with pytest.raises(KeyError), module.evaluating():
+                assert rounding() == ("highest", "ieee", "ieee", "ieee")
+                raise KeyError
+            assert rounding() == chosen
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before[1]
+        torch.set_float32_matmul_precision(before[0])
+
+
+def test_the_arithmetic_of_a_report_is_found_where_it_was_computed(tmp_path):
+    for precision, dtype in (
+        ("32-true", "float32"),
+        ("bf16-mixed", "float32"),
+        ("64-true", "float64"),
+    ):
+        module = tiny.module()
+        tiny.trainer(tmp_path, precision=precision).test(module, tiny.Images(), verbose=False)
+        assert module.arithmetic == {"dtype": dtype, "tf32": False}
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_no_report_of_weights_below_float32(tmp_path, precision):
     with pytest.raises(ValueError, match=r"float16.*float32.*trainer.precision=bf16-mixed"):

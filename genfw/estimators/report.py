@@ -6,7 +6,8 @@ A certificate is plain JSON in five parts:
 result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension), kind (lower or
            upper bound, unbiased, ...), and the terms of the bound in bits per dimension; of a
            conditional model also `given`: it is an NLL of p(x | y)
-estimator  name, arguments, draws per image, seed, dtype, device
+estimator  name, arguments, draws per image, seed, dtype, whether products were shortened (tf32),
+           device
 model      name, parameters, weights (averaged or raw, sha256), decoder, log SNR at both ends
 data       name, split, count and of how many, sha256 of images and labels as evaluated, transform
 origin     checkpoint, step, git commit, versions

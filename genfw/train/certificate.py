@@ -72,7 +72,7 @@ def _estimator(module: LatentModule) -> dict[str, Any]:
         "arguments": module.estimator.extra_repr(),
         "draws": module.estimator.draws,
         "seed": module.seed,
-        "dtype": str(module.evaluated.dtype).removeprefix("torch."),
+        **module.arithmetic,
         "device": str(module.device),
     }
 
