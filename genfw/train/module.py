@@ -26,7 +26,7 @@ from genfw.estimators.bound import Bound
 from genfw.estimators.estimator import Estimator
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
-from genfw.objective import Objective
+from genfw.objective import Elbo, Objective
 from genfw.train.data.images import Batch
 from genfw.train.metrics import NLL
 
@@ -133,7 +133,8 @@ class LatentModule(L.LightningModule):
         if logs(self.trainer):
             value = loss.detach()
             self.log("train/objective", value, prog_bar=True)
-            self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
+            if isinstance(self.objective, Elbo):  # others are weighted: their nats are no bits
+                self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
