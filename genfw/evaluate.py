@@ -96,11 +96,13 @@ def compare(claimed: Certificate, found: Certificate, folder: Path) -> None:
 
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name."""
+    from genfw.train.job import write
+
     file = folder / "evaluation.json"
     entries = json.loads(file.read_text()) if file.exists() else {}
     if not all(isinstance(each, dict) for each in entries.values()):
         entries = {}  # of before entries had names
-    file.write_text(json.dumps({**entries, name: entry}, indent=2) + "\n")
+    write(file, {**entries, name: entry})
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import genfw
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
+from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
@@ -336,7 +337,7 @@ def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
 def write(file: Path, value: Mapping[str, Any]) -> None:
     """As JSON."""
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    file.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:
