@@ -140,6 +140,10 @@ def test_evaluate_gives_the_same_number(vdm, capsys):
     entries = json.loads((folder / "evaluation.json").read_text())
     more = entries["bound(sets=2, strata=2) of best"]
     assert more["test/nll"] != results["test/nll"] and len(entries) == 2
+    assert command(evaluate.evaluate, [f"run={folder}", "seed=1"]) == 0  # nor is this the same
+    entries = json.loads((folder / "evaluation.json").read_text())
+    assert entries["bound(sets=2, strata=1) of best"] == again and len(entries) == 3
+    assert entries["bound(sets=2, strata=1) of best, seed=1"]["test/nll"] != results["test/nll"]
     assert more["kind"] == "upper bound on -log p(x)" and more["changed"] == ["estimator.strata=2"]
 
 
@@ -150,7 +154,7 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
     given = [f"run={folder}", "model.steps=2", *chosen]
     assert command(evaluate.evaluate, given) == 0
     entry = json.loads((folder / "evaluation.json").read_text())[
-        "importance_weighted(k=25) of best"
+        "importance_weighted(k=25) of best, model.steps=2"
     ]
     assert 1 <= entry["test/ess"] <= 25 and 0 <= entry["test/khat_over_0.7"] <= 1
     assert math.isfinite(entry["test/nll"]) and "test/khat" in entry
