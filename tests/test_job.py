@@ -208,6 +208,29 @@ def test_a_certificate_holds_for_its_own_protocol_only(vdm, capsys, given, said)
     assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
 
 
+def test_a_certificate_of_an_ode_says_how_it_was_solved_and_holds(vdm, capsys):
+    """One draw: there is no standard error, and that is no disagreement."""
+    folder, _ = vdm
+    chosen = ["estimator=ode", "estimator.draws=1", "estimator.steps=4", "estimator.exact_dims=0"]
+    few = ["model.steps=10", "data.eval_batch_size=50", "trainer.limit_test_batches=1"]
+    given = [f"run={folder}", *chosen, *few]
+    assert command(evaluate.evaluate, given) == 0
+    assert "ode_error" in capsys.readouterr().out
+    entries = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    (held,) = (each["certificate"] for name, each in entries.items() if name.startswith("ode("))
+    assert held["model"]["steps"] == "continuous time"
+    assert held["result"]["kind"].endswith("by an ODE in 4 fixed steps")
+    assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
+    assert set(held["result"]["terms"]) == {"reconstruction", "levels", "prior"}
+    assert held["result"]["diagnostics"]["ode_error"] > 0 and held["result"]["nll_stderr"] is None
+    own = (folder / "certificate.json").read_bytes()
+    try:
+        (folder / "certificate.json").write_text(json.dumps(held))
+        assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    finally:
+        (folder / "certificate.json").write_bytes(own)
+
+
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):
     folder, _ = vdm
     out = tmp_path / "nine.png"

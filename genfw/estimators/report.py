@@ -4,8 +4,9 @@ to tell whether theirs is comparable.
 A certificate is plain JSON in five parts:
 
 result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension), kind (lower or
-           upper bound, unbiased, ...), and the terms of the bound in bits per dimension; of a
-           conditional model also `given`: it is an NLL of p(x | y)
+           upper bound, unbiased, ...), the terms of the bound in bits per dimension, and the
+           estimator's diagnostics (what an ODE is believed to be off, effective sample sizes,); of
+           a conditional model also `given`: it is an NLL of p(x | y)
 estimator  name, arguments, draws per image, seed, dtype, whether products were shortened (tf32),
            device
 model      name, parameters, weights (averaged or raw, sha256), decoder, log SNR at both ends
@@ -32,8 +33,9 @@ Certificate = dict[str, dict[str, Any]]
 MEASURED = ("nll", "nll_stderr", "bpd", "bpd_stderr", "terms")
 """What a computation gives, to rounding; everything else in a certificate is said beforehand."""
 
-CIRCUMSTANCES = ("device", "git", "versions")
-"""What may differ between two computations of one number."""
+CIRCUMSTANCES = ("device", "git", "versions", "diagnostics")
+"""What may differ between two computations of one number. Diagnostics, as differences of nearly
+equal numbers, do so by more than rounding."""
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -56,6 +56,11 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
         "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), dims))),
         "kind": module.estimator.kind,
         "terms": terms,
+        "diagnostics": {
+            name: plain(float(tested[f"test/{name}"]))
+            for name in module.estimator.diagnostics
+            if f"test/{name}" in tested
+        },
         **given(module),
     }
 
@@ -90,7 +95,9 @@ def _model(module: LatentModule) -> dict[str, Any]:
         ends = (model.schedule.log_snr_max, model.schedule.log_snr_min)
         known |= {
             "log_snr": [torch.as_tensor(end).item() for end in ends],
-            "steps": "continuous time" if model.steps is None else model.steps,
+            "steps": "continuous time"
+            if model.steps is None or module.estimator.continuous
+            else model.steps,
         }
     return known
 
