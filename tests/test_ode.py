@@ -390,21 +390,24 @@ class Labelled(Net):
 
 @pytest.mark.parametrize("how", [{}, {"chunk": 3}, {"steps": 20}, {"dequantization": "uniform"}])
 def test_terms_are_those_of_the_ends_and_make_up_the_number(how, double):
-    """Each found by another way: the decoder's share from `DEQUANTIZATIONS`, the rest of log p_ode
-    from `log_density`, and N(z_1; 0, I) in the mean from where Gaussian data end up."""
+    """Each found by another way: the decoder's share from `DEQUANTIZATIONS`, the rest from
+    `log_density`."""
     vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (4, 4))
     noise = Noise(0, torch.arange(4))
     ode = ProbabilityFlow(draws=2, **how)
     found = ode(vdm, x, noise=noise)
     torch.testing.assert_close(-found.elbo.total, found.nats)
-    way, ratios, flows = DEQUANTIZATIONS[ode.dequantization], [], []
+    way, ratios, flows, ends = DEQUANTIZATIONS[ode.dequantization], [], [], []
     with torch.no_grad():
         for j in range(2):
             z_0, ratio = way(vdm, x, None, noise.each(j, j + 1))
             ratios.append(ratio)
-            flows.append(ode.log_density(vdm, z_0).log_prob)
+            flow = ode.log_density(vdm, z_0)
+            flows.append(flow.log_prob)
+            ends.append(flow.at_end)
     torch.testing.assert_close(found.elbo.reconstruction, sum(ratios) / 2)
     torch.testing.assert_close(found.elbo.rate, -sum(flows) / 2)
+    torch.testing.assert_close(found.elbo.prior, -sum(ends) / 2)
     assert ProbabilityFlow(draws=2, k=2)(vdm, x, noise=noise).elbo is None
 
 
