@@ -208,8 +208,7 @@ def full_float32() -> Iterator[None]:
     Torch has an older and a newer set of switches and refuses to read one that contradicts the
     other; both are set.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    kept = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    matmul, kept = torch.get_float32_matmul_precision(), _cudnn_precision()
     _switch("highest", ("ieee", "ieee"))
     try:
         yield
@@ -219,15 +218,19 @@ def full_float32() -> Iterator[None]:
 
 def _switch(matmul: str, cudnn: tuple[str, str]) -> None:
     torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32 = cudnn == ("tf32", "tf32")
-    torch.backends.cudnn.conv.fp32_precision, torch.backends.cudnn.rnn.fp32_precision = cudnn
+    backend: Any = torch.backends.cudnn  # torch's stubs know the older switches only
+    backend.allow_tf32 = cudnn == ("tf32", "tf32")
+    backend.conv.fp32_precision, backend.rnn.fp32_precision = cudnn
+
+
+def _cudnn_precision() -> tuple[str, str]:
+    backend: Any = torch.backends.cudnn
+    return backend.conv.fp32_precision, backend.rnn.fp32_precision
 
 
 def arithmetic(model: LatentModel) -> dict[str, Any]:
     """What `model` computes in here and now."""
-    cudnn = torch.backends.cudnn
-    factors = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
-    tf32 = "tf32" in factors or torch.get_float32_matmul_precision() != "highest"
+    tf32 = "tf32" in _cudnn_precision() or torch.get_float32_matmul_precision() != "highest"
     return {"dtype": str(model.dtype).removeprefix("torch."), "tf32": tf32}
 
 
