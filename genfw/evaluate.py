@@ -3,7 +3,8 @@
 The same images, weights and random numbers as at the run's end, so the same number; another
 estimator may be chosen, `estimator=importance_weighted`, and settings of the run's config.yaml
 changed, `estimator.k=500`. Written to `<folder>/evaluation.json`, which keeps one entry per
-estimator and checkpoint: {"importance_weighted(k=500) of best": {"kind": ..., "test/nll": ...,
+estimator, checkpoint and other change:
+{"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
 `verify=true` compares with the run's certificate.json instead: exit code 0 where every entry holds,
@@ -22,6 +23,7 @@ from genfw.train.errors import GenfwError
 from genfw.train.runs import command, read
 
 if TYPE_CHECKING:
+    from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
 
 USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true] [key=value ...]
@@ -57,8 +59,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         compare(claimed, found, folder)
     elif trainer.is_global_zero:
         estimator = module.estimator
-        name = f"{estimator.name}({estimator.extra_repr()}) of {options.checkpoint}"
         changed = [each for each in arguments if not each.startswith("run=")]
+        name = named(estimator, options.checkpoint, changed)
         keep(
             folder,
             name,
@@ -94,13 +96,30 @@ def compare(claimed: Certificate, found: Certificate, folder: Path) -> None:
     print(f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again")
 
 
+def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
+    """Of an entry: what another measurement would differ in. Of a key given twice the last counts.
+
+    Example:
+        >>> from genfw import Bound
+        >>> named(Bound(2, 8), "best", ["estimator.strata=8", "seed=3", "model.steps=10", "seed=4"])
+        'bound(sets=2, strata=8) of best, model.steps=10, seed=4'
+    """
+    given = dict(each.split("=", 1) for each in changed)
+    said = ("checkpoint", "estimator", "verify")  # by the name, or of no matter
+    others = {key: value for key, value in given.items() if key.split(".")[0] not in said}
+    parts = [f"{key}={value}" for key, value in sorted(others.items())]
+    return ", ".join([f"{estimator.name}({estimator.extra_repr()}) of {checkpoint}", *parts])
+
+
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name."""
+    from genfw.train.job import write
+
     file = folder / "evaluation.json"
     entries = json.loads(file.read_text()) if file.exists() else {}
     if not all(isinstance(each, dict) for each in entries.values()):
         entries = {}  # of before entries had names
-    file.write_text(json.dumps({**entries, name: entry}, indent=2) + "\n")
+    write(file, {**entries, name: entry})
 
 
 if __name__ == "__main__":

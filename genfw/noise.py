@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -129,7 +130,8 @@ class Noise(Draws):
         seed: one for the whole evaluation or set of samples.
         index: (b,) integers, the examples' indices in their data set (or the samples' numbers).
         stratum: (j, m): this is draw j of m for these examples. The m times of an example are
-            stratified, t_j = (u + j / m) mod 1, and everything else is independent.
+            stratified, t_j = (u + j / m) mod 1, and everything else is independent. j may be a
+            tuple, one for each row.
         draw: (b,) integers, where an example stands in several rows: which of its draws each row
             is.
 
@@ -144,7 +146,7 @@ class Noise(Draws):
         self,
         seed: int,
         index: Tensor,
-        stratum: tuple[int, int] = (0, 1),
+        stratum: tuple[int | tuple[int, ...], int] = (0, 1),
         *,
         draw: Tensor | None = None,
     ):
@@ -153,7 +155,10 @@ class Noise(Draws):
                 f"index: expected integers of shape (b,), got {index.dtype} {tuple(index.shape)}"
             )
         j, m = stratum
-        if not 0 <= j < m:
+        if isinstance(j, tuple):
+            if len(j) != len(index):
+                raise ValueError(f"stratum: expected one j per index, {len(index)}, got {len(j)}")
+        elif not 0 <= j < m:
             raise ValueError(f"stratum: expected (j, m) with 0 <= j < m, got {stratum}")
         if draw is not None and draw.shape != index.shape:
             raise ValueError(
@@ -171,14 +176,17 @@ class Noise(Draws):
 
     def time(self) -> Tensor:
         j, m = self.stratum
+        if isinstance(j, tuple):
+            j = torch.tensor(j, dtype=torch.float64, device=self.index.device)
         start = _uniform(self._stream(mix(self.seed, "time")))
         return (start + j / m) % 1.0
 
     def antithetic(self) -> Tensor:
         """Of an example's draws, every second mirrors the one before."""
-        pair, second = divmod(self.stratum[0], 2)
-        u = _uniform(self._stream(mix(self.seed, "antithetic", pair)))
-        return 1 - u if second else u
+        j, _ = self.stratum
+        u = _uniform(self._stream(self._by_stratum(lambda j: mix(self.seed, "antithetic", j // 2))))
+        second = torch.tensor(j, device=u.device) % 2 == 1
+        return torch.where(second, 1 - u, u)
 
     def fold(self, *keys: int | str) -> Noise:
         return Noise(mix(self.seed, *keys), self.index, self.stratum, draw=self.draw)
@@ -187,11 +195,21 @@ class Noise(Draws):
         """Draw j of m for the same examples: stratified times, independent otherwise."""
         return Noise(self.seed, self.index, (j, m), draw=self.draw)
 
+    def strata(self, first: int, last: int, m: int) -> Noise:
+        """Draws first..last - 1 of m of every example, those of an example side by side: each as
+        `stratified` gives it."""
+        if not 0 <= first < last <= m:
+            raise ValueError(
+                f"strata: expected 0 <= first < last <= m, not 0 <= {first} < {last} <= {m}"
+            )
+        self._must_be_one_row_each("strata")
+        index = self.index.repeat_interleave(last - first)
+        return Noise(self.seed, index, (tuple(range(first, last)) * len(self.index), m))
+
     def each(self, first: int, last: int) -> Noise:
         """Draws first..last - 1 of every example, those of an example side by side: independent
         of one another, and each the same in whatever range it is asked for."""
-        if self.draw is not None:
-            raise ValueError("each: these rows are draws of their examples already")
+        self._must_be_one_row_each("each")
         draw = torch.arange(first, last, device=self.index.device)
         index = self.index.repeat_interleave(last - first)
         return Noise(self.seed, index, self.stratum, draw=draw.repeat(len(self.index)))
@@ -199,9 +217,23 @@ class Noise(Draws):
     def of(self, rows: slice) -> Noise:
         """Draws for some of the examples."""
         draw = None if self.draw is None else self.draw[rows]
-        return Noise(self.seed, self.index[rows], self.stratum, draw=draw)
+        j, m = self.stratum
+        stratum = (j[rows] if isinstance(j, tuple) else j, m)
+        return Noise(self.seed, self.index[rows], stratum, draw=draw)
 
-    def _stream(self, seed: int) -> Tensor:
+    def _must_be_one_row_each(self, what: str) -> None:
+        if self.draw is not None or isinstance(self.stratum[0], tuple):
+            raise ValueError(f"{what}: these rows are draws of their examples already")
+
+    def _by_stratum(self, seed_of: Callable[[int], int]) -> int | Tensor:
+        """A seed that depends on the stratum, for all rows or for each."""
+        j, _ = self.stratum
+        if not isinstance(j, tuple):
+            return seed_of(j)
+        seeds = {each: seed_of(each) for each in set(j)}
+        return torch.tensor([seeds[each] for each in j], device=self.index.device)
+
+    def _stream(self, seed: int | Tensor) -> Tensor:
         """A 64-bit stream key per row."""
         keys = _stream(seed, self.index)
         return keys if self.draw is None else _splitmix(keys ^ _splitmix(self.draw + seed))
@@ -209,7 +241,9 @@ class Noise(Draws):
     def _uniform64(self, purpose: str, like: Tensor) -> Tensor:
         if len(like) != len(self.index):
             raise ValueError(f"noise is for {len(self.index)} examples, asked for {len(like)}")
-        key = self._stream(mix(self.seed, purpose, *self.stratum)).to(like.device)
+        _, m = self.stratum
+        seed = self._by_stratum(lambda j: mix(self.seed, purpose, j, m))
+        key = self._stream(seed).to(like.device)
         count = torch.arange(like[0].numel(), device=like.device)
         return _uniform(_splitmix(key[:, None] + count * _signed(_GAMMA))).reshape(like.shape)
 
@@ -219,7 +253,7 @@ def draws(noise: Draws | None, like: Tensor) -> Draws:
     return BatchNoise(len(like), like.device) if noise is None else noise
 
 
-def _stream(seed: int, index: Tensor) -> Tensor:
+def _stream(seed: int | Tensor, index: Tensor) -> Tensor:
     """A 64-bit stream key per example."""
     return _splitmix(_splitmix(index * _signed(_GAMMA) + seed) + seed)
 

@@ -49,6 +49,19 @@ def test_intervals_hold_their_share_of_the_integral(schedule, times, double):
     torch.testing.assert_close(nats.sum(), cost.mean())
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 4, 9, 100])
+def test_accounts_do_not_depend_on_how_draws_are_chunked(tmp_path, chunk):
+    """A call holds several draws of every image, or one draw of some of them."""
+    found = []
+    for each in (4, chunk):  # batches are of four images: 4 is one draw of each a call
+        module, callback = tiny.module(), BitAccounting(4, every=0)
+        module.estimator = genfw.Bound(sets=2, strata=3, chunk=each)
+        trainer = tiny.trainer(tmp_path, callbacks=[callback])
+        (tested,) = trainer.test(module, tiny.Images(), verbose=False)
+        found.append({key: value for key, value in tested.items() if "bpd_at" in key})
+    assert len(found[0]) == 8 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_the_standard_error_is_the_spread_of_repetitions(double):
     edges = torch.linspace(LOW, HIGH, 4)
     denoiser = GaussianDenoiser(genfw.Cosine(HIGH, LOW), MEAN, STD)

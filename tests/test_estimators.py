@@ -5,6 +5,7 @@ import torch
 from test_vdm import network_vdm
 
 from genfw import VDM, BinsLikelihood, Bound, Cosine, Denoiser, Noise, Prediction, bits_per_dim
+from genfw.model import LatentModel
 from genfw.parameterization import broadcast
 
 
@@ -59,6 +60,45 @@ def test_batches_and_order_leave_every_number_alone(double):
         assert torch.allclose(alone.nats, whole.nats[part], rtol=1e-12)
 
 
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("chunk", [1, 2, 5, 11, 20, 35, 1000])
+def test_a_chunk_bounds_a_call_and_leaves_every_number_alone(chunk, labelled, double):
+    """Against the definition: one elbo call a stratum, all images in it."""
+    vdm, x = Recorded(network_vdm(Cosine(7.9, -10.0))), torch.randint(17, (5, 4))
+    y = torch.arange(5) if labelled else None
+    noise, model = Noise(0, torch.arange(5)), vdm.model.for_evaluation()
+    means = []
+    for r in range(2):
+        of = noise.fold("set", r)
+        elbos = [model.elbo(x, noise=of.stratified(j, 7)) for j in range(7)]
+        means.append(sum(-elbo.total for elbo in elbos) / 7)
+    found = Bound(2, 7, chunk=chunk)(vdm, x, y, noise=noise)
+    torch.testing.assert_close(found.nats, sum(means) / 2, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.variance, torch.stack(means).var(0) / 2, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.nats, -found.elbo.total, rtol=1e-12, atol=0)
+    rows = [len(seen) for seen, _ in vdm.calls]
+    assert sum(rows) == 2 * 7 * 5 and max(rows) <= chunk
+    assert max(rows) > chunk / 2 or chunk > 35
+    for seen, given in vdm.calls:
+        assert (given is None) == (y is None)
+        assert y is None or torch.equal(seen, x[given])  # labels go with their images
+
+
+class Recorded(LatentModel):
+    """A model, and the images and labels of every call of its bound."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.calls = model.for_evaluation(), []
+
+    def elbo(self, x, y=None, *, noise=None):
+        self.calls.append((x, y))
+        return self.model.elbo(x, noise=noise)
+
+    def sample(self, n, y=None, *, noise=None):
+        return self.model.sample(n, noise=noise)
+
+
 def test_bits_per_dim():
     import math
 
@@ -68,3 +108,5 @@ def test_bits_per_dim():
 def test_one_set_has_no_variance():
     with pytest.raises(ValueError, match="sets >= 2"):
         Bound(sets=1)
+    with pytest.raises(ValueError, match="chunk: expected an integer of at least 1"):
+        Bound(chunk=0)

@@ -140,6 +140,10 @@ def test_evaluate_gives_the_same_number(vdm, capsys):
     entries = json.loads((folder / "evaluation.json").read_text())
     more = entries["bound(sets=2, strata=2) of best"]
     assert more["test/nll"] != results["test/nll"] and len(entries) == 2
+    assert command(evaluate.evaluate, [f"run={folder}", "seed=1"]) == 0  # nor is this the same
+    entries = json.loads((folder / "evaluation.json").read_text())
+    assert entries["bound(sets=2, strata=1) of best"] == again and len(entries) == 3
+    assert entries["bound(sets=2, strata=1) of best, seed=1"]["test/nll"] != results["test/nll"]
     assert more["kind"] == "upper bound on -log p(x)" and more["changed"] == ["estimator.strata=2"]
 
 
@@ -150,7 +154,7 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
     given = [f"run={folder}", "model.steps=2", *chosen]
     assert command(evaluate.evaluate, given) == 0
     entry = json.loads((folder / "evaluation.json").read_text())[
-        "importance_weighted(k=25) of best"
+        "importance_weighted(k=25) of best, model.steps=2"
     ]
     assert 1 <= entry["test/ess"] <= 25 and 0 <= entry["test/khat_over_0.7"] <= 1
     assert math.isfinite(entry["test/nll"]) and "test/khat" in entry
@@ -173,7 +177,8 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     held = json.loads((folder / "certificate.json").read_text())
     assert held["result"]["nll"] == pytest.approx(results["test/nll"])
     assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
-    assert held["estimator"]["draws"] == 2 and held["estimator"]["dtype"] == "float32"
+    assert held["estimator"]["draws"] == 2
+    assert held["estimator"]["dtype"] == "float32" and held["estimator"]["tf32"] is False
     assert held["model"]["weights"] == "exponential moving average"
     assert held["model"]["decoder"] == "BinsLikelihood(bins=17)"
     assert held["model"]["log_snr"] == pytest.approx([2 * math.log(3.02 * 17), -10.0])
@@ -201,6 +206,29 @@ def test_a_certificate_holds_for_its_own_protocol_only(vdm, capsys, given, said)
     assert command(evaluate.evaluate, [f"run={folder}", "verify=true", *given]) == 1
     assert said in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.glob("*.json")} == before
+
+
+def test_a_certificate_of_an_ode_says_how_it_was_solved_and_holds(vdm, capsys):
+    """One draw: there is no standard error, and that is no disagreement."""
+    folder, _ = vdm
+    chosen = ["estimator=ode", "estimator.draws=1", "estimator.steps=4", "estimator.exact_dims=0"]
+    few = ["model.steps=10", "data.eval_batch_size=50", "trainer.limit_test_batches=1"]
+    given = [f"run={folder}", *chosen, *few]
+    assert command(evaluate.evaluate, given) == 0
+    assert "ode_error" in capsys.readouterr().out
+    entries = json.loads((folder / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    (held,) = (each["certificate"] for name, each in entries.items() if name.startswith("ode("))
+    assert held["model"]["steps"] == "continuous time"
+    assert held["result"]["kind"].endswith("by an ODE in 4 fixed steps")
+    assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
+    assert set(held["result"]["terms"]) == {"reconstruction", "levels", "prior"}
+    assert held["result"]["diagnostics"]["ode_error"] > 0 and held["result"]["nll_stderr"] is None
+    own = (folder / "certificate.json").read_bytes()
+    try:
+        (folder / "certificate.json").write_text(json.dumps(held))
+        assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    finally:
+        (folder / "certificate.json").write_bytes(own)
 
 
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):

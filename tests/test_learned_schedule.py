@@ -11,6 +11,8 @@ from oracles import GaussianDenoiser
 import genfw
 from genfw import VDM, GaussianLikelihood, Learned, NoiseSchedule, Objective, marginal
 from genfw.train import resolvers
+from genfw.train.bits import between
+from genfw.train.certificate import _model as described
 from genfw.train.compose import compose, session
 from genfw.train.ema import EMA
 from genfw.train.errors import ConfigError
@@ -220,6 +222,14 @@ def test_it_trains_is_averaged_and_is_kept(tmp_path):
         other, tiny.Images(), ckpt_path=tmp_path / "kept.ckpt", weights_only=True, verbose=False
     )
     assert again["test/nll"] == tested["test/nll"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_its_end_points_are_read_without_a_warning():
+    module = tiny.module()
+    module.model.denoiser.schedule = Learned(4.0, -6.0, hidden=8)
+    assert between(module.model, 2).tolist() == [-6.0, -1.0, 4.0]
+    assert described(module)["log_snr"] == [4.0, -6.0]
 
 
 def test_weighted_objectives_are_refused_in_the_library(schedule):

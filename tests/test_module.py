@@ -1,5 +1,6 @@
 """Training minimises the objective and nothing else; reports measure the model and nothing else."""
 
+import contextlib
 import math
 from functools import partial
 from itertools import pairwise
@@ -151,6 +152,14 @@ def test_objective_cannot_reach_a_reported_number(tmp_path):
     assert reports[0]["test/count"] == 7
 
 
+def test_only_the_bound_is_logged_in_bits(tmp_path):
+    for objective, bits in ((genfw.Elbo(), True), (genfw.Simple(), False), (Thousandfold(), False)):
+        trainer = tiny.trainer(tmp_path, 1)
+        trainer.fit(tiny.module(objective), tiny.Images())
+        assert "train/objective" in trainer.callback_metrics
+        assert ("train/objective_bpd" in trainer.callback_metrics) == bits
+
+
 def test_reported_nll_is_the_estimators_and_knows_no_batches(tmp_path):
     images = tiny.Images()
     x = images.images["test"]
@@ -185,6 +194,46 @@ def test_the_default_optimizer_trains_with_clipping(tmp_path, precision):
     before = [p.clone() for p in module.parameters()]
     tiny.trainer(tmp_path, 2, **trainer).fit(module, tiny.Images())
     assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def rounding():
+    backends = torch.backends
+    operators = backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul
+    return torch.get_float32_matmul_precision(), *(each.fp32_precision for each in operators)
+
+
+def test_reports_know_no_tf32_and_training_keeps_it():
+    """The numbers themselves differ on a GPU only."""
+    before, module = rounding(), tiny.module()
+    try:
+        torch.set_float32_matmul_precision("high")
+        for cudnn in ("tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = cudnn
+            chosen = rounding()
+            with contextlib.suppress(KeyError), module.evaluating():
+                assert rounding() == ("highest", "ieee", "ieee", "ieee")
+                raise KeyError
+            assert rounding() == chosen
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before[1]
+        torch.set_float32_matmul_precision(before[0])
+
+
+def test_the_arithmetic_of_a_report_is_found_where_it_was_computed(tmp_path):
+    for precision, dtype in (
+        ("32-true", "float32"),
+        ("bf16-mixed", "float32"),
+        ("64-true", "float64"),
+    ):
+        module = tiny.module()
+        tiny.trainer(tmp_path, precision=precision).test(module, tiny.Images(), verbose=False)
+        assert module.arithmetic == {"dtype": dtype, "tf32": False}
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_no_report_of_weights_below_float32(tmp_path, precision):
+    with pytest.raises(ValueError, match=r"float16.*float32.*trainer.precision=bf16-mixed"):
+        tiny.trainer(tmp_path, precision=precision).test(tiny.module(), tiny.Images())
 
 
 def test_objective_must_keep_examples_apart(tmp_path):

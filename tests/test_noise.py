@@ -16,6 +16,38 @@ def test_an_example_draws_the_same_alone_and_in_company(double):
         assert torch.equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize("keys", [(), ("set", 3)])
+@pytest.mark.parametrize(("first", "last"), [(0, 7), (2, 5), (6, 7)])
+def test_strata_side_by_side_are_those_drawn_one_by_one(first, last, keys, double):
+    """Rows of an example stand side by side; every kind of draw, at every stratum, to the bit."""
+    noise, width = Noise(3, torch.tensor([8, 0, 5])).fold(*keys), last - first
+    like = torch.empty(3, 4)
+    together = noise.strata(first, last, 7)
+    for row, j in enumerate(range(first, last)):
+        alone = noise.stratified(j, 7)
+        for draw in ("normal", "uniform"):
+            found = getattr(together, draw)("eps", like.repeat_interleave(width, 0))
+            assert torch.equal(found[row::width], getattr(alone, draw)("eps", like))
+        assert torch.equal(together.time()[row::width], alone.time())
+        assert torch.equal(together.antithetic()[row::width], alone.antithetic())
+        folded, part = together.fold("z1"), together.of(slice(width, 2 * width))
+        assert torch.equal(
+            folded.normal("x", like.repeat(width, 1))[row::width],
+            alone.fold("z1").normal("x", like),
+        )
+        assert torch.equal(part.time()[row], alone.time()[1])
+
+
+def test_strata_stand_for_themselves():
+    noise = Noise(0, torch.arange(2))
+    with pytest.raises(ValueError, match="draws of their examples already"):
+        noise.strata(0, 2, 4).each(0, 2)
+    with pytest.raises(ValueError, match="draws of their examples already"):
+        noise.each(0, 2).strata(0, 2, 4)
+    with pytest.raises(ValueError, match="0 <= 2 < 5 <= 4"):
+        noise.strata(2, 5, 4)
+
+
 @pytest.mark.parametrize("other", [Noise(4, torch.arange(50)), Noise(3, torch.arange(50, 100))])
 def test_other_keys_other_numbers(other):
     like = torch.empty(50, 3)

@@ -388,6 +388,46 @@ class Labelled(Net):
         return torch.nn.functional.dropout(out, 0.5, self.training)
 
 
+@pytest.mark.parametrize("how", [{}, {"chunk": 3}, {"steps": 20}, {"dequantization": "uniform"}])
+def test_terms_are_those_of_the_ends_and_make_up_the_number(how, double):
+    """Each found by another way: the decoder's share from `DEQUANTIZATIONS`, the rest from
+    `log_density`."""
+    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (4, 4))
+    noise = Noise(0, torch.arange(4))
+    ode = ProbabilityFlow(draws=2, **how)
+    found = ode(vdm, x, noise=noise)
+    torch.testing.assert_close(-found.elbo.total, found.nats)
+    way, ratios, flows, ends = DEQUANTIZATIONS[ode.dequantization], [], [], []
+    with torch.no_grad():
+        for j in range(2):
+            z_0, ratio = way(vdm, x, None, noise.each(j, j + 1))
+            ratios.append(ratio)
+            flow = ode.log_density(vdm, z_0)
+            flows.append(flow.log_prob)
+            ends.append(flow.at_end)
+    torch.testing.assert_close(found.elbo.reconstruction, sum(ratios) / 2)
+    torch.testing.assert_close(found.elbo.rate, -sum(flows) / 2)
+    torch.testing.assert_close(found.elbo.prior, -sum(ends) / 2)
+    assert ProbabilityFlow(draws=2, k=2)(vdm, x, noise=noise).elbo is None
+
+
+def test_the_prior_is_the_density_where_the_flow_ends(double):
+    vdm = VDM(GaussianDenoiser(Cosine(7.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
+    z_0 = MEAN + STD * torch.randn(5, 3)
+    (alpha, sigma), (alpha_1, sigma_1) = amplitudes(7.0), amplitudes(-9.0)
+    spread, spread_1 = (
+        (a**2 * STD**2 + s**2).sqrt() for a, s in ((alpha, sigma), (alpha_1, sigma_1))
+    )
+    z_1 = alpha_1 * MEAN + (z_0 - alpha * MEAN) * spread_1 / spread
+    found = ProbabilityFlow(tolerance=1e-7).log_density(vdm, z_0)
+    torch.testing.assert_close(found.at_end, gaussian_log_prob(z_1, 0.0, 1.0), rtol=0, atol=1e-5)
+
+
+def test_it_says_how_it_was_solved(double):
+    assert ProbabilityFlow().kind == "upper bound on -log p(x), by an ODE to a tolerance"
+    assert ProbabilityFlow(steps=20).kind == "upper bound on -log p(x), by an ODE in 20 fixed steps"
+
+
 def test_labels_count_and_dropout_does_not(double):
     denoiser = NetworkDenoiser(Labelled(4), Parameterization.registry["v"](), Cosine(7.9, -10.0))
     vdm, x = VDM(denoiser, BinsLikelihood(17), shape=(4,)), torch.randint(17, (6, 4))

@@ -1,11 +1,12 @@
 """A certificate says what was measured; a copy that says something else is found out."""
 
 import copy
+import json
 
 import pytest
 import torch
 
-from genfw.estimators.report import differences, fingerprint
+from genfw.estimators.report import differences, fingerprint, plain
 
 CLAIM = {
     "result": {"nll": 81.3, "bpd": 1.83, "kind": "upper bound", "terms": {"prior": 0.001}},
@@ -63,6 +64,18 @@ def test_what_is_said_must_hold(path, value):
 )
 def test_circumstances_and_rounding_may_differ(path, value):
     assert differences(CLAIM, changed(path, value)) == []
+
+
+def test_what_was_not_measured_is_null_and_agrees():
+    """nan is no JSON, and differs from itself."""
+    found = changed("result.nll_stderr", float("nan"))
+    assert differences(json.loads(json.dumps(plain(found), allow_nan=False)), plain(found)) == []
+    assert plain({"a": [1.5, float("inf")], "b": {"c": float("nan"), "d": "e"}}) == {
+        "a": [1.5, None],
+        "b": {"c": None, "d": "e"},
+    }
+    claimed = changed("result.nll_stderr", 0.1)
+    assert differences(claimed, plain(found)) == ["result.nll_stderr: claimed 0.1, found None"]
 
 
 def test_a_missing_entry_is_a_difference():

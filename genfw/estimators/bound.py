@@ -6,6 +6,7 @@ import torch
 
 from genfw.elbo import ELBO
 from genfw.estimators.estimator import Estimate, Estimator, keyed
+from genfw.estimators.importance import at_least_one
 from genfw.model import LatentModel
 from genfw.noise import Noise
 from genfw.types import Image, Labels
@@ -20,15 +21,18 @@ class Bound(Estimator, name="bound"):
     Args:
         sets: independent sets per example; at least 2, or there is no variance to measure.
         strata: draws per set.
+        chunk: (image, draw) pairs at once. It sets memory and speed, never the number: draws are
+            keyed by example, set and stratum.
     """
 
     kind = "upper bound on -log p(x)"
 
-    def __init__(self, sets: int = 2, strata: int = 32):
+    def __init__(self, sets: int = 2, strata: int = 32, chunk: int = 500):
         super().__init__()
         if sets < 2 or strata < 1:
             raise ValueError(f"expected sets >= 2 and strata >= 1, got {sets} and {strata}")
         self.sets, self.strata, self.draws = sets, strata, sets * strata
+        self.chunk = at_least_one("chunk", chunk)
 
     @torch.no_grad()
     def forward(
@@ -47,11 +51,18 @@ class Bound(Estimator, name="bound"):
     def _set(self, model: LatentModel, x: Image, y: Labels | None, noise: Noise) -> torch.Tensor:
         """(terms, b) float64: reconstruction, prior, levels, averaged over one stratified set of
         draws."""
+        width = max(1, self.chunk // len(x))
         total: torch.Tensor | float = 0.0
-        for j in range(self.strata):
-            elbo = model.elbo(x, y, noise=noise.stratified(j, self.strata))
-            terms = torch.stack([elbo.reconstruction, elbo.prior, *elbo.levels])
-            total = total + terms.double()
+        for i in range(0, self.strata, width):
+            j = min(i + width, self.strata)
+            parts = []
+            for rows in (slice(g, g + self.chunk) for g in range(0, len(x), self.chunk)):
+                given = None if y is None else y[rows].repeat_interleave(j - i, 0)
+                of = noise.of(rows).strata(i, j, self.strata)
+                elbo = model.elbo(x[rows].repeat_interleave(j - i, 0), given, noise=of)
+                terms = torch.stack([elbo.reconstruction, elbo.prior, *elbo.levels])
+                parts.append(terms.double().unflatten(1, (-1, j - i)).sum(2))
+            total = total + torch.cat(parts, 1)
         return torch.as_tensor(total) / self.strata
 
     def extra_repr(self) -> str:

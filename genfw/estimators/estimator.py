@@ -44,10 +44,12 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
         kind: what `nats` is in the mean: "upper bound on -log p(x)", "unbiased", ...
         diagnostics: the names that may stand in `Estimate.diagnostics`.
         draws: how many random draws of all latents each image gets.
+        continuous: whether a diffusion model is read in continuous time, whatever its steps.
     """
 
-    kind: ClassVar[str]
+    kind: str
     draws: int
+    continuous: ClassVar[bool] = False
     diagnostics: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
+from genfw.elbo import ELBO
 from genfw.estimators.dormand_prince import adaptive, fixed
 from genfw.estimators.estimator import Estimate, Estimator, keyed
 from genfw.estimators.importance import at_least_one, chunks
@@ -65,6 +66,9 @@ class ProbabilityFlow(Estimator, name="ode"):
             q(z_0 | x) and the posterior. With an exact trace only.
         chunk: (image, draw) pairs at once. It sets memory and speed, never the number.
 
+    Terms, for k = 1: reconstruction log p(x | z_0) - log q(z_0 | x), levels the integral of the
+    divergence, prior -log N(z_1; 0, I). Their sum is a bound; none of them is a KL.
+
     Diagnostics: `ode_error`, what the ODE is believed to be off, in nats: the sum of the steps'
     embedded errors, those of z counted by the change of log p that they could cause at most where
     the score is of size 1/sigma. The truth is usually far below. `ode_calls`, network calls.
@@ -79,7 +83,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         TypeError: the model is no VDM.
     """
 
-    kind = "upper bound on -log p(x), by an ODE to a tolerance"
+    continuous = True
     diagnostics = ("ode_error", "ode_calls")
 
     def __init__(
@@ -100,6 +104,8 @@ class ProbabilityFlow(Estimator, name="ode"):
             raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
         self.tolerance = tolerance
         self.steps = None if steps is None else at_least_one("steps", steps)
+        solved = "to a tolerance" if steps is None else f"in {steps} fixed steps"
+        self.kind = f"upper bound on -log p(x), by an ODE {solved}"
         self.exact_dims, self.probe = exact_dims, _one_of("probe", probe, PROBES)
         self.chunk = at_least_one("chunk", chunk)
 
@@ -118,11 +124,15 @@ class ProbabilityFlow(Estimator, name="ode"):
                 of = noise.of(rows)
                 solved = [self._weigh(vdm, x, y, rows, of, i, j) for i, j in ranges]
                 parts.append(torch.cat(solved, 2))
-        log_w, error, calls = torch.cat(parts, 1)
+        log_w, error, calls, reconstruction, prior = torch.cat(parts, 1)
+        reconstruction, prior = reconstruction.mean(1), prior.mean(1)
         values = -log_mean(log_w.view(-1, self.k)).view(-1, self.draws)
+        nats = values.mean(1)
+        terms = ELBO(reconstruction, (nats + reconstruction - prior,), prior)
         return Estimate(
-            nats=values.mean(1),
+            nats=nats,
             variance=values.var(1) / self.draws if self.draws > 1 else torch.nan * values[:, 0],
+            elbo=terms if self.k == 1 else None,
             diagnostics={"ode_error": error.mean(1), "ode_calls": calls.mean(1)},
         )
 
@@ -143,20 +153,22 @@ class ProbabilityFlow(Estimator, name="ode"):
                 solution = fixed(flow, u, flow.size, self.steps)
             z_1, volume = solution.u[:, :-1], solution.u[:, -1]
             log_p = Normal(torch.zeros_like(z_1), torch.ones_like(z_1)).log_prob(z_1)
-            return FlowDensity(log_p + volume, solution.error * z_1.shape[1], solution.calls)
+            error = solution.error * z_1.shape[1]
+            return FlowDensity(log_p + volume, error, solution.calls, log_p)
 
     def _weigh(
         self, vdm: VDM, x: Image, y: Labels | None, rows: slice, noise: Noise, i: int, j: int
     ) -> Tensor:
-        """log w, the believed error and the calls of draws i..j - 1 of some images, (3, images, j -
-        i)."""
+        """log w, the believed error, the calls, reconstruction and prior of draws i..j - 1 of some
+        images, (5, images, j - i)."""
         x = x[rows].clone().repeat_interleave(j - i, 0)
         y = None if y is None else y[rows].clone().repeat_interleave(j - i, 0)
         noise = noise.each(i, j)
         z_0, log_ratio = DEQUANTIZATIONS[self.dequantization](vdm, x, y, noise)
         density = self.log_density(vdm, z_0, y, noise=noise)
         log_w = density.log_prob + log_ratio
-        return torch.stack([log_w, density.error, density.calls]).unflatten(1, (-1, j - i))
+        found = [log_w, density.error, density.calls, log_ratio, -density.at_end]
+        return torch.stack(found).unflatten(1, (-1, j - i))
 
     def _exact(self, x: Tensor) -> bool:
         return x[0].numel() <= self.exact_dims
@@ -170,12 +182,13 @@ class ProbabilityFlow(Estimator, name="ode"):
 
 @dataclass(frozen=True)
 class FlowDensity:
-    """log p_ode(z_0), (b,) float64 nats; what it is believed to be off; and the network calls it
-    took."""
+    """log p_ode(z_0), (b,) float64 nats; what it is believed to be off; the network calls it took;
+    and log N(z_1; 0, I), the part of it at the end."""
 
     log_prob: Nats
     error: Nats
     calls: Tensor
+    at_end: Nats
 
 
 @dataclass(frozen=True)

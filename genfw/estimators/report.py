@@ -4,20 +4,24 @@ to tell whether theirs is comparable.
 A certificate is plain JSON in five parts:
 
 result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension), kind (lower or
-           upper bound, unbiased, ...), and the terms of the bound in bits per dimension; of a
-           conditional model also `given`: it is an NLL of p(x | y)
-estimator  name, arguments, draws per image, seed, dtype, device
+           upper bound, unbiased, ...), the terms of the bound in bits per dimension, and the
+           estimator's diagnostics (what an ODE is believed to be off, effective sample size); of
+           a conditional model also `given`: it is an NLL of p(x | y)
+estimator  name, arguments, draws per image, seed, dtype, whether products were shortened (tf32),
+           device
 model      name, parameters, weights (averaged or raw, sha256), decoder, log SNR at both ends
 data       name, split, count and of how many, sha256 of images and labels as evaluated, transform
 origin     checkpoint, step, git commit, versions
 
 Data set, transform, decoder and end points decide what is measured; two numbers that differ there
-are not comparable, whatever their bits per dimension.
+are not comparable, whatever their bits per dimension. What was not measured, as the standard error
+of a single draw, is null.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,8 +33,9 @@ Certificate = dict[str, dict[str, Any]]
 MEASURED = ("nll", "nll_stderr", "bpd", "bpd_stderr", "terms")
 """What a computation gives, to rounding; everything else in a certificate is said beforehand."""
 
-CIRCUMSTANCES = ("device", "git", "versions")
-"""What may differ between two computations of one number."""
+CIRCUMSTANCES = ("device", "git", "versions", "diagnostics")
+"""What may differ between two computations of one number. Diagnostics, as differences of nearly
+equal numbers, do so by more than rounding."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -67,6 +72,15 @@ def differences(claimed: Certificate, found: Certificate, tolerance: float = 1e-
             continue
         lines.append(f"{key}: claimed {a}, found {b}")
     return lines
+
+
+def plain(value: Any) -> Any:
+    """The same as JSON can hold it: null for every number that is none."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:

@@ -69,6 +69,7 @@ class BitAccounting(L.Callback):
         self.validations = 0
         self.edges: Tensor | None = None
         self.drawn: list[Drawn] = []
+        self.parts: list[tuple[Tensor, Tensor]] = []
         self.batches: defaultdict[str, list[Drawn]] = defaultdict(list)
         self.handle: RemovableHandle | None = None
         self.sums: dict[str, Tensor] = {}
@@ -174,13 +175,17 @@ class BitAccounting(L.Callback):
             self.handle = register_denoising_hook(self._remember)
 
     def _remember(self, draw: Denoising) -> None:
-        """Rows of an example stand side by side."""
+        """Rows of an example stand side by side; one draw of each may come in several parts."""
         with torch.no_grad():
-            both = draw.log_snr.detach(), draw.cost
-            self.drawn.append((both[0].view(self.images, -1), both[1].view(self.images, -1)))
+            self.parts.append((draw.log_snr.detach(), draw.cost))
+        if sum(len(log_snr) for log_snr, _ in self.parts) >= self.images:
+            log_snr, cost = (torch.cat(each) for each in zip(*self.parts, strict=True))
+            self.drawn.append((log_snr.view(self.images, -1), cost.view(self.images, -1)))
+            self.parts.clear()
 
     def _unhook(self) -> None:
         self.drawn.clear()
+        self.parts.clear()
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
@@ -233,7 +238,8 @@ class BitAccounting(L.Callback):
 
 def between(model: VDM, intervals: int) -> Tensor:
     """(intervals + 1,) log SNR, equally spaced from the schedule's lower end point to its upper."""
-    low, high = float(model.schedule.log_snr_min), float(model.schedule.log_snr_max)
+    ends = (model.schedule.log_snr_min, model.schedule.log_snr_max)
+    low, high = (torch.as_tensor(end).item() for end in ends)
     return torch.linspace(low, high, intervals + 1, dtype=torch.float64)
 
 

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import torch
 
 from genfw.elbo import bits_per_dim
-from genfw.estimators.report import Certificate, fingerprint
+from genfw.estimators.report import Certificate, fingerprint, plain
 from genfw.models.vdm import VDM
 from genfw.train.data.module import ImageData
 from genfw.train.loggers import git_commit
@@ -51,11 +51,16 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
     }
     return {
         "nll": nll,
-        "nll_stderr": stderr,
+        "nll_stderr": plain(stderr),
         "bpd": bpd,
-        "bpd_stderr": float(bits_per_dim(torch.tensor(stderr), dims)),
+        "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), dims))),
         "kind": module.estimator.kind,
         "terms": terms,
+        "diagnostics": {
+            name: plain(float(tested[f"test/{name}"]))
+            for name in module.estimator.diagnostics
+            if f"test/{name}" in tested
+        },
         **given(module),
     }
 
@@ -72,7 +77,7 @@ def _estimator(module: LatentModule) -> dict[str, Any]:
         "arguments": module.estimator.extra_repr(),
         "draws": module.estimator.draws,
         "seed": module.seed,
-        "dtype": str(module.evaluated.dtype).removeprefix("torch."),
+        **module.arithmetic,
         "device": str(module.device),
     }
 
@@ -89,8 +94,10 @@ def _model(module: LatentModule) -> dict[str, Any]:
     if isinstance(model, VDM):
         ends = (model.schedule.log_snr_max, model.schedule.log_snr_min)
         known |= {
-            "log_snr": [float(end) for end in ends],
-            "steps": "continuous time" if model.steps is None else model.steps,
+            "log_snr": [torch.as_tensor(end).item() for end in ends],
+            "steps": "continuous time"
+            if model.steps is None or module.estimator.continuous
+            else model.steps,
         }
     return known
 

@@ -558,6 +558,15 @@ def _target(config: DictConfig, key: str) -> str | None:
     return OmegaConf.select(config, f"{key}._target_")
 
 
+def _weights_are_float32(config: DictConfig) -> None:
+    precision = str(OmegaConf.select(config, "trainer.precision"))
+    if precision.endswith("16-true") or precision.startswith("transformer-engine"):
+        raise ConfigError(
+            f"trainer.precision={precision}: weights and their average must be float32 or better, "
+            "as reported numbers are: use trainer.precision=bf16-mixed"
+        )
+
+
 def _run_can_be(config: DictConfig) -> None:
     seed, lr = OmegaConf.select(config, "seed"), OmegaConf.select(config, "optimizer.lr")
     if isinstance(seed, int) and seed < 0:
@@ -638,6 +647,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _run_can_be,
     _labels_agree,
     _guidance_reads_model,
+    _weights_are_float32,
     _bins_agree,
     _bernoulli_is_binary,
     _likelihood_reads_model,

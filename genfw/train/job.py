@@ -36,6 +36,8 @@ import genfw
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
+from genfw.estimators.estimator import Estimator
+from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
@@ -307,6 +309,10 @@ def table(results: Mapping[str, Any]) -> Table:
         if f"{key}_samples" in test:
             what = f"{test[f'{key}_samples']:.0f} samples, {test[f'{key}_reference']}"
             sheet.add_row(key, f"{value:.2f} ({what})")
+    announced = [name for each in Estimator.registry.values() for name in each.diagnostics]
+    for name in dict.fromkeys(announced):
+        if name in test:
+            sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
     sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
     return sheet
 
@@ -336,7 +342,7 @@ def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
 
 def write(file: Path, value: Mapping[str, Any]) -> None:
     """As JSON."""
-    file.write_text(json.dumps(value, indent=2) + "\n")
+    file.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

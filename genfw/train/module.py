@@ -26,7 +26,7 @@ from genfw.estimators.bound import Bound
 from genfw.estimators.estimator import Estimator
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
-from genfw.objective import Objective
+from genfw.objective import Elbo, Objective
 from genfw.train.data.images import Batch
 from genfw.train.metrics import NLL
 
@@ -35,7 +35,8 @@ class LatentModule(L.LightningModule):
     """Trains, validates and tests a `LatentModel`.
 
     `val/` and `test/` numbers are those of the averaged weights where there are some (`average`,
-    see `genfw.train.ema`), in float32 without autocast. They do not depend on the objective.
+    see `genfw.train.ema`), in float32 without autocast or TF32, or better. They do not depend on
+    the objective.
 
     Args:
         model: what is trained.
@@ -47,6 +48,9 @@ class LatentModule(L.LightningModule):
         validation_estimator: a cheaper one for validation; default: the bound over 2 x 4 draws.
         seed: of every random draw (not of the initial weights, which come with `model`).
         label_dropout: the share of labels that a conditional model is not told in training.
+
+    Attributes:
+        arithmetic: what the last numbers were computed in, dtype and whether TF32 was allowed.
 
     Raises:
         ValueError: label_dropout outside [0, 1).
@@ -74,6 +78,7 @@ class LatentModule(L.LightningModule):
         self.estimator = Bound() if estimator is None else estimator
         self.validation_estimator = validation_estimator or Bound(sets=2, strata=4)
         self.seed = seed
+        self.arithmetic: dict[str, Any] = {}
         known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
         self.nll = NLL(diagnostics=known)
 
@@ -84,10 +89,21 @@ class LatentModule(L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[LatentModel]:
-        """`evaluated` in evaluation mode, without gradients or autocast; then back in its mode."""
+        """`evaluated` in evaluation mode, without gradients, autocast or TF32; then back in its
+        mode.
+
+        Raises:
+            ValueError: its weights are narrower than float32.
+        """
         model = self.evaluated
+        narrow = {str(p.dtype) for p in model.parameters() if p.dtype.itemsize < 4}
+        if narrow:
+            raise ValueError(
+                f"the weights are {' and '.join(narrow)}, and numbers are reported in float32 or "
+                "better: use trainer.precision=bf16-mixed, or 32-true to evaluate these"
+            )
         training = model.training
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), full_float32():
             try:
                 yield model.eval()
             finally:
@@ -117,7 +133,8 @@ class LatentModule(L.LightningModule):
         if logs(self.trainer):
             value = loss.detach()
             self.log("train/objective", value, prog_bar=True)
-            self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
+            if isinstance(self.objective, Elbo):  # others are weighted: their nats are no bits
+                self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -135,6 +152,7 @@ class LatentModule(L.LightningModule):
     def _evaluate(self, batch: Batch, estimator: Estimator, split: str) -> None:
         noise = Noise(mix(self.seed, split), batch.index)
         with self.evaluating() as model:
+            self.arithmetic = arithmetic(model)
             estimate = estimator(model, batch.image, batch.label, noise=noise)
         self.nll.update(estimate, batch.image[0].numel())
 
@@ -180,6 +198,40 @@ def drop_labels(y: Tensor, classes: int | None, share: float, noise: Draws) -> T
         return y
     u = noise.fold("label").uniform("label", torch.empty(len(y), device=y.device))
     return torch.where(u < share, classes, y)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 products without shortened factors. NVIDIA's convolutions keep 10 bits of a mantissa
+    (TF32) unless told otherwise.
+
+    Torch has an older and a newer set of switches and refuses to read one that contradicts the
+    other; both are set.
+    """
+    matmul, kept = torch.get_float32_matmul_precision(), _cudnn_precision()
+    _switch("highest", ("ieee", "ieee"))
+    try:
+        yield
+    finally:
+        _switch(matmul, kept)
+
+
+def _switch(matmul: str, cudnn: tuple[str, str]) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    backend: Any = torch.backends.cudnn  # torch's stubs know the older switches only
+    backend.allow_tf32 = cudnn == ("tf32", "tf32")
+    backend.conv.fp32_precision, backend.rnn.fp32_precision = cudnn
+
+
+def _cudnn_precision() -> tuple[str, str]:
+    backend: Any = torch.backends.cudnn
+    return backend.conv.fp32_precision, backend.rnn.fp32_precision
+
+
+def arithmetic(model: LatentModel) -> dict[str, Any]:
+    """What `model` computes in here and now."""
+    tf32 = "tf32" in _cudnn_precision() or torch.get_float32_matmul_precision() != "highest"
+    return {"dtype": str(model.dtype).removeprefix("torch."), "tf32": tf32}
 
 
 def logs(trainer: L.Trainer) -> bool:
