@@ -141,6 +141,11 @@ WRONG = [
     ("model=hvae objective=free_bits objective.per=batch_dimension", ["per=batch_level"]),
     ("model=hvae objective=dreg", ["dreg", "hvae", "objective=elbo"]),
     ("model=vae objective=iwae objective.k=many", ["objective.k", "int"]),
+    ("model=vae estimator=ode", ["estimator=ode", "vae", "importance_weighted"]),
+    ("estimator=ode estimator.k=4 data=cifar10", ["estimator.k=4", "D=3072", "exact_dims=1024"]),
+    ("estimator=ode estimator.k=4 estimator.exact_dims=0", ["estimator.k=1"]),
+    ("likelihood=gaussian", ["17", "likelihood=bins or discretized_gaussian"]),
+    ("model=vae likelihood=gaussian", ["17", "likelihood=discretized_gaussian"]),
 ]
 
 
@@ -187,6 +192,10 @@ RIGHT = [
     "experiment=digits_vdm param=categorical",
     "param=categorical likelihood=bins",
     "schedule._target_=genfw.LogLinear ~schedule.shift",
+    "estimator=ode estimator.k=4",
+    "data=cifar10 estimator=ode",
+    "likelihood=discretized_gaussian",
+    "model=vae likelihood=discretized_gaussian",
 ]
 
 

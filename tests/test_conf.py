@@ -11,10 +11,12 @@ import torch
 from omegaconf import OmegaConf
 
 import genfw
+from genfw.objective.denoising import DenoisingObjective
 from genfw.registry import Registered
 from genfw.train import resolvers
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
+from genfw.train.errors import ConfigError
 from genfw.train.schema import ConfFiles, from_signature
 
 for module in pkgutil.walk_packages(genfw.__path__, "genfw."):
@@ -88,6 +90,17 @@ def test_model_can_be_built(model):
     with session():
         config = compose([f"model={model}"])
     assert type(build(config.model)) is GROUPS["model"][model]
+
+
+@pytest.mark.parametrize("model", sorted({*GROUPS["model"]} - {"vdm"}))
+def test_what_weighs_noise_levels_needs_some(model):
+    """By the name that was typed, whatever the class is called."""
+    weighted = [k for k, c in GROUPS["objective"].items() if issubclass(c, DenoisingObjective)]
+    assert len(weighted) >= 5
+    with session():
+        for name in weighted:
+            with pytest.raises(ConfigError, match=f"objective={name}, model={model}: .*=elbo"):
+                compose([f"model={model}", f"objective={name}"])
 
 
 def test_likelihood_outputs_are_those_of_the_classes():

@@ -51,6 +51,25 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     Raises:
         ConfigError: it is wrong, and how.
     """
+    config = unchecked(overrides, name)
+    reference = _compose(
+        [
+            f"{group}={option}"
+            for group, option in _choices(config).items()
+            if group != "experiment"
+        ],
+        name,
+    )
+    check(_job(config), _job(reference), _folders(), typed(parse(overrides)))
+    return config
+
+
+def unchecked(overrides: Sequence[str], name: str = "config") -> DictConfig:
+    """What the command line composes to, whether or not it can run.
+
+    Raises:
+        ConfigError: it does not compose.
+    """
     parsed = parse(overrides)
     try:
         try:
@@ -60,15 +79,6 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
             config = _compose(overrides, name)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error, parsed, name) from error
-    reference = _compose(
-        [
-            f"{group}={option}"
-            for group, option in _choices(config).items()
-            if group != "experiment"
-        ],
-        name,
-    )
-    check(_job(config), _job(reference), _folders(), typed(parsed))
     return config
 
 
