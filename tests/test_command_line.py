@@ -146,6 +146,8 @@ WRONG = [
     ("estimator=ode estimator.k=4 estimator.exact_dims=0", ["estimator.k=1"]),
     ("likelihood=gaussian", ["17", "likelihood=bins or discretized_gaussian"]),
     ("model=vae likelihood=gaussian", ["17", "likelihood=discretized_gaussian"]),
+    ("times=importance model.steps=5", ["times=importance", "model.steps=5", "times=uniform"]),
+    ("times=log_snr model.steps=5", ["times=log_snr", "model.steps=5", "times=uniform"]),
 ]
 
 
@@ -194,6 +196,7 @@ RIGHT = [
     "schedule._target_=genfw.LogLinear ~schedule.shift",
     "estimator=ode estimator.k=4",
     "data=cifar10 estimator=ode",
+    "times=antithetic model.steps=5",
     "likelihood=discretized_gaussian",
     "model=vae likelihood=discretized_gaussian",
 ]

@@ -25,7 +25,14 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
-from genfw.train.config import check, conf_folder, keys, nearest, unknown_key
+from genfw.train.config import (
+    check,
+    conf_folder,
+    keys,
+    nearest,
+    times_are_looked_at,
+    unknown_key,
+)
 from genfw.train.errors import ConfigError
 from genfw.train.help import defaults, options
 
@@ -61,6 +68,7 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
         name,
     )
     check(_job(config), _job(reference), _folders(), typed(parse(overrides)))
+    times_are_looked_at(config)
     return config
 
 

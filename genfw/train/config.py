@@ -662,6 +662,20 @@ def _guidance_reads_model(config: DictConfig) -> None:
         )
 
 
+def times_are_looked_at(config: DictConfig) -> None:
+    """Refuses a choice of times that training would ignore; a finished run may be read in steps.
+
+    Raises:
+        ConfigError: `times` says where, and T steps are drawn evenly.
+    """
+    steps, times = OmegaConf.select(config, "model.steps"), _option(config, "times")
+    if steps is not None and times in ("log_snr", "importance"):
+        raise ConfigError(
+            f"times={times}, model.steps={steps}: {times} chooses among times, and of {steps} "
+            "steps each is drawn as often: use times=uniform, or model.steps=null"
+        )
+
+
 def data_are_there(config: DictConfig) -> None:
     """Refuses a `data.path` that is no folder; for runs that will read it.
 
