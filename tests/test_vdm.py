@@ -127,7 +127,7 @@ def test_schedules_with_equal_ends_give_one_bound(schedule, double):
 def test_more_steps_tighten_the_bound_towards_continuous_time(double):
     """With the exact denoiser the bound rises with T to its limit (theory, section 3), each time by
     more than chance, and the reported number is the one of the hierarchy it is read as."""
-    n, x = 2000, gaussian_data(2000)
+    n, x = 500, gaussian_data(500)
     vdm = VDM(GaussianDenoiser(LogLinear(9.0, -9.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
     means, before = [], None
     for steps in (1, 4, 16, 64, None):
