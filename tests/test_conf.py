@@ -115,6 +115,20 @@ def test_likelihood_outputs_are_those_of_the_classes():
             assert resolvers.outputs(node) == build(node).outputs == 12
 
 
+@pytest.mark.parametrize("net", ["mlp", "conv", "unet"])
+def test_fourier_features_are_of_z_whatever_the_network_is_given_of_it(net):
+    """Where they are not faded, at noise levels of the data end. edm gives the network z / r."""
+    z, t, said = 0.8 * torch.randn(6, 1, 8, 8), torch.linspace(0, 0.05, 6), []
+    for param in ("v", "edm"):
+        with session():
+            config = compose([f"param={param}", f"net={net}", "data=digits"])
+        vdm = build(config.model)
+        vdm.denoiser.network.fourier.register_forward_hook(lambda *seen: said.append(seen[-1]))
+        vdm.denoiser(z, t)
+    assert said[0][:, 1:].abs().amax((1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(said[0][:, 1:], said[1][:, 1:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", GROUPS["param"])
 def test_network_gives_what_the_parameterization_reads(name):
     with session():
