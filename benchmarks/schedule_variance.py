@@ -10,9 +10,11 @@ evenly over log SNR, and weighed for every schedule, so the network is asked ima
     E[cost^2] = integral of -lambda'(t(lambda)) E[(||eps - eps_hat||^2 / 2)^2 | lambda] d lambda
 
 `learned` is learned here, its end points kept, from the errors of as many images of the training
-set; so are the bins of `importance`. All are measured on test images. No density over log SNR has
-less variance than `least`, by Cauchy and Schwarz. After ± standard errors over images. Without a
-run: the exact denoiser of Gaussian data in 3 dimensions.
+set: by the gradient that training follows, of the logarithm of the mean square, but on these stored
+errors and by an Adam of its own; `the run's own` is what training made of it. The bins of
+`importance` are made of the same errors. All are measured on test images. No density over log SNR
+has less variance than `least`, by Cauchy and Schwarz. After ± standard errors over images. Without
+a run: the exact denoiser of Gaussian data in 3 dimensions.
 """
 
 from __future__ import annotations

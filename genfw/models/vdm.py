@@ -129,7 +129,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         prediction = self.denoiser(alpha * data + sigma * eps, t, y)
         error = per_example((eps - prediction.eps).square())
         if self.steps is None:
-            measure = lowering_variance(measure, error, self.schedule, data[0].numel())
+            measure = lowering_variance(measure, error, self.schedule)
         denoising = Denoising(t, log_snr, error, measure, dt)
         if self.training and self.steps is None and torch.is_grad_enabled():
             self.times.observe(denoising, self.schedule)
