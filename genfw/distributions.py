@@ -73,7 +73,7 @@ class Normal(Distribution):
         return self.mean + self.std * draws(noise, self.mean).normal(purpose, self.mean)
 
     def kl(self, other: Normal) -> Nats:
-        r"""KL(self || other) in closed form, (b,) nats. In float64: of near equals little is left."""
+        r"""KL(self || other) in closed form, (b,) nats; in float64: near equals leave little."""
         ratio = self.std.double() / other.std
         shift = (self.mean.double() - other.mean) / other.std
         kl = per_example(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())

@@ -109,7 +109,7 @@ def _option(config: DictConfig, group: str, name: str, more: Sequence[str]) -> D
     model = "vae" if group == "estimator" else "vdm"  # which any option of these groups can read
     free = ["model.classes=${data.classes}"] if group == "guidance" else []
     with session():
-        composed = unchecked([f"model={model}", *free, f"{group}={name}", *more])  # `read` checks it with the run
+        composed = unchecked([f"model={model}", *free, f"{group}={name}", *more])  # `read` checks
     return OmegaConf.create({group: OmegaConf.to_container(composed[group], resolve=True)})[group]
 
 
