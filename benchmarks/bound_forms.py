@@ -22,20 +22,18 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
+from exact import MEAN, STD, Exact
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from genfw import (
     VDM,
-    Denoiser,
     GaussianLikelihood,
     LogLinear,
     Noise,
-    Prediction,
     marginal,
     posterior,
 )
-from genfw.parameterization import broadcast
 from genfw.train.errors import GenfwError
 from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
@@ -46,21 +44,7 @@ DEFAULTS = {
     "repeats": 16,
     "checkpoint": "best",
 }
-MEAN, STD = torch.tensor([0.4, -0.9, 0.1]).double(), torch.tensor([0.5, 0.2, 1.1]).double()
 Terms = tuple[Tensor, Tensor]
-
-
-class Exact(Denoiser):
-    """x_hat = (alpha s^2 z + sigma^2 m) / (alpha^2 s^2 + sigma^2)."""
-
-    def __init__(self, schedule: LogLinear):
-        super().__init__()
-        self.schedule = schedule
-
-    def forward(self, z: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
-        alpha, sigma = (broadcast(f(t), z) for f in (self.schedule.alpha, self.schedule.sigma))
-        x = (alpha * STD**2 * z + sigma**2 * MEAN) / (alpha**2 * STD**2 + sigma**2)
-        return Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
 
 
 def independent(vdm: VDM, x: Tensor, noise: Noise) -> Terms:

@@ -214,7 +214,8 @@ class Edm(LinearParameterization, name="edm"):
     .. math:: a = \sigma / (s_d r), \quad b = -\alpha s_d / r, \quad r^2 = \sigma^2 + \alpha^2
         s_d^2, \quad \text{network input } z / r
 
-    data_std = 1 is -v.
+    data_std = 1 is -v. Networks with Fourier features must be told (`data_std`), or they take z / r
+    for z.
 
     Args:
         data_std: s_d; Karras et al. have 0.5 for images on (-1, 1).

@@ -144,6 +144,13 @@ WRONG = [
     ("model=hvae objective=free_bits objective.per=batch_dimension", ["per=batch_level"]),
     ("model=hvae objective=dreg", ["dreg", "hvae", "objective=elbo"]),
     ("model=vae objective=iwae objective.k=many", ["objective.k", "int"]),
+    ("model=vae estimator=ode", ["estimator=ode", "vae", "importance_weighted"]),
+    ("estimator=ode estimator.k=4 data=cifar10", ["estimator.k=4", "D=3072", "exact_dims=1024"]),
+    ("estimator=ode estimator.k=4 estimator.exact_dims=0", ["estimator.k=1"]),
+    ("likelihood=gaussian", ["17", "likelihood=bins or discretized_gaussian"]),
+    ("model=vae likelihood=gaussian", ["17", "likelihood=discretized_gaussian"]),
+    ("times=importance model.steps=5", ["times=importance", "model.steps=5", "times=uniform"]),
+    ("times=log_snr model.steps=5", ["times=log_snr", "model.steps=5", "times=uniform"]),
 ]
 
 
@@ -191,6 +198,11 @@ RIGHT = [
     "experiment=digits_vdm param=categorical",
     "param=categorical likelihood=bins",
     "schedule._target_=genfw.LogLinear ~schedule.shift",
+    "estimator=ode estimator.k=4",
+    "data=cifar10 estimator=ode",
+    "times=antithetic model.steps=5",
+    "likelihood=discretized_gaussian",
+    "model=vae likelihood=discretized_gaussian",
 ]
 
 

@@ -11,10 +11,12 @@ import torch
 from omegaconf import OmegaConf
 
 import genfw
+from genfw.objective.denoising import DenoisingObjective
 from genfw.registry import Registered
 from genfw.train import resolvers
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
+from genfw.train.errors import ConfigError
 from genfw.train.schema import ConfFiles, from_signature
 
 for module in pkgutil.walk_packages(genfw.__path__, "genfw."):
@@ -90,6 +92,17 @@ def test_model_can_be_built(model):
     assert type(build(config.model)) is GROUPS["model"][model]
 
 
+@pytest.mark.parametrize("model", sorted({*GROUPS["model"]} - {"vdm"}))
+def test_what_weighs_noise_levels_needs_some(model):
+    """By the name that was typed, whatever the class is called."""
+    weighted = [k for k, c in GROUPS["objective"].items() if issubclass(c, DenoisingObjective)]
+    assert len(weighted) >= 5
+    with session():
+        for name in weighted:
+            with pytest.raises(ConfigError, match=f"objective={name}, model={model}: .*=elbo"):
+                compose([f"model={model}", f"objective={name}"])
+
+
 def test_likelihood_outputs_are_those_of_the_classes():
     for name, cls in GROUPS["likelihood"].items():
         bins = 2 if name == "bernoulli" else 5
@@ -100,6 +113,20 @@ def test_likelihood_outputs_are_those_of_the_classes():
         if name == "logistic_mixture":
             node.components = 3
             assert resolvers.outputs(node) == build(node).outputs == 12
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv", "unet"])
+def test_fourier_features_are_of_z_whatever_the_network_is_given_of_it(net):
+    """Where they are not faded, at noise levels of the data end. edm gives the network z / r."""
+    z, t, said = 0.8 * torch.randn(6, 1, 8, 8), torch.linspace(0, 0.05, 6), []
+    for param in ("v", "edm"):
+        with session():
+            config = compose([f"param={param}", f"net={net}", "data=digits"])
+        vdm = build(config.model)
+        vdm.denoiser.network.fourier.register_forward_hook(lambda *seen: said.append(seen[-1]))
+        vdm.denoiser(z, t)
+    assert said[0][:, 1:].abs().amax((1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(said[0][:, 1:], said[1][:, 1:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", GROUPS["param"])

@@ -28,6 +28,18 @@ def test_normal_log_prob_and_kl_against_torch(double):
     assert torch.allclose(a.kl(b), kl, rtol=1e-12)
 
 
+@pytest.mark.parametrize("log_snr", [-10.0, -20.0])
+def test_a_small_divergence_is_not_lost_in_float32(log_snr):
+    """The prior term: variance sigma^2 = 1 - alpha^2, mean alpha x, and almost nothing of both."""
+    signal, noise = (torch.tensor(s * log_snr).double().sigmoid() for s in (1, -1))
+    x = torch.linspace(-1, 1, 64).double()
+    exact = 0.5 * (signal * x.square() - signal - (-signal).log1p()).sum()
+    q = Normal((signal.sqrt() * x).float()[None], noise.sqrt().float())
+    got = q.kl(Normal(torch.zeros(1, 64), torch.ones(())))
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
 def test_a_scalar_std_counts_once_per_dimension(double):
     mean = torch.randn(4, 3)
     full, scalar = Normal(mean, torch.full((4, 3), 0.1)), Normal(mean, torch.tensor(0.1))

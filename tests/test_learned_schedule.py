@@ -14,6 +14,7 @@ from genfw.train import resolvers
 from genfw.train.bits import between
 from genfw.train.certificate import _model as described
 from genfw.train.compose import compose, session
+from genfw.train.config import conf_folder
 from genfw.train.ema import EMA
 from genfw.train.errors import ConfigError
 
@@ -65,13 +66,13 @@ def draw():
 
 
 def test_interior_follows_the_second_moment_of_the_estimator(schedule, draw):
-    """Per dimension. Against autograd and finite differences of the mean of cost^2 itself."""
+    """Its logarithm. Against autograd and finite differences of the mean of cost^2 itself."""
     noise, x, eps = draw
     interior = list(schedule.interior.parameters())
     got = gradients(oracle(schedule).denoising(x, noise=noise).cost.mean(), interior)
 
     def moment():
-        return plain(schedule, x, eps, noise.time()).square().mean() / 2
+        return plain(schedule, x, eps, noise.time()).square().mean().log()
 
     torch.testing.assert_close(got, gradients(moment(), interior), rtol=1e-3, atol=1e-4)
     p, h = interior[0], 1e-5
@@ -81,6 +82,34 @@ def test_interior_follows_the_second_moment_of_the_estimator(schedule, draw):
         p.view(-1)[0] -= 2 * h
         slope = (above - moment()) / (2 * h)
     torch.testing.assert_close(got[0], slope, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("times", [1e-3, 1e3])
+def test_the_interior_does_not_feel_the_size_of_the_error(schedule, draw, times):
+    """So the shared clipping of the gradient norm is the network's affair, whatever the bound."""
+    noise, x, eps = draw
+    vdm = oracle(schedule)
+
+    def interior():
+        cost = vdm.denoising(x, noise=noise).cost.mean()
+        return gradients(cost, schedule.interior.parameters())
+
+    before, exact = interior(), vdm.denoiser.forward
+
+    def worse(z, t, y=None):
+        said = exact(z, t)
+        return genfw.Prediction(x, eps - times * (eps - said.eps), said.alpha, said.sigma)
+
+    vdm.denoiser.forward = worse
+    torch.testing.assert_close(interior(), before, rtol=1e-6, atol=1e-9)
+
+
+def test_a_denoiser_without_error_leaves_the_interior_where_it_is(schedule, draw):
+    noise, x, eps = draw
+    vdm = oracle(schedule)
+    vdm.denoiser.forward = lambda z, t, y=None: genfw.Prediction(x, eps, torch.ones(1), eps[:1])
+    cost = vdm.denoising(x, noise=noise).cost.mean()
+    assert cost == 0 and not gradients(cost, schedule.interior.parameters()).any()
 
 
 def test_end_points_follow_the_bound(schedule, draw):
@@ -245,6 +274,11 @@ def test_weighted_objectives_are_refused_at_composition():
     resolvers.register()
     with session():
         compose(["model=vdm", "schedule=learned"])
-        for objective in ("simple", "edm", "beta"):
-            with pytest.raises(ConfigError, match=r"schedule=learned .* use objective=elbo"):
+        others = {file.stem for file in (conf_folder() / "objective").glob("*.yaml")} - {"elbo"}
+        assert others >= {"simple", "edm", "beta"}
+        for objective in sorted(others):
+            with pytest.raises(
+                ConfigError,
+                match=f"schedule=learned .* objective={objective} .* use objective=elbo",
+            ):
                 compose(["model=vdm", "schedule=learned", f"objective={objective}"])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from oracles import GaussianDenoiser
+from test_times import biased
 from test_vdm import MEAN, STD, gaussian_data, network_vdm
 
 from genfw import (
@@ -28,6 +29,7 @@ from genfw import (
     Objective,
     Parameterization,
     SigmoidWeighted,
+    TimeSampler,
 )
 from genfw.nets import MLP
 from genfw.objective.denoising import DenoisingObjective
@@ -98,6 +100,23 @@ def test_a_weight_per_time_implies_one_per_log_snr(name, schedule, double):
     got, error = measured(Objective.registry[name](), oracle(made))
     assert abs(got - exact) < 4 * error
     assert error < 0.02 * exact
+
+
+@pytest.mark.parametrize("times", TimeSampler.registry.values())
+@pytest.mark.parametrize("name", [c.name for c in OBJECTIVES])
+def test_an_objective_is_one_number_for_all_choices_of_times(name, times, double):
+    """Whatever density times are drawn from, along a schedule far from even in log SNR."""
+    vdm = oracle(Cosine(HIGH, LOW))
+    vdm.times = biased(times()).eval()  # an estimate of the density that stays wrong
+
+    def integrand(at):
+        per = 1 if name in PER_LOG_SNR else vdm.schedule.slope(vdm.schedule.inverse(at))
+        return WEIGHTS[name](at.exp()) / per * eps_error(at)
+
+    exact = 0.5 * integral(integrand, LOW, HIGH)
+    got, error = measured(Objective.registry[name](), vdm)
+    assert abs(got - exact) < 4 * error
+    assert error < 0.03 * exact
 
 
 @pytest.mark.parametrize("name", PER_TIME)

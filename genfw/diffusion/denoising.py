@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -53,21 +54,24 @@ class Denoising:
         return (0.5 * self.measure * self.eps_error).to(self.eps_error.dtype)
 
 
-def lowering_variance(measure: Tensor, error: Nats, schedule: NoiseSchedule, dims: int) -> Tensor:
+def lowering_variance(measure: Tensor, error: Nats, schedule: NoiseSchedule) -> Tensor:
     r"""The measure of continuous time, with the gradients that a learned schedule asks for.
 
-    With it the cost l = 1/2 measure error has in the end points of the schedule its own gradient,
-    that of the bound, and in the schedule's shape that of its mean square per dimension,
+    With it the mean cost l = 1/2 measure error has in the end points of the schedule its own
+    gradient, that of the bound, and in the schedule's shape that of the logarithm of its mean
+    square over the batch,
 
-    .. math:: \nabla E[l^2] / D = E[l^2\, \nabla \log g] / D, \quad
+    .. math:: \nabla \log E[l^2] = E[l^2\, \nabla \log g] / E[l^2], \quad
         \text{measure} = (\lambda_{max} - \lambda_{min})\, g,
 
-    log SNR held still (see `genfw.schedule.learned`). Of a fixed schedule nothing changes.
+    log SNR held still (see `genfw.schedule.learned`). It is no longer than the longest gradient of
+    log g, however large the costs are. Of a fixed schedule nothing changes.
     """
     span = schedule.log_snr_max - schedule.log_snr_min
     g = measure / span
     cost = (0.5 * measure * error).detach()
-    return span * (g.detach() + cost / dims * (g - g.detach()))
+    share = cost / cost.square().mean().clamp_min(torch.finfo(cost.dtype).tiny)
+    return span * (g.detach() + share * (g - g.detach()))
 
 
 @runtime_checkable

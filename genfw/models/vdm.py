@@ -87,30 +87,12 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def at(self, steps: int | None = None) -> VDM:
         """The same modules read at T steps, or in continuous time."""
         sampler = self.sampler if steps is None else Ancestral(steps)
-        return VDM(
-            self.denoiser,
-            self.likelihood,
-            steps,
-            shape=self.shape,
-            sampler=sampler,
-            times=self.times,
-            classes=self.classes,
-            guidance=self.guidance,
-        )
+        return self._read(steps, sampler, self.times)
 
     def for_evaluation(self) -> VDM:
         """In continuous time, looks at all log SNR alike: the bound depends on the schedule's end
         points only, its variance on more. T steps are looked at alike anyway."""
-        return VDM(
-            self.denoiser,
-            self.likelihood,
-            self.steps,
-            shape=self.shape,
-            sampler=self.sampler,
-            times=UniformLogSNR(),
-            classes=self.classes,
-            guidance=self.guidance,
-        )
+        return self._read(self.steps, self.sampler, UniformLogSNR())
 
     # The bound, by one random time per example.
 
@@ -147,7 +129,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         prediction = self.denoiser(alpha * data + sigma * eps, t, y)
         error = per_example((eps - prediction.eps).square())
         if self.steps is None:
-            measure = lowering_variance(measure, error, self.schedule, data[0].numel())
+            measure = lowering_variance(measure, error, self.schedule)
         denoising = Denoising(t, log_snr, error, measure, dt)
         if self.training and self.steps is None and torch.is_grad_enabled():
             self.times.observe(denoising, self.schedule)
@@ -195,6 +177,19 @@ class VDM(MarkovianHierarchy, name="vdm"):
         z_1 = prior.sample(noise.fold(f"z{self.sampler.steps + 1}"))
         z_0 = self.sampler(self.guided(), z_1, y, noise=noise)
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
+
+    def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
+        """The same modules."""
+        return VDM(
+            self.denoiser,
+            self.likelihood,
+            steps,
+            shape=self.shape,
+            sampler=sampler,
+            times=times,
+            classes=self.classes,
+            guidance=self.guidance,
+        )
 
     def _time(self, level: int) -> Tensor:
         """The time of latent `level`: (level - 1) / T."""

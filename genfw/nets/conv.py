@@ -32,6 +32,7 @@ class Conv(DenoisingNetwork, name="conv"):
         classes: number of labels; None ignores labels.
         bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
+        data_std: that of `Edm`, under which the network sees z / r; None: it sees z.
         width: channels of every layer.
         blocks: residual blocks.
         attention: self-attention after the middle block.
@@ -48,6 +49,7 @@ class Conv(DenoisingNetwork, name="conv"):
         classes: int | None = None,
         bins: int | None = None,
         fourier: int = 3,
+        data_std: float | None = None,
         width: int = 64,
         blocks: int = 4,
         attention: bool = False,
@@ -59,7 +61,7 @@ class Conv(DenoisingNetwork, name="conv"):
         outputs = multiple(out_channels, channels)
         self.out_channels = outputs * channels
         self.condition = Condition(width, classes)
-        self.fourier = Fourier(bins, fourier)
+        self.fourier = Fourier(bins, fourier, data_std)
         self.enter = nn.Conv2d(self.fourier.channels(channels), width, 3, padding=1)
         self.blocks = nn.ModuleList(
             ResidualBlock(width, width, width, dropout) for _ in range(blocks)

@@ -83,6 +83,8 @@ class Fourier(nn.Module):
     Args:
         bins: K, the number of values of the data; None passes z on alone.
         count: number of frequencies; 0 passes z on alone.
+        data_std: s_d where what comes is z / r, r^2 = sigma^2 + alpha^2 s_d^2 (param `edm`): the
+            features are those of z all the same, or they would have periods of s_d bins.
         log_snr_min, log_snr_max: what levels 0 and 1 stand for; by default the end points of the
             schedules here, -10 and 2 log(3.02 K). Being a little off moves the fading, no more.
 
@@ -97,6 +99,7 @@ class Fourier(nn.Module):
         self,
         bins: int | None,
         count: int,
+        data_std: float | None = None,
         *,
         log_snr_min: float = -10.0,
         log_snr_max: float | None = None,
@@ -107,7 +110,7 @@ class Fourier(nn.Module):
         if bins is not None and bins < 2:
             raise ValueError(f"bins: expected at least 2 values, got {bins}")
         bins, count = (1, 0) if bins is None else (bins, count)
-        self.bins, self.count = bins, count
+        self.bins, self.count, self.data_std = bins, count, data_std
         self.frequencies = [math.pi * bins * 2.0**-n for n in range(count)]
         self.log_snr_min = log_snr_min
         self.log_snr_max = 2 * math.log(3.02 * bins) if log_snr_max is None else log_snr_max
@@ -122,10 +125,12 @@ class Fourier(nn.Module):
             return z
         log_snr = self.log_snr_min + (self.log_snr_max - self.log_snr_min) * level
         variance = _behind(torch.sigmoid(-log_snr), z.ndim - 1)
-        features = [z]
+        features, teeth = [z], z
+        if self.data_std is not None:
+            teeth = z * (variance + (1 - variance) * self.data_std**2).sqrt().to(z.dtype)
         for omega in self.frequencies:
             left = torch.exp(-0.5 * omega**2 * variance).to(z.dtype)
-            features += [left * torch.sin(omega * z), left * torch.cos(omega * z)]
+            features += [left * torch.sin(omega * teeth), left * torch.cos(omega * teeth)]
         return torch.cat(features, dim=1)
 
     def extra_repr(self) -> str:

@@ -41,6 +41,7 @@ class MLP(DenoisingNetwork, name="mlp"):
         classes: number of labels; None ignores labels.
         bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
+        data_std: that of `Edm`, under which the network sees z / r; None: it sees z.
         width: of every layer.
         blocks: residual blocks.
         dropout: in every block.
@@ -56,6 +57,7 @@ class MLP(DenoisingNetwork, name="mlp"):
         classes: int | None = None,
         bins: int | None = None,
         fourier: int = 3,
+        data_std: float | None = None,
         width: int = 256,
         blocks: int = 3,
         dropout: float = 0.0,
@@ -66,7 +68,7 @@ class MLP(DenoisingNetwork, name="mlp"):
         outputs = multiple(out_channels, channels)
         self.out_channels = outputs * channels
         self.condition = Condition(width, classes)
-        self.fourier = Fourier(bins, fourier)
+        self.fourier = Fourier(bins, fourier, data_std)
         self.enter = nn.Linear(self.fourier.channels(channels) * dims, width)
         self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU())

@@ -26,6 +26,7 @@ class UNet(DenoisingNetwork, name="unet"):
         classes: number of labels; None ignores labels.
         bins: K, the number of values of the data; None leaves Fourier features out.
         fourier: number of Fourier frequencies beside z (`embedding.Fourier`).
+        data_std: that of `Edm`, under which the network sees z / r; None: it sees z.
         width: channels at full resolution.
         multipliers: of `width` at each resolution, from the finest. (1,) keeps full resolution,
             as VDM does.
@@ -46,6 +47,7 @@ class UNet(DenoisingNetwork, name="unet"):
         classes: int | None = None,
         bins: int | None = None,
         fourier: int = 3,
+        data_std: float | None = None,
         width: int = 64,
         multipliers: Sequence[int] = (1, 2, 2),
         blocks: int = 2,
@@ -66,7 +68,7 @@ class UNet(DenoisingNetwork, name="unet"):
         self.out_channels = outputs * channels
         condition = 4 * width
         self.condition = Condition(condition, classes)
-        self.fourier = Fourier(bins, fourier)
+        self.fourier = Fourier(bins, fourier, data_std)
 
         def stage(c_in: int, c_out: int, depth: int) -> Stage:
             attends = max(height, wide) >> depth <= attention

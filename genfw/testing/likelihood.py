@@ -81,8 +81,11 @@ def _asked(
     for head in heads:
         try:
             likelihood(head)
-        except (TypeError, ValueError):
-            continue  # takes the other kind of head
+        except TypeError:  # takes the other kind of head
+            assert not (likelihood.takes_pair and isinstance(head, tuple)), (
+                "takes_pair, but does not"
+            )
+            continue
         taken += 1
         yield _repeat(head, bins), x
     assert taken, "takes neither a network's output nor a diffusion model's pair"

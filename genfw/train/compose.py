@@ -25,7 +25,14 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
-from genfw.train.config import check, conf_folder, keys, nearest, unknown_key
+from genfw.train.config import (
+    check,
+    conf_folder,
+    keys,
+    nearest,
+    times_are_looked_at,
+    unknown_key,
+)
 from genfw.train.errors import ConfigError
 from genfw.train.help import defaults, options
 
@@ -51,6 +58,26 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     Raises:
         ConfigError: it is wrong, and how.
     """
+    config = unchecked(overrides, name)
+    reference = _compose(
+        [
+            f"{group}={option}"
+            for group, option in _choices(config).items()
+            if group != "experiment"
+        ],
+        name,
+    )
+    check(_job(config), _job(reference), _folders(), typed(parse(overrides)))
+    times_are_looked_at(config)
+    return config
+
+
+def unchecked(overrides: Sequence[str], name: str = "config") -> DictConfig:
+    """What the command line composes to, whether or not it can run.
+
+    Raises:
+        ConfigError: it does not compose.
+    """
     parsed = parse(overrides)
     try:
         try:
@@ -60,15 +87,6 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
             config = _compose(overrides, name)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explain(error, parsed, name) from error
-    reference = _compose(
-        [
-            f"{group}={option}"
-            for group, option in _choices(config).items()
-            if group != "experiment"
-        ],
-        name,
-    )
-    check(_job(config), _job(reference), _folders(), typed(parsed))
     return config
 
 

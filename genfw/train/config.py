@@ -12,7 +12,6 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
-import itertools
 import math
 import re
 import textwrap
@@ -442,6 +441,16 @@ def _bernoulli_is_binary(config: DictConfig) -> None:
         )
 
 
+def _data_are_integers(config: DictConfig) -> None:
+    bins, model = OmegaConf.select(config, "data.bins"), _target(config, "model")
+    if bins is not None and _target(config, "likelihood") == "genfw.GaussianLikelihood":
+        masses = "bins or discretized_gaussian" if model == "genfw.VDM" else "discretized_gaussian"
+        raise ConfigError(
+            f"likelihood=gaussian is a density of real numbers, and the data are {bins} integers: "
+            f"use likelihood={masses}"
+        )
+
+
 def _likelihood_reads_model(config: DictConfig) -> None:
     model, likelihood = _target(config, "model"), _target(config, "likelihood")
     from_network = (("bins",), "categorical, bernoulli, logistic_mixture or the like")
@@ -501,40 +510,41 @@ def _networks_fit_their_place(config: DictConfig) -> None:
 
 
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
-    objective = _target(config, "objective")
-    if _target(config, "schedule") == "genfw.Learned" and objective != "genfw.Elbo":
-        name = str(objective).rpartition(".")[2]
+    objective = _option(config, "objective")
+    if _target(config, "schedule") == "genfw.Learned" and objective != "elbo":
         raise ConfigError(
-            f"schedule=learned follows the bound and its variance, and under {name} its gradient "
-            "means nothing: use objective=elbo, or a fixed schedule"
+            "schedule=learned follows the bound and its variance, and under "
+            f"objective={objective} its gradient means nothing: use objective=elbo, or a fixed "
+            "schedule"
         )
 
 
 def _objective_reads_model(config: DictConfig) -> None:
+    objective, model = _option(config, "objective"), _option(config, "model")
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
     apart = str(OmegaConf.select(config, "objective.per")).endswith("dimension")
     for objectives, models, reason in (
-        ("Simple", "VAE MHVAE HVAE", "weighs noise levels, and there are none: use objective=elbo"),
-        ("L2 FreeBits", "VDM", "is for learned latents, and these are noise: use objective=elbo"),
-        ("L2 Stl Dreg", "HVAE", "needs a chain from x up, and this goes down: use objective=elbo"),
         (
-            "FreeBits",
-            "MHVAE HVAE" if apart else "",
+            "simple min_snr p2 sigmoid edm",
+            "vae mhvae hvae",
+            "weighs noise levels, and there are none: use objective=elbo",
+        ),
+        ("l2 free_bits", "vdm", "is for learned latents, and these are noise: use objective=elbo"),
+        ("l2 stl dreg", "hvae", "needs a chain from x up, and this goes down: use objective=elbo"),
+        (
+            "free_bits",
+            "mhvae hvae" if apart else "",
             "per dimension needs a VAE of one level: use objective.per=batch_level",
         ),
         (
-            "Iwae Miwae Ciwae Stl Dreg",
-            "VDM" if endless else "",
+            "iwae miwae ciwae stl dreg",
+            "vdm" if endless else "",
             f"{weighted}: use objective=elbo, or model.steps=100",
         ),
     ):
-        for objective, model in itertools.product(objectives.split(), models.split()):
-            if _target(config, "objective") == f"genfw.{objective}" and (
-                _target(config, "model") == f"genfw.{model}"
-            ):
-                name = re.sub("(?<=[a-z])(?=[A-Z])", "_", objective).lower()
-                raise ConfigError(f"objective={name}, model={model.lower()}: {name} {reason}")
+        if objective in objectives.split() and model in models.split():
+            raise ConfigError(f"objective={objective}, model={model}: {objective} {reason}")
 
 
 def _estimator_reads_model(config: DictConfig) -> None:
@@ -552,6 +562,35 @@ def _estimator_reads_model(config: DictConfig) -> None:
             f"estimator=annealed moves one latent, and {model} has more: use "
             "estimator=importance_weighted"
         )
+    if estimator == "genfw.ProbabilityFlow" and model in (
+        "genfw.VAE",
+        "genfw.MHVAE",
+        "genfw.HVAE",
+    ):
+        raise ConfigError(
+            "estimator=ode follows the probability flow of a diffusion model, and "
+            f"model={_option(config, 'model')} has none: use estimator=bound or importance_weighted"
+        )
+
+
+def _weights_need_an_exact_density(config: DictConfig) -> None:
+    if _target(config, "estimator") != "genfw.ProbabilityFlow":
+        return
+    k, most = (OmegaConf.select(config, f"estimator.{each}") for each in ("k", "exact_dims"))
+    dims = math.prod(OmegaConf.select(config, "data.shape") or [])
+    if isinstance(k, int) and isinstance(most, int) and k > 1 and dims > most:
+        raise ConfigError(
+            f"estimator.k={k}: the mean of weights is a bound only where log p_ode is exact, and "
+            f"D={dims} is above estimator.exact_dims={most}: use estimator.k=1"
+        )
+
+
+def _option(config: DictConfig, group: str) -> str:
+    """The name by which it is chosen, `edm` of genfw.EdmWeighted; the class itself where none of
+    genfw's own files names it."""
+    target = str(_target(config, group))
+    files = ConfFiles([conf_folder() / group]).files.get(target)
+    return files[0].stem if files else target
 
 
 def _target(config: DictConfig, key: str) -> str | None:
@@ -632,6 +671,20 @@ def _guidance_reads_model(config: DictConfig) -> None:
         )
 
 
+def times_are_looked_at(config: DictConfig) -> None:
+    """Refuses a choice of times that training would ignore; a finished run may be read in steps.
+
+    Raises:
+        ConfigError: `times` says where, and T steps are drawn evenly.
+    """
+    steps, times = OmegaConf.select(config, "model.steps"), _option(config, "times")
+    if steps is not None and times in ("log_snr", "importance"):
+        raise ConfigError(
+            f"times={times}, model.steps={steps}: {times} chooses among times, and of {steps} "
+            "steps each is drawn as often: use times=uniform, or model.steps=null"
+        )
+
+
 def data_are_there(config: DictConfig) -> None:
     """Refuses a `data.path` that is no folder; for runs that will read it.
 
@@ -650,6 +703,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _weights_are_float32,
     _bins_agree,
     _bernoulli_is_binary,
+    _data_are_integers,
     _likelihood_reads_model,
     _decoder_is_the_networks,
     _signal_at_the_end,
@@ -657,4 +711,5 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _learned_schedule_follows_the_bound,
     _objective_reads_model,
     _estimator_reads_model,
+    _weights_need_an_exact_density,
 )

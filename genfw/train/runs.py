@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfw.train.compose import compose, session
+from genfw.train.compose import session, unchecked
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 
@@ -109,7 +109,7 @@ def _option(config: DictConfig, group: str, name: str, more: Sequence[str]) -> D
     model = "vae" if group == "estimator" else "vdm"  # which any option of these groups can read
     free = ["model.classes=${data.classes}"] if group == "guidance" else []
     with session():
-        composed = compose([f"model={model}", *free, f"{group}={name}", *more])
+        composed = unchecked([f"model={model}", *free, f"{group}={name}", *more])  # `read` checks
     return OmegaConf.create({group: OmegaConf.to_container(composed[group], resolve=True)})[group]
 
 
