@@ -186,7 +186,7 @@ def _walk(content):
 def test_top_floor_files_name_real_arguments(target):
     said, known = ConfFiles([CONF]).schema(target), from_signature(locate(target))
     assert set(said.arguments) <= set(known.arguments)
-    given_by_the_job = {"optimizer", "steps", "folder"}
+    given_by_the_job = {"optimizer", "steps", "folder", "files", "signals"}
     missing = {key for key, each in known.arguments.items() if each.required}
     assert missing - set(said.arguments) <= given_by_the_job
 
