@@ -1,5 +1,6 @@
 """Networks: plain torch, chosen by name. They know nothing of what their output means."""
 
+from genfw.nets.classifier import NoisyClassifier
 from genfw.nets.conv import Conv, ConvDecoder, ConvEncoder
 from genfw.nets.embedding import Fourier, sinusoidal
 from genfw.nets.ladder import Ladder
@@ -20,6 +21,7 @@ __all__ = [
     "MLPDecoder",
     "MLPEncoder",
     "Network",
+    "NoisyClassifier",
     "UNet",
     "sinusoidal",
 ]

@@ -354,6 +354,10 @@ def show(trainer: L.Trainer, key: str, path: Path) -> None:
 
 
 def _shown(trainer: L.Trainer) -> dict[str, str]:
-    named = {"train/objective": "objective", "val/bpd": "val bits/dim"}
+    named = {
+        "train/objective": "objective",
+        "val/bpd": "val bits/dim",
+        "val/accuracy": "val accuracy",
+    }
     values = trainer.callback_metrics
     return {name: f"{float(values[key]):.3f}" for key, name in named.items() if key in values}

@@ -31,6 +31,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import genfw
 from genfw.diffusion.denoiser import Denoiser
@@ -43,6 +44,7 @@ from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given
 from genfw.train.checkpoint import AtomicIO, read
+from genfw.train.classifier import fitting
 from genfw.train.config import build
 from genfw.train.errors import GenfwError, Stopped
 from genfw.train.keeper import Keeper
@@ -133,7 +135,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
 
 
 def fit(
-    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keeper: Keeper
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, keeper: Keeper
 ) -> None:
     """Trains; Ctrl-C ends it with a table of what there is.
 
@@ -179,12 +181,11 @@ def guides(config: DictConfig) -> dict[str, Guide]:
     node = config.get("guidance")
     if node is None:
         return {}
+    given: dict[str, nn.Module] = {}
+    if "weaker" in node:
+        given["weaker"] = _weaker(config, node.weaker)
     if "classifier" in node:
-        raise GenfwError(
-            f"guidance.classifier={node.classifier}: no command trains a classifier of noisy z "
-            "yet; in a notebook: VDM(guidance=partial(ClassifierGuidance, classifier=...))"
-        )
-    given = {"weaker": _weaker(config, node.weaker)} if "weaker" in node else {}
+        given["classifier"] = fitting(config, node.classifier)
     return {"guidance": build(node, **given)}
 
 

@@ -110,18 +110,8 @@ class LatentModule(L.LightningModule):
                 model.train(training)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        step, world = self.trainer.global_step, self.trainer.world_size
-        accumulate = self.trainer.accumulate_grad_batches
-        chunk = batch_idx % accumulate * world + self.trainer.global_rank
-        noise = BatchNoise(
-            len(batch.image),
-            self.device,
-            seed=mix(self.seed, "time", step),
-            chunk=chunk,
-            chunks=accumulate * world,
-        )
-        reseed(mix(self.seed, step, chunk), self.device)
-        self.objective.advance(step)
+        noise = noise_of_step(self.trainer, self.seed, batch, batch_idx)
+        self.objective.advance(self.trainer.global_step)
         labels = drop_labels(batch.label, self.model.classes, self.label_dropout, noise)
         nats = self.objective(self.model, batch.image, labels, noise=noise)
         if nats.shape != (len(batch.image),):
@@ -168,25 +158,52 @@ class LatentModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         parameters = (*self.model.parameters(), *self.objective.parameters())
-        optimizer = self.optimizer([p for p in parameters if p.requires_grad])
-        if self.scheduler is None:
-            return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if not math.isfinite(steps):
-            raise ValueError(
-                "a learning rate schedule needs to know its end: "
-                "give trainer.max_steps or trainer.max_epochs"
-            )
-        schedule = self.scheduler(optimizer, int(steps))
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return optimizers(self.trainer, parameters, self.optimizer, self.scheduler)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A file with averaged weights is evaluated by them, whoever loads it."""
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+
+def noise_of_step(trainer: L.Trainer, seed: int, batch: Batch, batch_idx: int) -> BatchNoise:
+    """The draws of one micro-batch of a training step; torch's global generators are set to its
+    chunk's."""
+    step, world = trainer.global_step, trainer.world_size
+    accumulate = trainer.accumulate_grad_batches
+    chunk = batch_idx % accumulate * world + trainer.global_rank
+    reseed(mix(seed, step, chunk), batch.image.device)
+    return BatchNoise(
+        len(batch.image),
+        batch.image.device,
+        seed=mix(seed, "time", step),
+        chunk=chunk,
+        chunks=accumulate * world,
+    )
+
+
+def optimizers(
+    trainer: L.Trainer,
+    parameters: Iterable[Tensor],
+    optimizer: Callable[[Iterable[Tensor]], Optimizer],
+    scheduler: Callable[[Optimizer, int], LRScheduler] | None,
+) -> Any:
+    """What `configure_optimizers` returns, of those parameters that are trained.
+
+    Raises:
+        ValueError: there is a learning rate schedule, and the run has no end.
+    """
+    made = optimizer([p for p in parameters if p.requires_grad])
+    if scheduler is None:
+        return made
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        raise ValueError(
+            "a learning rate schedule needs to know its end: "
+            "give trainer.max_steps or trainer.max_epochs"
+        )
+    schedule = scheduler(made, int(steps))
+    return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def drop_labels(y: Tensor, classes: int | None, share: float, noise: Draws) -> Tensor:

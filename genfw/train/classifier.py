@@ -1,0 +1,197 @@
+r"""The classifier behind `guidance=classifier`: trained on noisy images, opened from its run folder.
+
+.. math:: \min E_{x, y} E_{t, \epsilon} \left[-\log p(y \mid z_t, \lambda_t)\right], \qquad
+    z_t = \alpha_t x + \sigma_t \epsilon
+
+Its cross-entropy is the NLL of the label, in nats. Accuracy is reported by noise level: at the
+noise end it cannot be better than the commonest class, and need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from genfw.bayes import centres
+from genfw.diffusion.process import marginal
+from genfw.diffusion.times import TimeSampler
+from genfw.nets import NoisyClassifier
+from genfw.noise import Noise, mix
+from genfw.schedule import NoiseSchedule
+from genfw.train.config import build
+from genfw.train.data.images import Batch
+from genfw.train.errors import GenfwError
+from genfw.train.loggers import one_line
+from genfw.train.module import logs, noise_of_step, optimizers
+from genfw.train.runs import load
+from genfw.types import Data, Image
+
+
+class ClassifierModule(L.LightningModule):
+    """Trains a classifier of z_t, and says how good it is at each noise level.
+
+    Logged: `val/nll` in nats and `val/accuracy`, means over the levels, and one
+    `val/accuracy_at_<log SNR>` each; the same under `test/`.
+
+    Args:
+        classifier: (z (b, C, H, W), log SNR (b,)) -> logits (b, classes).
+        schedule: log SNR over time; it is not trained.
+        times: which noise levels training looks at.
+        bins: K of the images, integers 0..K-1.
+        optimizer, scheduler: as in `genfw.train.module`.
+        levels: noise levels of validation, in the middles of so many even intervals of log SNR.
+        seed: of every random draw (not of the initial weights).
+    """
+
+    def __init__(
+        self,
+        classifier: NoisyClassifier,
+        schedule: NoiseSchedule,
+        times: TimeSampler,
+        bins: int,
+        optimizer: Callable[[Iterable[Tensor]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+        levels: int = 9,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.classifier, self.times = classifier, times
+        self.schedule = schedule.requires_grad_(False)
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.bins, self.levels, self.seed = bins, levels, seed
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        noise = noise_of_step(self.trainer, self.seed, batch, batch_idx)
+        data = normalized(batch.image, self.bins)
+        t, _ = self.times(self.times.draw(noise, data), self.schedule)
+        z = marginal(data, t, self.schedule).sample(noise.fold("z"))
+        loss = F.cross_entropy(self.classifier(z, self._log_snr(t)), batch.label)
+        if logs(self.trainer):
+            self.log("train/objective", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def configure_optimizers(self) -> Any:
+        parameters = self.classifier.parameters()
+        return optimizers(self.trainer, parameters, self.optimizer, self.scheduler)
+
+    def by_level(self, batch: Batch, noise: Noise) -> dict[float, tuple[Tensor, Tensor]]:
+        """{log SNR: (NLL of the label in nats, whether it is recognised), (b,) each}."""
+        data = normalized(batch.image, self.bins)
+        found = {}
+        for i in range(self.levels):
+            u = torch.full((len(data),), (i + 0.5) / self.levels, dtype=torch.float64)
+            span = self.schedule.log_snr_max - self.schedule.log_snr_min
+            t = self.schedule.inverse(self.schedule.log_snr_max - span * u.to(data.device))
+            z = marginal(data, t, self.schedule).sample(noise.fold(f"level{i}"))
+            logits = self.classifier(z, self._log_snr(t))
+            nll = F.cross_entropy(logits, batch.label, reduction="none")
+            at = float(self.schedule.log_snr_max - span * u[0])
+            found[at] = nll.double(), (logits.argmax(1) == batch.label).double()
+        return found
+
+    def _log_snr(self, t: Tensor) -> Tensor:
+        return self.schedule.log_snr(t).float()
+
+    def _evaluate(self, batch: Batch, split: str) -> None:
+        found = self.by_level(batch, Noise(mix(self.seed, split), batch.index))
+        nll, right = (torch.stack(each) for each in zip(*found.values()))
+        values = {"nll": nll.mean(), "accuracy": right.mean()}
+        for at, one in zip(found, right):
+            values[f"accuracy_at_{at:+.1f}"] = one.mean()
+        for name, value in values.items():
+            self.log(
+                f"{split}/{name}",
+                value.float(),
+                prog_bar=name == "accuracy",
+                batch_size=len(batch.image),
+                on_step=False,
+                on_epoch=True,
+            )
+
+
+def normalized(images: Image, bins: int) -> Data:
+    """Integers 0..K-1 as every likelihood of integers places them: bin centres in (-1, 1)."""
+    return centres(bins).to(images.device, torch.get_default_dtype())[images.long()]
+
+
+def assemble(config: DictConfig) -> ClassifierModule:
+    """The module of a composed configuration, with new weights."""
+    torch.manual_seed(config.seed)
+    return ClassifierModule(
+        build(config.classifier),
+        build(config.schedule),
+        build(config.times),
+        config.data.bins,
+        build(config.optimizer),
+        build(config.scheduler),
+        levels=config.levels,
+        seed=config.seed,
+    )
+
+
+def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> NoisyClassifier:
+    """The classifier of a run folder, or of a checkpoint in one, for a model of these data.
+
+    Nothing but genfw's own classes is imported, and of the checkpoint nothing but weights is read.
+
+    Args:
+        config: of the model.
+        place: the folder of a `python -m genfw.classifier`.
+        key: what `place` was given as, for messages.
+
+    Raises:
+        GenfwError: there is none, or one of other images, values or classes.
+    """
+    file = Path(place)
+    folder = file.parent.parent if file.suffix == ".ckpt" else file
+    checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
+    theirs = load(folder, key)
+    if "classifier" not in theirs:
+        raise GenfwError(
+            f"{key}={place}: expected the run of a classifier, and this is one of "
+            f"{(theirs.get('model') or {}).get('_target_', 'something else')}: train one with "
+            "python -m genfw.classifier"
+        )
+    for fact in ("shape", "bins", "classes"):
+        its, mine = theirs.data[fact], config.data[fact]
+        if its != mine:
+            raise GenfwError(
+                f"{key}={place}: a classifier of images with data.{fact}={its}, and this model's "
+                f"have data.{fact}={mine}"
+            )
+    module = assemble(theirs)
+    weights = opened(checkpoint)
+    try:
+        module.load_state_dict(weights["state_dict"])
+    except (KeyError, RuntimeError) as error:
+        raise GenfwError(f"{checkpoint} does not fit its config.yaml: {one_line(error)}") from error
+    return module.classifier.requires_grad_(False).eval()
+
+
+def opened(file: Path) -> dict[str, Any]:
+    """What a checkpoint holds; no code in it is run.
+
+    Raises:
+        GenfwError: the file is not there, or cannot be read.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise GenfwError(f"there is no checkpoint {file}") from error
+    except Exception as error:
+        raise GenfwError(f"{file} cannot be read: {one_line(error)}") from error
