@@ -36,7 +36,7 @@ from genfw.noise import mix
 from genfw.train.callbacks import Frechet
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import make_callbacks, quiet, restore
+from genfw.train.job import make_callbacks, prepare, restore
 from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
 
@@ -89,7 +89,7 @@ def few_steps(arguments: Sequence[str]) -> None:
         raise GenfwError(f"samplers: there is no {', '.join(unknown)}; there are {[*SAMPLERS]}")
     if options.grid not in TimeGrid.registry:
         raise GenfwError(f"grid={options.grid}: expected one of {', '.join(TimeGrid.registry)}")
-    quiet()
+    prepare()
     module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
     module.to(options.device)
     distance = opened(config)

@@ -1,4 +1,4 @@
-r"""The classifier behind `guidance=classifier`: trained on noisy images, opened from its run folder.
+r"""The classifier behind `guidance=classifier`: trained on noisy images, opened from its folder.
 
 .. math:: \min E_{x, y} E_{t, \epsilon} \left[-\log p(y \mid z_t, \lambda_t)\right], \qquad
     z_t = \alpha_t x + \sigma_t \epsilon
