@@ -1,9 +1,11 @@
 """python -m genfw.sample run=<folder> n=64: images from a finished run.
 
     label=7 | label=0,1,2 | label=all    of these classes, in turn; a conditional model: all
+    label=none                           of a conditional model, as one of all classes together
     sampler=ddim sampler.steps=50        another way from noise to images
     guidance=classifier_free guidance.scale=3
     format=grid | png | npz              one picture; a folder of them; integers and labels
+    trajectory=true                      and a GIF: the first 64 on their way from noise
 
 Sample number i of a seed and label is always the same image, however many are asked for. What made
 them stands in the PNG's text chunks, or beside the arrays, and guidance in the name of the file.
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from genfw.types import Image
 
 USAGE = """python -m genfw.sample run=<folder> [n=64] [label=7] [seed=0] [sampler=...]
-  [guidance=...] [format=grid|png|npz] [checkpoint=best|last] [out=<path>]
+  [guidance=...] [format=grid|png|npz] [trajectory=true] [checkpoint=best|last] [out=<path>]
 Example: python -m genfw.sample run=outputs/2026-11-23_10-15-42_k3f9ab n=100 seed=1"""
 
 DEFAULTS = {
@@ -38,16 +40,25 @@ DEFAULTS = {
     "chunk": 128,
     "label": None,
     "format": "grid",
+    "trajectory": False,
 }
+
+ANIMATED = 64
+"""Samples in a GIF, at most."""
 
 
 def sample(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, DEFAULTS, USAGE)
     if options.format not in ("grid", "png", "npz"):
         raise ConfigError(f"format={options.format}: expected grid, png or npz")
+    if options.trajectory and "sampler" not in config:
+        raise ConfigError(
+            f"trajectory=true: {config.model._target_} goes no way from noise to a sample; "
+            "diffusion models do"
+        )
     chosen = labels(options.label, config)
 
-    from genfw.train.callbacks import slug, steered
+    from genfw.train.callbacks import slug, steered, watched
     from genfw.train.job import prepare, restore
     from genfw.train.pictures import draw_samples
 
@@ -56,25 +67,42 @@ def sample(arguments: Sequence[str]) -> None:
     given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
     with module.evaluating() as model:
         seed = mix(options.seed, "sample")
-        images = draw_samples(model, range(options.n), seed, options.chunk, given)
+        with watched(model, -(-options.n // options.chunk)):
+            images = draw_samples(model, range(options.n), seed, options.chunk, given)
         facts, guided = about(folder, options, model, chosen), steered(model)
-    anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
-    named = "" if options.label is None else slug(f"label_{options.label}")
-    name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
-    columns = max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
-    out = Path(options.out) if options.out else folder / name
+        anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
+        named = "" if options.label is None else slug(f"label_{options.label}")
+        name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
+        columns = (
+            max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
+        )
+        out = Path(options.out) if options.out else folder / name
+        if options.trajectory:
+            film(
+                model, seed, given, min(options.n, ANIMATED), out, config.data.bins, columns, facts
+            )
     write(images, given, facts, options.format, out, config.data.bins, columns)
 
 
 def labels(asked: Any, config: DictConfig) -> list[int] | None:
-    """The classes asked for, None where the model has none.
+    """The classes asked for, None where the model has none; "no label" is the number of classes.
 
     Raises:
-        ConfigError: it knows none, and nothing guides it to any; or there is no such class.
+        ConfigError: it knows none, and nothing guides it to any; there is no such class; or none
+            is asked for where one is needed.
     """
     guidance = str((config.get("guidance") or {}).get("_target_"))
     by_classifier = guidance.endswith("ClassifierGuidance")
     classes = config.data.classes if by_classifier else config.model.get("classes")
+    if asked == "none":
+        if by_classifier:
+            raise ConfigError("label=none: guidance=classifier guides to a class: label=7, or all")
+        if classes is not None and not config.get("label_dropout"):
+            raise ConfigError(
+                "label=none: this model was never without a label (label_dropout=0): train it "
+                "with label_dropout=0.1"
+            )
+        return None if classes is None else [classes]
     if classes is None:
         if asked is not None:
             raise ConfigError(
@@ -107,13 +135,43 @@ def about(
         "run": str(folder.absolute()),
         "checkpoint": options.checkpoint,
         "seed": str(options.seed),
-        "label": "none" if chosen is None else ",".join(map(str, chosen)),
+        "label": "none" if chosen is None else ",".join(_named(each, model) for each in chosen),
         "git": git_commit() or "unknown",
     }
     if isinstance(model, VDM):
         facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
         facts["guidance"] = model.guided().title or "none"
     return facts
+
+
+def _named(label: int, model: LatentModel) -> str:
+    """As the person knows it: the number of classes stands for no label."""
+    return "none" if label == model.classes else str(label)
+
+
+def film(
+    model: LatentModel,
+    seed: int,
+    given: list[int] | None,
+    n: int,
+    out: Path,
+    bins: int,
+    columns: int,
+    facts: dict[str, str],
+) -> None:
+    """The first n samples on their way from noise, as a GIF beside the images."""
+    import torch
+
+    from genfw.models.vdm import VDM
+    from genfw.noise import Noise
+    from genfw.train.pictures import animate, way
+
+    assert isinstance(model, VDM)
+    index = torch.arange(n, device=model.device)
+    y = None if given is None else torch.tensor(given[:n], device=model.device)
+    gif = out.with_name(f"{out.name.removesuffix('.png').removesuffix('.npz')}.gif")
+    frames = way(model, Noise(seed, index), y, bins, min(columns, n))
+    print(f"the way to {n} of them: {animate(frames, gif, facts)}")
 
 
 def write(
@@ -135,11 +193,13 @@ def write(
     if kind == "npz":
         out = out if out.suffix == ".npz" else Path(f"{out}.npz")
         out.parent.mkdir(parents=True, exist_ok=True)
-        given = [-1] * len(images) if given is None else given
+        unknown = facts["label"] == "none"
+        given = [-1] * len(images) if given is None or unknown else given
         np.savez(out, images=images.numpy(), labels=np.array(given), **facts)  # pyright: ignore
     elif kind == "png":
         for i, one in enumerate(pixels):
-            of = facts if given is None else {**facts, "label": str(given[i])}
+            known = given is not None and facts["label"] != "none"
+            of = {**facts, "label": str(given[i])} if known else facts
             save(grid(one[None], 1), out / f"{i:05d}.png", of)
     else:
         out = out if out.suffix == ".png" else Path(f"{out}.png")

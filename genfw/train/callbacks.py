@@ -6,7 +6,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image as PIL
 from rich import progress as rich
+from rich.console import Console
 from torch import Tensor
 
+from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.guidance import Guidance
 from genfw.likelihood import BernoulliLikelihood
 from genfw.model import LatentModel, MarkovianHierarchy
 from genfw.models.mhvae import MHVAE
@@ -333,6 +337,31 @@ def steered(model: LatentModel) -> str:
         '_classifier_free_scale_1.5_interval_-3_4'
     """
     return slug(model.guided().title) if isinstance(model, VDM) else ""
+
+
+@contextmanager
+def watched(model: LatentModel, batches: int) -> Iterator[None]:
+    """A bar while a diffusion model draws so many batches of samples, where there is a terminal.
+
+    It counts calls of the guided denoiser, of which `Sampler.evaluations` make a batch.
+    """
+    if not (isinstance(model, VDM) and sys.stderr.isatty()):
+        yield
+        return
+    guide = model.guidance
+    with rich.Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("sampling", total=batches * model.sampler.evaluations)
+
+        def counted(denoiser: Denoiser) -> Guidance:
+            guided = guide(denoiser)
+            guided.register_forward_hook(lambda *_: bar.advance(task))
+            return guided
+
+        model.guidance = counted
+        try:
+            yield
+        finally:
+            model.guidance = guide
 
 
 def slug(title: str) -> str:

@@ -109,6 +109,43 @@ def trajectory(model: VDM, noise: Noise, y: Tensor | None = None) -> tuple[list[
 
 
 @torch.no_grad()
+def way(
+    model: VDM, noise: Noise, y: Tensor | None, bins: int, columns: int, most: int = 60
+) -> list[PIL.Image]:
+    """The samples `model.sample(n, y, noise=noise)` from z at t = 1 to the images, each a grid.
+
+    At most `most` steps are shown, evenly chosen; the last picture is that of the images.
+    """
+    sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
+    z = model.prior(n).sample(noise.fold(f"z{sampler.steps + 1}"))
+    shown = {round(i * sampler.steps / most) for i in range(1, most + 1)}
+    frames = [grid(data_to_bytes(z), columns)]
+    for i, step in enumerate(sampler.path(denoiser, z, y, noise=noise), start=1):
+        z = step.z
+        if i in shown:
+            frames.append(grid(data_to_bytes(z), columns))
+    x = model.decode(z, 1, y).sample(noise.fold("z0"))
+    return [*frames, grid(to_bytes(x, bins), columns)]
+
+
+def animate(frames: Sequence[PIL.Image], path: Path, facts: Mapping[str, str]) -> Path:
+    """Writes a GIF of three seconds that holds its last frame for two more, again and again;
+    `facts` are its comment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first, *others = frames
+    first.save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=others,
+        duration=[max(20, 3000 // len(frames))] * len(others) + [2000],
+        loop=0,
+        comment="\n".join(f"{name}: {value}" for name, value in facts.items()).encode(),
+    )
+    return path
+
+
+@torch.no_grad()
 def reconstructions(
     model: MarkovianHierarchy, x: Image, noise: Noise, bins: int, y: Tensor | None = None
 ) -> PIL.Image:
