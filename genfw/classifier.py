@@ -64,7 +64,7 @@ def run(config: DictConfig, folder: Path) -> Results:
     loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
     callbacks = [build(node) for node in job.nodes(config.callbacks)]
     trainer = job.make_trainer(config, folder, loggers, [*callbacks, keep])
-    print(f"{module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
+    print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
     job.fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
     best = job.choose(trainer, module, data, keep)
     (tested,) = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)

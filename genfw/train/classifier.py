@@ -16,15 +16,14 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from genfw.bayes import centres
 from genfw.diffusion.process import marginal
 from genfw.diffusion.times import TimeSampler
-from genfw.nets import NoisyClassifier
+from genfw.likelihood import BinsLikelihood
 from genfw.noise import Noise, mix
 from genfw.schedule import NoiseSchedule
 from genfw.train.config import build
@@ -33,7 +32,6 @@ from genfw.train.errors import GenfwError
 from genfw.train.loggers import one_line
 from genfw.train.module import logs, noise_of_step, optimizers
 from genfw.train.runs import load
-from genfw.types import Data, Image
 
 
 class ClassifierModule(L.LightningModule):
@@ -54,7 +52,7 @@ class ClassifierModule(L.LightningModule):
 
     def __init__(
         self,
-        classifier: NoisyClassifier,
+        classifier: nn.Module,
         schedule: NoiseSchedule,
         times: TimeSampler,
         bins: int,
@@ -67,11 +65,12 @@ class ClassifierModule(L.LightningModule):
         self.classifier, self.times = classifier, times
         self.schedule = schedule.requires_grad_(False)
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.bins, self.levels, self.seed = bins, levels, seed
+        self.likelihood = BinsLikelihood(bins)  # which places integers as every other does
+        self.levels, self.seed = levels, seed
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = noise_of_step(self.trainer, self.seed, batch, batch_idx)
-        data = normalized(batch.image, self.bins)
+        data = self.likelihood.normalize(batch.image)
         t, _ = self.times(self.times.draw(noise, data), self.schedule)
         z = marginal(data, t, self.schedule).sample(noise.fold("z"))
         loss = F.cross_entropy(self.classifier(z, self._log_snr(t)), batch.label)
@@ -91,7 +90,7 @@ class ClassifierModule(L.LightningModule):
 
     def by_level(self, batch: Batch, noise: Noise) -> dict[float, tuple[Tensor, Tensor]]:
         """{log SNR: (NLL of the label in nats, whether it is recognised), (b,) each}."""
-        data = normalized(batch.image, self.bins)
+        data = self.likelihood.normalize(batch.image)
         found = {}
         for i in range(self.levels):
             u = torch.full((len(data),), (i + 0.5) / self.levels, dtype=torch.float64)
@@ -124,11 +123,6 @@ class ClassifierModule(L.LightningModule):
             )
 
 
-def normalized(images: Image, bins: int) -> Data:
-    """Integers 0..K-1 as every likelihood of integers places them: bin centres in (-1, 1)."""
-    return centres(bins).to(images.device, torch.get_default_dtype())[images.long()]
-
-
 def assemble(config: DictConfig) -> ClassifierModule:
     """The module of a composed configuration, with new weights."""
     torch.manual_seed(config.seed)
@@ -144,7 +138,7 @@ def assemble(config: DictConfig) -> ClassifierModule:
     )
 
 
-def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> NoisyClassifier:
+def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> nn.Module:
     """The classifier of a run folder, or of a checkpoint in one, for a model of these data.
 
     Nothing but genfw's own classes is imported, and of the checkpoint nothing but weights is read.

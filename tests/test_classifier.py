@@ -1,0 +1,177 @@
+"""The classifier of noisy images: its net, what it is trained on, how it is judged, and opened."""
+
+import math
+import shutil
+from itertools import pairwise
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+import genfw
+from genfw.classifier import classify
+from genfw.nets import NoisyClassifier
+from genfw.noise import Noise
+from genfw.train.classifier import ClassifierModule, fitting
+from genfw.train.data.images import Batch
+from genfw.train.errors import GenfwError
+from genfw.train.runs import command
+
+
+def net(**more):
+    made = {"shape": (1, 8, 8), "classes": 3, "log_snr_max": 6.0, "log_snr_min": -8.0}
+    return NoisyClassifier(**(made | {"channels": (8, 16)} | more)).eval()
+
+
+def test_the_noise_level_matters_between_the_ends_and_not_beyond_them():
+    z, classifier = torch.randn(5, 1, 8, 8), net()
+
+    def at(log_snr):
+        return classifier(z, torch.full((5,), log_snr))
+
+    assert torch.equal(at(6.0), at(20.0)) and torch.equal(at(-8.0), at(-30.0))
+    inside = [at(each) for each in (-8.0, -3.0, 0.0, 4.0, 6.0)]
+    assert all((a - b).abs().max() > 1e-3 for a, b in pairwise(inside))
+
+
+def test_an_example_does_not_see_its_batch_and_has_a_gradient():
+    classifier = net()
+    z, log_snr = torch.randn(4, 1, 8, 8, requires_grad=True), torch.linspace(-5, 5, 4)
+    together = classifier(z, log_snr)
+    torch.testing.assert_close(together[1:2], classifier(z[1:2], log_snr[1:2]))
+    (gradient,) = torch.autograd.grad(together[2].max(), z)
+    assert gradient[2].abs().min() > 0 and not gradient[[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"classes": 1}, "classes: expected at least 2, got 1"),
+        ({"log_snr_min": 6.0}, "log_snr_min: expected less than log_snr_max=6.0, got 6.0"),
+        ({"shape": (64,)}, "expected positive sizes"),
+        ({"channels": (8,) * 6}, "6 resolutions do not fit an image of 8x8"),
+    ],
+)
+def test_what_no_classifier_can_be(more, message):
+    with pytest.raises(ValueError, match=message):
+        net(**more)
+
+
+class TwoImages(nn.Module):
+    """The exact classifier of two images in noise, all black and all white, K = 5."""
+
+    def forward(self, z, log_snr):
+        alpha, var = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid()
+        gaps = torch.stack([z - alpha[:, None, None, None] * x for x in (-0.8, 0.8)], 1)
+        return -0.5 * gaps.square().flatten(2).sum(2) / var[:, None]
+
+
+def test_an_exact_classifier_is_as_good_as_it_can_be_at_every_level():
+    r"""Two points a distance d apart, in noise: accuracy :math:`\Phi(d\, \alpha / 2 \sigma)`,
+    to five standard errors; d^2 = 4 * 1.6^2."""
+    module = ClassifierModule(
+        TwoImages(), genfw.Cosine(4.0, -8.0), genfw.UniformTime(), 5, torch.optim.SGD, levels=6
+    )
+    n = 4000
+    y = torch.arange(n) % 2
+    batch = Batch(4 * y[:, None, None, None].expand(n, 1, 2, 2), y, torch.arange(n))
+    found = module.by_level(batch, Noise(0, batch.index))
+    assert list(found) == pytest.approx([3, 1, -1, -3, -5, -7], abs=1e-6)
+    for log_snr, (nll, right) in found.items():
+        d = 3.2 * math.exp(log_snr / 2)
+        exact = 0.5 * (1 + math.erf(d / 2 / 2**0.5))
+        assert abs(right.mean() - exact) < 5 * (exact * (1 - exact) / n) ** 0.5 + 1e-3
+        # the log odds of a sample are N(d^2 / 2, d^2): integrate their softplus
+        odds = d**2 / 2 + d * torch.linspace(-8, 8, 2001, dtype=torch.float64)
+        weight = torch.exp(-0.5 * torch.linspace(-8, 8, 2001, dtype=torch.float64) ** 2)
+        expected = (nn.functional.softplus(-odds) * weight).sum() / weight.sum()
+        assert abs(nll.mean() - expected) < 5 * nll.std() / n**0.5 + 1e-3
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    quick = ("trainer.max_steps=40", "trainer.val_check_interval=20", "optimizer.lr=0.005")
+    given = (*quick, "classifier.channels=[16,16]", "levels=3", f"hydra.run.dir={folder}")
+    assert command(classify, given) == 0
+    return folder
+
+
+def test_forty_steps_teach_it_something_where_there_is_little_noise(trained):
+    """And nothing where there is only noise."""
+    results = OmegaConf.load(trained / "results.json")
+    at = {float(k.rpartition("_")[2]): v for k, v in results.items() if "accuracy_at" in k}
+    assert len(at) == 3 and at[max(at)] > 0.5 and at[min(at)] < 0.25
+    assert results["test/accuracy"] == pytest.approx(sum(at.values()) / 3, abs=1e-6)
+    assert "val/accuracy_at" in (trained / "metrics.csv").read_text().splitlines()[0]
+    assert (trained / "checkpoints" / "last.ckpt").is_file()
+
+
+FACTS = {"shape": [1, 8, 8], "bins": 17, "classes": 10}
+
+
+def test_it_is_opened_with_the_weights_it_was_tested_with(trained):
+    classifier = fitting(OmegaConf.create({"data": FACTS}), str(trained))
+    best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, best[f"classifier.{name}"])
+    assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
+    of_file = fitting(OmegaConf.create({"data": FACTS}), str(trained / "checkpoints" / "last.ckpt"))
+    assert repr(of_file) == repr(classifier)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"), [("shape", [1, 28, 28]), ("bins", 2), ("classes", 7)], ids=str
+)
+def test_of_other_data_it_is_refused(trained, fact, value):
+    config = OmegaConf.create({"data": FACTS | {fact: value}})
+    with pytest.raises(GenfwError, match=f"classifier of images with data.{fact}=") as error:
+        fitting(config, str(trained))
+    assert str(value) in str(error.value) and "\n" not in str(error.value)
+
+
+def altered(trained, folder, key, value):
+    shutil.copytree(trained, folder)
+    config = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(config, key, value)
+    config.trusted = ["os"]
+    OmegaConf.save(config, folder / "config.yaml")
+    return str(folder)
+
+
+def test_a_folder_does_not_vouch_for_itself(trained, tmp_path):
+    """Whatever its config.yaml says is to be imported, or its checkpoint to be run."""
+    model = OmegaConf.create({"data": FACTS})
+    for i, target in enumerate(("os.system", "genfw.train.config.importlib.import_module")):
+        place = altered(trained, tmp_path / str(i), "classifier._target_", target)
+        with pytest.raises(GenfwError, match=r"not among what a config may|cannot be built"):
+            fitting(model, place)
+    place = altered(trained, tmp_path / "other", "classifier.channels", [16, 32])
+    with pytest.raises(GenfwError, match=r"does not fit its config\.yaml"):
+        fitting(model, place)
+    file = tmp_path / "other" / "checkpoints" / "best.ckpt"
+    torch.save({"state_dict": nn.Linear(1, 1)}, file)  # a pickled object
+    with pytest.raises(GenfwError, match="cannot be read"):
+        fitting(model, place)
+    file.unlink()
+    with pytest.raises(GenfwError, match="there is no checkpoint"):
+        fitting(model, place)
+    with pytest.raises(GenfwError, match=r"guidance.classifier=/nope: there is no"):
+        fitting(model, "/nope")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("seeed=1",), "Did you mean seed?"),
+        (("classifier.dropuot=0.1",), "classifier.dropout"),
+        (("model=vae",), "model"),
+        (("--multirun",), "--multirun: expected group=option or key=value"),
+    ],
+    ids=str,
+)
+def test_a_wrong_command_line_gets_a_short_answer(arguments, words, capsys):
+    assert command(classify, arguments) == 2
+    answer = capsys.readouterr().err
+    assert words in answer and len(answer.splitlines()) < 6
