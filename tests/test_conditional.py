@@ -1,34 +1,53 @@
 """Models that are told labels, runs that train them, and the images they are asked for."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image as PIL
+from rich import progress
 from test_job import FID, VDM, composed
 
 from genfw import Noise, sample
+from genfw.classifier import classify
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
+from genfw.train.callbacks import watched
 from genfw.train.job import restore, run
 from genfw.train.module import drop_labels, reseed
 from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
+
+CALM = [each for each in VDM if not each.startswith(("callbacks", "sampler", "trainer.max"))]
+QUICK = (
+    *("trainer.max_steps=2", "trainer.val_check_interval=2", "callbacks=none", "sampler.steps=4"),
+    *("validation_estimator.strata=1", "estimator.sets=2"),
+)
 
 
 @pytest.fixture(scope="module")
 def conditional(tmp_path_factory):
     folder = tmp_path_factory.mktemp("conditional")
     chosen = ("model.classes=10", "guidance=classifier_free", "guidance.scale=2.0")
-    return folder, run(composed(*VDM, *FID, *chosen, "logger=csv"), folder)
+    return folder, run(composed(*CALM, *FID, *QUICK, *chosen, "logger=csv"), folder)
 
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unconditional")
-    quick = ("logger=none", "metrics=none", "callbacks.pictures.every=0")
-    run(composed(*VDM, *quick), folder)
+    run(composed(*CALM, *QUICK, "logger=none", "metrics=none"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """Of one step: what it says does not matter here."""
+    folder = tmp_path_factory.mktemp("classifier") / "run"
+    small = ("trainer.max_steps=1", "classifier.channels=[8,8]", "levels=1", "logger=none")
+    assert command(classify, (*small, f"hydra.run.dir={folder}")) == 0
     return folder
 
 
@@ -94,8 +113,10 @@ def test_every_model_can_be_conditional(model):
     """Its bound and its samples depend on the label; where it has no classes they do not."""
     from genfw.train.job import assemble
 
+    config = composed(f"model={model}")
     for classes in (10, None):
-        module, _ = assemble(composed(f"model={model}", f"model.classes={classes or 'null'}"))
+        config.model.classes = classes
+        module, _ = assemble(config)
         for p in module.model.parameters():
             p.data += 0.1 * torch.randn_like(p)
         x, noise = torch.randint(17, (4, 1, 8, 8)), Noise(0, torch.arange(4))
@@ -164,8 +185,12 @@ def test_wrong_of_a_conditional_run(conditional, arguments, words, capsys):
 def test_wrong_of_a_run_without_labels(without, capsys):
     assert said(without, "label=7") == 2
     assert "knows no labels" in capsys.readouterr().err
-    assert said(without, "guidance=classifier", "guidance.classifier=runs/c", "label=7") == 1
-    assert "no command trains a classifier" in capsys.readouterr().err
+    mistaken = f"guidance.classifier={without}"
+    assert said(without, "guidance=classifier", mistaken, "label=7") == 1
+    answer = capsys.readouterr().err
+    assert "the run of a classifier" in answer and "genfw.VDM" in answer
+    assert said(without, "guidance=classifier", mistaken, "label=none") == 2
+    assert "guides to a class" in capsys.readouterr().err
     assert said(without, "guidance=classifier_free") == 2
     assert "needs a conditional model" in capsys.readouterr().err
 
@@ -178,3 +203,82 @@ def test_labels_go_round_where_nobody_asks(conditional):
         drawn = draw_samples(model, range(12), 0)
         y = torch.arange(12) % 10
         assert torch.equal(drawn, model.sample(12, y, noise=Noise(0, torch.arange(12))))
+
+
+def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier, tmp_path):
+    guided = ("guidance=classifier", f"guidance.classifier={classifier}", "guidance.scale=2.0")
+    assert said(without, "n=20", *guided, "label=all") == 0
+    picture = PIL.open(without / "samples_20_seed0_label_all_classifier_scale_2.png")
+    assert picture.text["guidance"] == "classifier(scale=2)"
+
+    def drawn(*more):
+        out = f"out={tmp_path / 'drawn.npz'}"
+        assert said(without, "n=4", *guided, "label=3", "format=npz", out, *more) == 0
+        return np.load(tmp_path / "drawn.npz")
+
+    with_noise = drawn()
+    assert with_noise["labels"].tolist() == [3] * 4
+    assert (drawn()["images"] == with_noise["images"]).all()
+    assert (drawn("guidance.scale=300.0")["images"] != with_noise["images"]).any()
+
+
+def test_samples_of_no_label(conditional, tmp_path):
+    """Those of the model when it is told nothing, which no guidance moves."""
+    folder, _ = conditional
+    out = tmp_path / "all.npz"
+    assert said(folder, "n=6", "label=none", "format=npz", f"out={out}") == 0
+    held = np.load(out)
+    assert held["labels"].tolist() == [-1] * 6 and str(held["label"]) == "none"
+    _, config, _ = read([f"run={folder}", "guidance=none"], {}, "")
+    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
+    with module.evaluating() as model:
+        plain = model.sample(6, None, noise=Noise(mix(0, "sample"), torch.arange(6)))
+    assert (held["images"] == plain.numpy()).all()
+
+
+def test_the_way_from_noise_to_a_sample(conditional):
+    """A frame per step, one before the first, and the images; told what made them."""
+    folder, _ = conditional
+    assert said(folder, "n=9", "label=4", "trajectory=true", "sampler.steps=5") == 0
+    name = "samples_9_seed0_label_4_sampler.steps_5_classifier_free_scale_2"
+    gif, png = (PIL.open(folder / f"{name}.{ending}") for ending in ("gif", "png"))
+    assert gif.n_frames == 5 + 2 and gif.size == png.size
+    assert b"guidance: classifier_free(scale=2)" in gif.info["comment"]
+    gif.seek(6)
+    last = np.asarray(gif.convert("L")).astype(int)
+    assert abs(last - np.asarray(png).astype(int)).max() <= 1
+    gif.seek(0)
+    first = np.asarray(gif.convert("L")).astype(int)
+    assert abs(first - last).mean() > 20
+
+
+def test_only_diffusion_models_have_a_way(tmp_path, capsys):
+    OmegaConf.save(composed("model=vae"), tmp_path / "config.yaml", resolve=True)
+    assert said(tmp_path, "trajectory=true") == 2
+    assert "genfw.VAE goes no way" in capsys.readouterr().err
+
+
+def test_a_bar_counts_every_call_of_the_guided_denoiser(conditional, monkeypatch):
+    """On a terminal; the samples are the same as without it."""
+    folder, _ = conditional
+    _, config, _ = read([f"run={folder}"], {}, "")
+    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
+    ticks, totals = [], []
+
+    class Bar(progress.Progress):
+        def add_task(self, *arguments, total, **more):
+            totals.append(total)
+            return super().add_task(*arguments, total=total, **more)
+
+        def advance(self, *arguments):
+            ticks.append(1)
+
+    monkeypatch.setattr(progress, "Progress", Bar)
+    with module.evaluating() as model:
+        guide, plain = model.guidance, draw_samples(model, range(6), 0, 4)
+        with watched(model, 2):
+            assert model.guidance is guide  # no terminal
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+        with watched(model, 2):
+            assert torch.equal(draw_samples(model, range(6), 0, 4), plain)
+        assert model.guidance is guide and totals == [len(ticks)] == [8]
