@@ -23,14 +23,14 @@ MAY = {
     "testing": BASE | INTERFACES | MODELS | {"diffusion", "nets", "testing"},
     "train": BASE | INTERFACES | MODELS | {"diffusion", "nets", "train"},
     **dict.fromkeys(
-        ("__main__", "evaluate", "export", "sample"),
+        ("__main__", "classifier", "evaluate", "export", "sample"),
         BASE | INTERFACES | MODELS | {"diffusion", "nets", "train"},
     ),
     "__init__": BASE | INTERFACES | MODELS | {"diffusion", "nets", "testing"},
 }
 
 HEAVY = {"lightning", "torchmetrics", "wandb", "hydra", "omegaconf", "pytorch_lightning"}
-COMMANDS = ("__main__.py", "evaluate.py", "export.py", "sample.py")
+COMMANDS = ("__main__.py", "classifier.py", "evaluate.py", "export.py", "sample.py")
 HYDRA = {"train/plugins.py", "train/compose.py", "train/jobs.py", "train/sweep.py", *COMMANDS}
 
 FILES = sorted(file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py"))
