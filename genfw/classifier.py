@@ -44,30 +44,30 @@ def classify(arguments: Sequence[str]) -> None:
 def run(config: DictConfig, folder: Path) -> Results:
     """Trains, then tests the best weights; what is in results.json."""
     import lightning.pytorch as L
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from genfw.train import job
+    from genfw.train.checkpoint import AtomicIO
     from genfw.train.classifier import assemble
     from genfw.train.config import build
+    from genfw.train.keeper import Keeper
+    from genfw.train.signals import Signals
 
     job.prepare()
     OmegaConf.save(OmegaConf.create(job.container(config)), folder / "config.yaml")
     L.seed_everything(config.seed, workers=True, verbose=False)
     module, data = assemble(config), build(config.data)
-    keep = ModelCheckpoint(
-        dirpath=str(folder / "checkpoints"),
-        filename="best",
-        monitor="val/nll",
-        save_last=True,
-        enable_version_counter=False,
-    )
     loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
     callbacks = [build(node) for node in job.nodes(config.callbacks)]
-    trainer = job.make_trainer(config, folder, loggers, [*callbacks, keep])
     print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
-    job.fit(trainer, module, data, folder / "checkpoints" / "last.ckpt")
-    best = job.choose(trainer, module, data, keep)
-    (tested,) = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+    with Signals() as signals:
+        files = AtomicIO()
+        keeper = Keeper(folder / "checkpoints", files, signals)
+        trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        trainer.fit(module, data)
+        trainer.validate(module, data, verbose=False)  # steps after the last validation count
+        (tested,) = trainer.test(
+            module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
+        )
     results: Results = {**tested, **job.versions()}
     job.write(folder / "results.json", results)
     for key, value in tested.items():

@@ -13,6 +13,7 @@ import genfw
 from genfw.classifier import classify
 from genfw.nets import NoisyClassifier
 from genfw.noise import Noise
+from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import ClassifierModule, fitting
 from genfw.train.data.images import Batch
 from genfw.train.errors import GenfwError
@@ -151,8 +152,8 @@ def test_a_folder_does_not_vouch_for_itself(trained, tmp_path):
     with pytest.raises(GenfwError, match=r"does not fit its config\.yaml"):
         fitting(model, place)
     file = tmp_path / "other" / "checkpoints" / "best.ckpt"
-    torch.save({"state_dict": nn.Linear(1, 1)}, file)  # a pickled object
-    with pytest.raises(GenfwError, match="cannot be read"):
+    AtomicIO().save_checkpoint({"state_dict": nn.Linear(1, 1)}, file)  # a pickled object
+    with pytest.raises(GenfwError, match="holds what a checkpoint must not"):
         fitting(model, place)
     file.unlink()
     with pytest.raises(GenfwError, match="there is no checkpoint"):

@@ -26,6 +26,7 @@ from genfw.diffusion.times import TimeSampler
 from genfw.likelihood import BinsLikelihood
 from genfw.noise import Noise, mix
 from genfw.schedule import NoiseSchedule
+from genfw.train.checkpoint import read
 from genfw.train.config import build
 from genfw.train.data.images import Batch
 from genfw.train.errors import GenfwError
@@ -169,23 +170,9 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
                 f"have data.{fact}={mine}"
             )
     module = assemble(theirs)
-    weights = opened(checkpoint)
+    weights = read(checkpoint)
     try:
         module.load_state_dict(weights["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{checkpoint} does not fit its config.yaml: {one_line(error)}") from error
     return module.classifier.requires_grad_(False).eval()
-
-
-def opened(file: Path) -> dict[str, Any]:
-    """What a checkpoint holds; no code in it is run.
-
-    Raises:
-        GenfwError: the file is not there, or cannot be read.
-    """
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise GenfwError(f"there is no checkpoint {file}") from error
-    except Exception as error:
-        raise GenfwError(f"{file} cannot be read: {one_line(error)}") from error

@@ -135,7 +135,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
 
 
 def fit(
-    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, keeper: Keeper
+    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keeper: Keeper
 ) -> None:
     """Trains; Ctrl-C ends it with a table of what there is.
 
