@@ -198,8 +198,9 @@ def write(
         np.savez(out, images=images.numpy(), labels=np.array(given), **facts)  # pyright: ignore
     elif kind == "png":
         for i, one in enumerate(pixels):
-            unlabelled = given is None or facts["label"] == "none"
-            of = facts if unlabelled else {**facts, "label": str(given[i])}
+            of = dict(facts)
+            if given is not None and facts["label"] != "none":
+                of["label"] = str(given[i])
             save(grid(one[None], 1), out / f"{i:05d}.png", of)
     else:
         out = out if out.suffix == ".png" else Path(f"{out}.png")
