@@ -145,8 +145,20 @@ def test_logged_and_drawn(tmp_path, made):
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
     tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
     assert {f"test/{name}" for name in names} <= tested.keys()
+    rate = tested["test/levels"] + tested["test/prior"]  # of all images, not of the four
+    assert tested["test/rate"] == pytest.approx(rate, rel=1e-5)
+    assert tested["test/distortion"] == pytest.approx(-tested["test/reconstruction"], rel=1e-5)
     held = sum(tested[f"test/kl_{t}"] for t in levels)
-    assert tested["test/rate"] == pytest.approx(held, rel=1e-5)
+    assert tested["test/rate"] != pytest.approx(held, rel=1e-5)
+
+
+def test_an_estimator_without_terms_has_no_rate(tmp_path):
+    lightning = LatentModule(
+        vae(), genfw.Elbo(), optimizer=torch.optim.SGD, estimator=genfw.ImportanceWeighted(k=3)
+    )
+    trainer = tiny.trainer(tmp_path, callbacks=[Diagnostics(3, draws=2)])
+    tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
+    assert "test/kl_1" in tested and not {"test/rate", "test/distortion"} & tested.keys()
 
 
 @pytest.mark.parametrize("order", ["sorted", "in turn"])

@@ -49,8 +49,10 @@ COLLAPSED = 0.1
 
 class Diagnostics(L.Callback):
     """Logs, for learned hierarchies, `kl_<t>` and `active_units_<t>` of every level, z_1 next to
-    the data, `rate` (their sum) and `distortion` (minus the reconstruction), in nats per image, and
-    draws pictures. Does nothing for other models, diffusion models among them.
+    the data, in nats per image, and draws pictures. They are of some `images`; `rate`, what all
+    levels cost, and `distortion`, minus the reconstruction, are of all: the terms of the NLL that
+    is reported (absent where its estimator has none). Does nothing for other models, diffusion
+    models among them.
 
     `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a
     divergence; the others may be negative, see `genfw.model.bound`.
@@ -167,8 +169,10 @@ class Diagnostics(L.Callback):
         for t, (kl, activity) in enumerate(zip(found.kl, found.activity, strict=True), 1):
             module.log(f"{split}/kl_{t}", kl)
             module.log(f"{split}/active_units_{t}", float((activity > ACTIVE).sum()))
-        module.log(f"{split}/rate", sum(found.kl))
-        module.log(f"{split}/distortion", found.distortion)
+        whole = module.nll.compute()  # the terms of the number itself, of all images
+        if "levels" in whole:
+            module.log(f"{split}/rate", (whole["levels"] + whole["prior"]).float())
+            module.log(f"{split}/distortion", -whole["reconstruction"].float())
         return found
 
     def _alarm(self, found: Findings) -> None:
