@@ -37,7 +37,7 @@ from genfw.train.data.images import Batch
 from genfw.train.latents import Latents, Means, latents_of
 from genfw.train.loggers import one_line
 from genfw.train.module import LatentModule
-from genfw.train.pictures import grid, save
+from genfw.train.pictures import grid, pixels, save
 from genfw.types import Image, Labels
 
 ACTIVE = 0.01
@@ -165,6 +165,7 @@ class Diagnostics(L.Callback):
     def _report(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Findings | None:
         if self.sums is None:
             return None
+        assert isinstance(module, LatentModule)
         found = self.sums.over_ranks().findings()
         for t, (kl, activity) in enumerate(zip(found.kl, found.activity, strict=True), 1):
             module.log(f"{split}/kl_{t}", kl)
@@ -373,11 +374,6 @@ def traversal(
         flat[:, int(unit)] += steps.to(z) * float(scale[int(unit)])
         rows.append(pixels(latents.expected([flat.view_as(z), *rest], labels), bins))
     return grid(torch.cat(rows), columns)
-
-
-def pixels(x: Tensor, bins: int) -> Tensor:
-    """Expected values, 0..bins - 1, as bytes: those of binary images are shades of grey."""
-    return (x.double() * 255 / (bins - 1)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _column(w: Tensor, like: Tensor) -> Tensor:
