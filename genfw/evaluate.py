@@ -66,7 +66,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             name,
             {"kind": estimator.kind, "changed": changed, **results, "certificate": found},
         )
-        Console().print(name, table(results), sep="\n")
+        Console().print(name, table(results, module), sep="\n")
 
 
 def certificate(folder: Path) -> Certificate:

@@ -17,6 +17,7 @@ from genfw.train.diagnostics import (
     Findings,
     interpolation,
     look,
+    spread,
     traversal,
 )
 from genfw.train.latents import Chain, Means, latents_of
@@ -144,8 +145,45 @@ def test_logged_and_drawn(tmp_path, made):
     assert {file.name for file in tmp_path.glob("*.png")} == pictures
     tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
     assert {f"test/{name}" for name in names} <= tested.keys()
+    rate = tested["test/levels"] + tested["test/prior"]  # of all images, not of the four
+    assert tested["test/rate"] == pytest.approx(rate, rel=1e-5)
+    assert tested["test/distortion"] == pytest.approx(-tested["test/reconstruction"], rel=1e-5)
     held = sum(tested[f"test/kl_{t}"] for t in levels)
-    assert tested["test/rate"] == pytest.approx(held, rel=1e-5)
+    assert tested["test/rate"] != pytest.approx(held, rel=1e-5)
+
+
+def test_an_estimator_without_terms_has_no_rate(tmp_path):
+    lightning = LatentModule(
+        vae(), genfw.Elbo(), optimizer=torch.optim.SGD, estimator=genfw.ImportanceWeighted(k=3)
+    )
+    trainer = tiny.trainer(tmp_path, callbacks=[Diagnostics(3, draws=2)])
+    tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
+    assert "test/kl_1" in tested and not {"test/rate", "test/distortion"} & tested.keys()
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_what_is_looked_at_is_of_all_classes(tmp_path, order):
+    """Ten classes of fifty images, as folders give them or dealt out like cards."""
+    data = tiny.Images(val=500, batch=20)
+    of = torch.arange(500) // 50 if order == "sorted" else torch.arange(500) % 10
+    seen = []
+
+    class Watched(Diagnostics):
+        def _look(self, trainer, module, batch, split):
+            before = 0 if self.sums is None else int(self.sums.count)
+            super()._look(trainer, module, batch, split)
+            seen.append(int(self.sums.count) - before if self.sums else 0)
+
+    diagnostics = Watched(bins=3, images=50, draws=2)
+    tiny.trainer(tmp_path, 1, callbacks=[diagnostics]).validate(module(vae()), data, verbose=False)
+    assert sum(seen) == 50
+    chosen = spread(500, 50)
+    per_class = torch.bincount(of[chosen], minlength=10)
+    assert seen == torch.bincount(chosen // 20, minlength=25).tolist()
+    assert per_class.min() >= 1 and per_class.max() <= 12  # 5 +- 2.1 each
+    some = data.images["val"][chosen[[0, -1]]]
+    assert (diagnostics.pair[0] == some).all()
+    assert (spread(10, 50) == torch.arange(10)).all()
 
 
 def test_nothing_for_a_diffusion_model(tmp_path):

@@ -107,3 +107,10 @@ def test_categorical_mean_and_layout(double):
         Categorical(logits).mean[1, 2, 3],
         (logits[1, :, 2, 3].softmax(0) @ torch.arange(5).double()).item(),
     )
+
+
+def test_normal_head_is_the_identity_in_its_range(double):
+    log_std = torch.tensor([[-1e9, -9.0, -8.5, -4.5, 0.0, 2.9, 3.0, 1e9]])
+    expected = torch.tensor([[-9.0, -9.0, -8.5, -4.5, 0.0, 2.9, 3.0, 3.0]])
+    q = normal_head(torch.cat([torch.zeros(1, 8), log_std], 1))
+    torch.testing.assert_close(q.std.log(), expected)

@@ -260,7 +260,7 @@ def test_temperature_scales_each_level(double):
         (lambda: Ladder((1, 8, 8), 1, blocks=[1, -1]), r"blocks: expected .* got \[1, -1\]"),
         (
             lambda: Ladder((1, 2, 2), 1, blocks=[1, 1, 1]),
-            "3 resolutions do not fit an image of 2x2",
+            "blocks: 3 resolutions do not fit an image of 2x2",
         ),
         (lambda: Ladder((1, 8, 8), 1, latents=0), "latents: expected a positive number, got 0"),
         (lambda: Ladder((64,), 1), r"shape: expected positive sizes \(C, H, W\)"),

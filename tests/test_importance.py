@@ -176,9 +176,54 @@ def test_khat_of_weights_is_the_index_of_their_tail(shape, double):
     assert 0.5 < khat.std() / ((1 + shape) / n**0.5) < 1.5  # its asymptotic standard error
 
 
-def test_khat_of_hopeless_weights_is_finite_and_large(double):
-    khat = pareto_khat(1000 * torch.randn(20, 100))
-    assert khat.isfinite().all() and (khat > 2).all()
+def plain_khat(log_w):
+    """Vehtari et al. (2024) for one row of weights: the excesses above the cutoff that are any."""
+    w = sorted(math.exp(each - max(log_w)) for each in log_w)
+    cutoff = w[-tail(len(w)) - 1]
+    excess = torch.tensor(
+        [[each - cutoff for each in w if each - cutoff > 1e-300]], dtype=torch.float64
+    )
+    return generalized_pareto(excess)[0].item() if excess.numel() > 4 else math.inf
+
+
+@pytest.mark.parametrize("decimals", [1, 2, 6])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 400.0])
+def test_khat_where_weights_tie_or_underflow(double, decimals, scale):
+    """Rounded weights, some of which are nothing: what ties with the cutoff is no excess."""
+    log_w = (scale * torch.randn(8, 200)).round(decimals=decimals) - 90
+    log_w[::2, ::3] = -torch.inf
+    expected = torch.tensor([plain_khat(row) for row in log_w.tolist()])
+    torch.testing.assert_close(pareto_khat(log_w), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-6, 1e-5, 3e-5, 1e-4])
+@pytest.mark.parametrize("k", [100, 5000])
+def test_khat_of_weights_that_are_equal_but_for_float32(spread, k):
+    """A collapsed posterior: log weights near -90 stand 7.6e-6 apart."""
+    khat = pareto_khat((spread * torch.randn(5, k, dtype=torch.float64) - 90).float())
+    assert (khat < 0.3).all() and khat.isfinite().all()
+    if spread < 1e-5:
+        assert (khat == 0).all()
+
+
+def test_khat_of_a_collapsed_vae_finds_nothing_wrong():
+    vae = random_vae(CategoricalLikelihood(3))
+    for layer, scale in ((vae.encoder.layers[-1], 1e-6), (vae.decoder.layers[0], 0.0)):
+        for p in layer.parameters():
+            p.data *= scale
+    x = torch.randint(3, (6, 4))
+    found = evaluate(500, vae, x).diagnostics
+    assert vae.elbo(x).prior.max() < 1e-9
+    assert (found["khat"] < 0.3).all() and (found["khat_over_0.7"] == 0).all()
+
+
+def test_khat_of_hopeless_weights_is_beyond_all_bounds(double):
+    """One weight is all of the sum; the others are nothing beside it, or next to nothing."""
+    assert (pareto_khat(1000 * torch.randn(20, 100)) > 2).all()
+    nothing = torch.full((1, 50), -torch.inf)
+    one = nothing.clone()
+    one[0, 7] = -3.0
+    assert (pareto_khat(torch.cat([nothing, one])) == math.inf).all()
     with pytest.raises(ValueError, match="at least 21"):
         pareto_khat(torch.zeros(1, 20))
 

@@ -6,16 +6,18 @@ import math
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from omegaconf import OmegaConf, open_dict
 from PIL import Image as PIL
+from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
 
-from genfw import evaluate, sample
+from genfw import ImportanceWeighted, evaluate, sample
 from genfw.train.compose import compose, session
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import restore, run, validation_interval
+from genfw.train.job import restore, run, table, validation_interval
 from genfw.train.runs import command
 
 SMALL = (
@@ -39,6 +41,34 @@ def composed(*overrides):
     with open_dict(config):
         config.pop("hydra")
     return config
+
+
+def rows(sheet):
+    return dict(zip(*(list(column.cells) for column in sheet.columns), strict=True))
+
+
+NUMBERS = {"nll": 80.0, "nll_stderr": 0.2, "nll_std": 9.0, "bpd": 1.8, "count": 447}
+
+
+def test_the_table_says_what_kind_of_number_and_whether_to_believe_it():
+    lightning = module(chain())
+    lightning.estimator = ImportanceWeighted(k=500)
+    said = {**NUMBERS, "ess": 31.72, "khat": 0.854, "khat_over_0.7": 0.25}
+    shown = rows(table({f"test/{key}": value for key, value in said.items()}, lightning))
+    assert shown["kind"] == "upper bound on -log p(x)"
+    assert shown["ess"] == "31.7 of 500 draws, mean over images"
+    assert shown["khat"] == "0.85, mean over images; above 0.7, not to be believed, for 25 %"
+    less = {key: value for key, value in said.items() if not key.startswith("khat")}
+    assert "khat" not in rows(table({f"test/{k}": v for k, v in less.items()}, lightning))
+
+
+def test_levels_are_denoising_where_they_are():
+    said = {**NUMBERS, "reconstruction": -70.0, "levels": 8.0, "prior": 2.0}
+    results = {f"test/{key}": value for key, value in said.items()}
+    assert rows(table(results, tiny.module()))["  levels (denoising)"] == "8.00 nats"
+    for made in (chain, hvae):
+        shown = rows(table(results, module(made())))
+        assert shown["  levels"] == "8.00 nats" and "  levels (denoising)" not in shown
 
 
 @pytest.fixture(scope="module")

@@ -312,7 +312,10 @@ def _unet(**options: Any) -> Callable[[], Network]:
         (lambda: Conv((1, 8, 8), width=9), "width .* expected an even number >= 4, got 9"),
         (lambda: Conv((1, 8, 8), classes=0), "classes: expected a positive number or None, got 0"),
         (lambda: MLP((0,)), r"shape: expected positive sizes \(D,\) or \(C, \*dims\)"),
-        (lambda: ConvDecoder((1, 2, 2), 3, 4, channels=(8, 8, 8)), "3 resolutions do not fit"),
+        (
+            lambda: ConvDecoder((1, 2, 2), 3, 4, channels=(8, 8, 8)),
+            "channels: 3 resolutions do not fit",
+        ),
         (lambda: MLPDecoder((4,), (3, 0), 4), r"latents: expected positive sizes .*, got \(3, 0\)"),
         (lambda: MLPDecoder((4,), 3, 1, output_bias=[1.0] * 3), "expected 1 number or 4, got 3"),
         (lambda: MLPDecoder((4,), 3, 4, activation="sillu"), "expected one of silu, .*'sillu'"),

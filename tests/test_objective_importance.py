@@ -14,6 +14,7 @@ from test_vae import Map, random_vae
 from test_vdm import network_vdm
 from torch.func import functional_call
 
+import genfw
 from genfw import (
     L2,
     MHVAE,
@@ -405,9 +406,9 @@ def test_models_that_cannot_follow_are_refused():
 
 def test_bad_arguments_are_refused():
     for make in (Iwae, Dreg, Ciwae, lambda k: Miwae(2, k)):
-        with pytest.raises(ValueError, match="k: expected at least 1 draw, got 0"):
+        with pytest.raises(ValueError, match="k: expected an integer of at least 1, got 0"):
             make(0)
-    with pytest.raises(ValueError, match="m: expected at least 1 draw, got -2"):
+    with pytest.raises(ValueError, match="m: expected an integer of at least 1, got -2"):
         Miwae(m=-2)
     with pytest.raises(ValueError, match=r"weight: expected a number from 0 to 1, got 1\.5"):
         Ciwae(weight=1.5)
@@ -417,3 +418,19 @@ def test_values_need_no_gradient(double):
     vae, x = random_vae(BernoulliLikelihood()), torch.randint(2, (8, 4))
     with torch.no_grad():
         assert torch.allclose(Dreg(3)(vae, x, noise=noise()), Iwae(3)(vae, x, noise=noise()))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True])
+def test_counts_are_integers_everywhere(wrong):
+    made = [
+        *(lambda each=each: each(k=wrong) for each in (Iwae, Miwae, Ciwae, Dreg)),
+        lambda: Miwae(m=wrong),
+        lambda: genfw.LinearWarmup(steps=wrong),
+        lambda: genfw.CyclicWarmup(period=wrong),
+        lambda: genfw.CyclicWarmup(cycles=wrong),
+        lambda: genfw.ImportanceWeighted(k=wrong),
+        lambda: genfw.Annealed(temperatures=wrong),
+    ]
+    for make in made:
+        with pytest.raises(ValueError, match=f"expected an integer of at least 1, got {wrong!r}$"):
+            make()

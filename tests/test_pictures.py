@@ -3,10 +3,12 @@
 import pytest
 import tiny
 import torch
+from test_diagnostics import chain, hvae, module, shown
 
 import genfw
 from genfw.noise import Noise
 from genfw.train.callbacks import Pictures
+from genfw.train.latents import latents_of
 from genfw.train.pictures import data_to_bytes, draw_samples, grid, reconstructions, trajectory
 
 
@@ -67,10 +69,28 @@ def test_reconstructions_of_a_perfect_vae():
 
     x = torch.randint(3, (4, 1, 2, 2))
     model = genfw.VAE(Copy(), Read(), genfw.CategoricalLikelihood(3), latents=4)
-    picture = reconstructions(model, x, Noise(0, torch.arange(4)), bins=3)
+    noise = Noise(0, torch.arange(4))
+    picture = reconstructions(latents_of(model), x, noise, bins=3)
     rows = [picture.crop((0, top, picture.width, top + 32)) for top in (16, 64)]  # 16-fold, 1 gap
     assert rows[0].tobytes() == rows[1].tobytes()
     assert len(set(rows[0].tobytes())) == 4  # three values and the gap
+
+
+@pytest.mark.parametrize("made", [chain, hvae])
+def test_reconstructions_of_every_level(made):
+    """Row t: the mean image where z_t .. z_T are drawn for the image above."""
+    model, x, noise = made(), torch.randint(3, (3, 1, 2, 2)), Noise(0, torch.arange(3))
+    latents = latents_of(model)
+    rows = shown(reconstructions(latents, x, noise, bins=3), 3)
+    assert rows.shape[:2] == (3, 3)  # of the images, and of two levels
+    assert (rows[0] == (x[:, 0] * 127.5).round()).all()
+    with torch.no_grad():
+        z = [each for _, each in latents.posteriors(x, noise=noise)]
+        for t in range(2):
+            expected = latents.expected(z[t:])[:, 0] * 127.5
+            assert (rows[t + 1] - expected).abs().max() < 1.01
+    drawn = Pictures(bins=3, samples=4).draw(module(model), x)
+    assert drawn.keys() == {"samples", "reconstructions"}
 
 
 @pytest.mark.parametrize("wrong", [{"levels": 1}, {"samples": 0}, {"examples": 0}])

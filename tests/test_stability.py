@@ -190,3 +190,10 @@ def test_two_ranks_decide_together():
     mp.start_processes(_rank, (port, answers), nprocs=2, start_method="spawn")
     found = dict(answers.get() for _ in range(2))
     assert found[0] == found[1] == [(False, 2.0), (True, 3.0)]
+
+
+def test_the_quantile_is_no_maximum():
+    """A minority of large norms in the window does not say what is usual."""
+    outlier = Outliers(factor=2.0, quantile=0.5, window=10, max_consecutive=9)
+    assert not any(outlier(norm) for norm in (1.0, 9.0, 1.0, 1.0, 8.0, 1.0, 1.0, 9.0, 1.0, 1.0))
+    assert outlier(3.0) and not outlier(1.9)

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.distributions import Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import at_least_one, chunks
+from genfw.estimators.importance import chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
 from genfw.noise import Noise

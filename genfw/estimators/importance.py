@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.estimators.estimator import Estimate, Estimator, keyed
 from genfw.estimators.weights import (
     effective_sample_size,
@@ -102,9 +103,3 @@ def chunks(n: int, k: int, chunk: int) -> Iterator[tuple[slice, list[tuple[int, 
     group = max(1, chunk // k)
     for i in range(0, n, group):
         yield slice(i, i + group), ranges
-
-
-def at_least_one(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value

@@ -35,12 +35,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
 from genfw.estimators.dormand_prince import adaptive, fixed
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import at_least_one, chunks
+from genfw.estimators.importance import chunks
 from genfw.estimators.weights import log_mean
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM

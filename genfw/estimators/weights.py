@@ -61,7 +61,9 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     r"""The shape of the weights' tail, (b,): their moments of order below 1/khat are finite.
 
     Above 0.7 the mean of this many weights cannot be trusted, nor its standard error. Zero where
-    the tail is a point (all weights equal to rounding).
+    the tail is a point: its log weights are equal to the rounding of their own dtype. Infinite
+    where fewer than five weights stand above the cutoff, the others tying with it or being nothing
+    beside the largest: those few are the sum, and what they leave unseen has no bound.
 
     Raises:
         ValueError: k < 21: a tail of fewer than five weights has no shape.
@@ -76,14 +78,16 @@ def pareto_khat(log_w: Tensor) -> Tensor:
     largest = log_w.double().topk(tail(k) + 1, 1).values
     top, cutoff = largest[:, :1], largest[:, -1:]
     excess = (largest[:, :-1] - top).exp() - (cutoff - top).exp()
-    flat = excess[:, 0] < 1e-10
-    shape, _ = generalized_pareto(excess.flip(1).clamp_min(1e-300))
-    return torch.where(flat, 0.0, shape)
+    excess = torch.where(excess > 1e-300, excess, 0.0)  # of none remains a nan either
+    shape, _ = generalized_pareto(excess.flip(1))
+    shape = torch.where((excess > 0).sum(1) < 5, torch.inf, shape)
+    rounding = 16 * torch.finfo(log_w.dtype).eps * top.abs().clamp_min(1)
+    return torch.where(top - cutoff <= rounding, 0.0, shape.unsqueeze(1)).squeeze(1)
 
 
 def generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
     r"""Shape and scale of generalized Pareto distributions, (b,) each, from samples x (b, n),
-    ascending and positive.
+    ascending; those that are 0 count as no samples.
 
     .. math:: p(x) = \frac1\sigma \left(1 + \frac{k x}{\sigma}\right)^{-1/k - 1}
 
@@ -94,13 +98,14 @@ def generalized_pareto(x: Tensor) -> tuple[Tensor, Tensor]:
         A New and Efficient Estimation Method for the Generalized Pareto Distribution, Zhang,
         Stephens, 2009, https://doi.org/10.1198/tech.2009.08017.
     """
-    n = x.shape[1]
-    points = 30 + int(math.sqrt(n))
-    grid = torch.arange(1, points + 1, dtype=x.dtype, device=x.device)
-    quartile, largest = x[:, int(n / 4 + 0.5) - 1, None], x[:, -1:]
-    theta = 1 / largest + (1 - (points / (grid - 0.5)).sqrt()) / (3 * quartile)  # (b, points)
-    k = torch.log1p(-theta.unsqueeze(2) * x.unsqueeze(1)).mean(2)
+    n = (x > 0).sum(1, keepdim=True)
+    points = 30 + n.double().sqrt().floor()
+    grid = torch.arange(1, int(points.max()) + 1, dtype=x.dtype, device=x.device)
+    quartile = x.gather(1, x.shape[1] - n + (n / 4 + 0.5).long() - 1)
+    theta = 1 / x[:, -1:] + (1 - (points / (grid - 0.5)).sqrt()) / (3 * quartile)  # (b, points)
+    k = torch.log1p(-theta.unsqueeze(2) * x.unsqueeze(1)).sum(2) / n
     likelihood = n * ((-theta / k).log() - k - 1)
-    theta = (likelihood.softmax(1) * theta).sum(1)
-    k = torch.log1p(-theta.unsqueeze(1) * x).mean(1)
-    return (n * k + 10 * 0.5) / (n + 10), -k / theta
+    weight = likelihood.where(grid <= points, -torch.inf).softmax(1)
+    theta = (weight * theta).sum(1, keepdim=True)
+    k = torch.log1p(-theta * x).sum(1, keepdim=True) / n
+    return ((n * k + 10 * 0.5) / (n + 10)).squeeze(1), (-k / theta).squeeze(1)

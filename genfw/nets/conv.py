@@ -172,8 +172,15 @@ class ConvDecoder(Decoder, name="conv_decoder"):
         return self.output(self.layers(self.enter(h)))
 
 
-def halvings(shape: tuple[int, ...], channels: Sequence[int]) -> list[tuple[int, int]]:
+def halvings(
+    shape: tuple[int, ...], resolutions: Sequence[int], name: str = "channels"
+) -> list[tuple[int, int]]:
     """The image's size at each resolution, odd sizes rounded up.
+
+    Args:
+        shape: (C, H, W).
+        resolutions: something for each; only their number counts.
+        name: of the argument that gave them.
 
     Raises:
         ValueError: no resolution, or more than the image can be halved.
@@ -182,8 +189,7 @@ def halvings(shape: tuple[int, ...], channels: Sequence[int]) -> list[tuple[int,
         >>> halvings((1, 28, 28), [32, 64, 64])
         [(28, 28), (14, 14), (7, 7)]
     """
-    if not channels or min(shape[1:]) <= 2 ** (len(channels) - 1) // 2:
-        raise ValueError(
-            f"channels: {len(channels)} resolutions do not fit an image of {shape[1]}x{shape[2]}"
-        )
-    return [(math.ceil(shape[1] / 2**i), math.ceil(shape[2] / 2**i)) for i in range(len(channels))]
+    n = len(resolutions)
+    if n == 0 or min(shape[1:]) <= 2 ** (n - 1) // 2:
+        raise ValueError(f"{name}: {n} resolutions do not fit an image of {shape[1]}x{shape[2]}")
+    return [(math.ceil(shape[1] / 2**i), math.ceil(shape[2] / 2**i)) for i in range(n)]

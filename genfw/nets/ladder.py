@@ -77,7 +77,7 @@ class Ladder(nn.Module):
                 f"blocks: expected the number of z at each resolution, at least one in all, "
                 f"got {list(blocks)}"
             )
-        sizes = halvings(self.shape, blocks)
+        sizes = halvings(self.shape, blocks, "blocks")
         self.shapes = tuple(
             (latents, *size)
             for size, count in zip(sizes, blocks, strict=True)

@@ -32,6 +32,7 @@ import math
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.distributions import Normal, per_example
 from genfw.model import LatentModel, MarkovianHierarchy, Weighs
 from genfw.noise import Draws, draws
@@ -48,7 +49,7 @@ class Iwae(Objective, name="iwae"):
 
     def __init__(self, k: int = 50):
         super().__init__()
-        self.k = _draws("k", k)
+        self.k = at_least_one("k", k)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -71,7 +72,7 @@ class Miwae(Objective, name="miwae"):
 
     def __init__(self, m: int = 8, k: int = 8):
         super().__init__()
-        self.m, self.k = _draws("m", m), _draws("k", k)
+        self.m, self.k = at_least_one("m", m), at_least_one("k", k)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -94,7 +95,7 @@ class Ciwae(Objective, name="ciwae"):
 
     def __init__(self, k: int = 50, weight: float = 0.5):
         super().__init__()
-        self.k = _draws("k", k)
+        self.k = at_least_one("k", k)
         if not 0 <= weight <= 1:
             raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
         self.weight = weight
@@ -137,7 +138,7 @@ class Dreg(Objective, name="dreg"):
 
     def __init__(self, k: int = 50):
         super().__init__()
-        self.k = _draws("k", k)
+        self.k = at_least_one("k", k)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -221,9 +222,3 @@ def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
             f"{type(model).__name__} is not: use objective=elbo, or a VAE or MHVAE"
         )
     return model
-
-
-def _draws(name: str, value: int) -> int:
-    if isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected at least 1 draw, got {value}")
-    return value

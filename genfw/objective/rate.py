@@ -14,6 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoises
 from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
@@ -63,7 +64,7 @@ class LinearWarmup(Objective, name="warmup"):
 
     def __init__(self, steps: int = 1000, start: float = 0.0, beta: float = 1.0):
         super().__init__()
-        self.steps = _count("steps", steps)
+        self.steps = at_least_one("steps", steps)
         self.start, self.beta = _price("start", start), _price("beta", beta)
 
     def forward(
@@ -95,7 +96,7 @@ class CyclicWarmup(Objective, name="cyclic"):
 
     def __init__(self, period: int = 1000, cycles: int = 4, ramp: float = 0.5, beta: float = 1.0):
         super().__init__()
-        self.period, self.cycles = _count("period", period), _count("cycles", cycles)
+        self.period, self.cycles = at_least_one("period", period), at_least_one("cycles", cycles)
         if not 0 < ramp <= 1:
             raise ValueError(f"ramp: expected a part of the cycle, above 0 and up to 1, got {ramp}")
         self.ramp, self.beta = ramp, _price("beta", beta)
@@ -276,10 +277,4 @@ def _step(objective: Objective) -> int:
 def _price(name: str, value: float) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    return value
-
-
-def _count(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value}")
     return value

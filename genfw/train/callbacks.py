@@ -23,7 +23,7 @@ from torch import Tensor
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.guidance import Guidance
 from genfw.likelihood import BernoulliLikelihood
-from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.model import LatentModel
 from genfw.models.mhvae import MHVAE
 from genfw.models.vdm import VDM
 from genfw.nets.mlp import MLPDecoder
@@ -31,6 +31,7 @@ from genfw.noise import Noise, mix
 from genfw.train.data.module import ImageData
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance, to_bytes
+from genfw.train.latents import latents_of
 from genfw.train.loggers import Wandb, one_line
 from genfw.train.module import LatentModule
 from genfw.train.pictures import (
@@ -158,7 +159,8 @@ def _bernoulli_decoder(model: Any) -> MLPDecoder:
 
 
 class Pictures(L.Callback):
-    """Grids of samples, and denoising strips of diffusion models or reconstructions of others.
+    """Grids of samples, and denoising strips of diffusion models or reconstructions by learned
+    hierarchies, a row for each level.
 
     They go to the run folder and to W&B: `samples/<step>.png` and so on during training; always the
     same random numbers, so that pictures of one run, and of two, can be laid beside each other.
@@ -235,10 +237,11 @@ class Pictures(L.Callback):
             if isinstance(model, VDM):
                 strip = denoising_strip(model, self.examples, seed, self.bins, self.levels)
                 pictures["denoising"] = strip
-            elif isinstance(model, MarkovianHierarchy) and images is not None:
+            latents = latents_of(model)
+            if latents is not None and images is not None:
                 noise = Noise(seed, torch.arange(len(images), device=module.device))
                 pictures["reconstructions"] = reconstructions(
-                    model, images, noise, self.bins, self.labels
+                    latents, images, noise, self.bins, self.labels
                 )
         return pictures
 

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image as PIL
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from genfw.elbo import ELBO
 from genfw.model import LatentModel
@@ -36,7 +37,7 @@ from genfw.train.data.images import Batch
 from genfw.train.latents import Latents, Means, latents_of
 from genfw.train.loggers import one_line
 from genfw.train.module import LatentModule
-from genfw.train.pictures import grid, save
+from genfw.train.pictures import grid, pixels, save
 from genfw.types import Image, Labels
 
 ACTIVE = 0.01
@@ -48,8 +49,10 @@ COLLAPSED = 0.1
 
 class Diagnostics(L.Callback):
     """Logs, for learned hierarchies, `kl_<t>` and `active_units_<t>` of every level, z_1 next to
-    the data, `rate` (their sum) and `distortion` (minus the reconstruction), in nats per image, and
-    draws pictures. Does nothing for other models, diffusion models among them.
+    the data, in nats per image, and draws pictures. They are of some `images`; `rate`, what all
+    levels cost, and `distortion`, minus the reconstruction, are of all: the terms of the NLL that
+    is reported (absent where its estimator has none). Does nothing for other models, diffusion
+    models among them.
 
     `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a
     divergence; the others may be negative, see `genfw.model.bound`.
@@ -59,7 +62,7 @@ class Diagnostics(L.Callback):
 
     Args:
         bins: K of the data.
-        images: how many are looked at, the first of the split.
+        images: how many are looked at, anywhere in the split (`spread`): data come sorted by class.
         draws: k, of all latents, for each of them: at least 2.
         patience: validations after which a level that has no active unit, or costs less than 0.1
             nat, is called collapsed, in one warning.
@@ -89,12 +92,13 @@ class Diagnostics(L.Callback):
         self.alarmed: set[int] = set()
         self.sums: Sums | None = None
         self.pair: tuple[Image, Labels] | None = None
+        self.chosen: Tensor | None = None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.sums = None
+        self._begin()
 
     def on_test_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.sums = None
+        self._begin()
 
     def on_validation_batch_end(
         self,
@@ -105,7 +109,7 @@ class Diagnostics(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._look(trainer, pl_module, batch)
+        self._look(trainer, pl_module, batch, "val")
 
     def on_test_batch_end(
         self,
@@ -116,7 +120,7 @@ class Diagnostics(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._look(trainer, pl_module, batch)
+        self._look(trainer, pl_module, batch, "test")
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         found = self._report(trainer, pl_module, "val")
@@ -133,15 +137,26 @@ class Diagnostics(L.Callback):
         if found is not None:
             self._draw(trainer, pl_module, "test", found)
 
-    def _look(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch) -> None:
+    def _begin(self) -> None:
+        self.sums, self.pair, self.chosen = None, None, None
+
+    def _look(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, split: str
+    ) -> None:
         assert isinstance(module, LatentModule)
-        mine = -(-self.images // trainer.world_size)  # rank r has images r, r + world, ...
-        rows = mine - (0 if self.sums is None else int(self.sums.count))
-        if trainer.sanity_checking or rows <= 0 or latents_of(module.evaluated) is None:
+        if trainer.sanity_checking or latents_of(module.evaluated) is None:
             return
-        x, y, index = batch.image[:rows], batch.label[:rows], batch.index[:rows]
-        if self.sums is None:
-            self.pair = x[:2], y[:2]
+        world = trainer.world_size
+        if self.chosen is None:
+            count = _images(trainer, split, len(batch.index)) // world
+            self.chosen = spread(max(1, count), -(-self.images // world)).to(batch.index.device)
+        # Rank r has images r, r + world, ...: each looks at the same rows of its own.
+        rows = torch.isin(batch.index // world, self.chosen)
+        if not rows.any():
+            return
+        x, y, index = batch.image[rows], batch.label[rows], batch.index[rows]
+        first = (x[:1], y[:1]) if self.pair is None else (self.pair[0][:1], self.pair[1][:1])
+        self.pair = torch.cat([first[0], x[-1:]]), torch.cat([first[1], y[-1:]])
         noise = Noise(mix(module.seed, "diagnostics"), index)
         with module.evaluating() as model:
             sums = look(model, x, y, noise, self.draws)
@@ -150,12 +165,15 @@ class Diagnostics(L.Callback):
     def _report(self, trainer: L.Trainer, module: L.LightningModule, split: str) -> Findings | None:
         if self.sums is None:
             return None
+        assert isinstance(module, LatentModule)
         found = self.sums.over_ranks().findings()
         for t, (kl, activity) in enumerate(zip(found.kl, found.activity, strict=True), 1):
             module.log(f"{split}/kl_{t}", kl)
             module.log(f"{split}/active_units_{t}", float((activity > ACTIVE).sum()))
-        module.log(f"{split}/rate", sum(found.kl))
-        module.log(f"{split}/distortion", found.distortion)
+        whole = module.nll.compute()  # the terms of the number itself, of all images
+        if "levels" in whole:
+            module.log(f"{split}/rate", (whole["levels"] + whole["prior"]).float())
+            module.log(f"{split}/distortion", -whole["reconstruction"].float())
         return found
 
     def _alarm(self, found: Findings) -> None:
@@ -270,6 +288,23 @@ class Sums:
         return Findings(kl, activity, distortion)
 
 
+def spread(count: int, n: int) -> Tensor:
+    """n of the rows 0..count - 1 (or all), ascending: in no order that data could have, and the
+    same in every run, so that runs look at the same images."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[:n].sort().values
+
+
+def _images(trainer: L.Trainer, split: str, batch: int) -> int:
+    """How many images, over all ranks, this evaluation sees in batches of `batch`."""
+    if split == "val":
+        loader, batches = trainer.val_dataloaders, trainer.num_val_batches
+    else:
+        loader, batches = trainer.test_dataloaders, trainer.num_test_batches
+    assert isinstance(loader, DataLoader)
+    return min(len(loader.dataset), int(batches[0]) * batch * trainer.world_size)  # pyright: ignore
+
+
 def look(model: LatentModel, x: Image, y: Labels | None, noise: Noise, draws: int) -> Sums:
     """The sums over one batch, with `draws` draws of every latent for each image.
 
@@ -339,11 +374,6 @@ def traversal(
         flat[:, int(unit)] += steps.to(z) * float(scale[int(unit)])
         rows.append(pixels(latents.expected([flat.view_as(z), *rest], labels), bins))
     return grid(torch.cat(rows), columns)
-
-
-def pixels(x: Tensor, bins: int) -> Tensor:
-    """Expected values, 0..bins - 1, as bytes: those of binary images are shades of grey."""
-    return (x.double() * 255 / (bins - 1)).round().clamp(0, 255).to(torch.uint8)
 
 
 def _column(w: Tensor, like: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from torch import nn
 
 import genfw
 from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.denoising import Denoises
 from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
 from genfw.estimators.estimator import Estimator
@@ -117,7 +118,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
                 write(folder / "results.json", results)
                 write(folder / "certificate.json", certificate)
                 finish_pictures(module, trainer, callbacks, folder)
-                Console().print(table(results))
+                Console().print(table(results, module))
                 print(f"run folder: {folder}")
             for logger in loggers:
                 if isinstance(logger, Wandb):
@@ -288,8 +289,13 @@ def announce(config: DictConfig, folder: Path, module: LatentModule, trainer: L.
         print(f"run folder: {folder}", flush=True)
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """The end of a run, for the eye."""
+def table(results: Mapping[str, Any], module: LatentModule) -> Table:
+    """The end of a run, for the eye.
+
+    Args:
+        results: of the test, as in results.json.
+        module: what was tested, and by which estimator.
+    """
     test = {
         key.removeprefix("test/"): value
         for key, value in results.items()
@@ -301,11 +307,19 @@ def table(results: Mapping[str, Any]) -> Table:
     sheet.add_row(
         "", f"{test['bpd']:.4f} ± {test['nll_stderr'] * test['bpd'] / test['nll']:.4f} bits/dim"
     )
+    sheet.add_row("kind", module.estimator.kind)
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
         if test["levels"]:
-            sheet.add_row("  levels (denoising)", f"{test['levels']:.2f} nats")
+            levels = "levels (denoising)" if isinstance(module.model, Denoises) else "levels"
+            sheet.add_row(f"  {levels}", f"{test['levels']:.2f} nats")
         sheet.add_row("  prior", f"{test['prior']:.2f} nats")
+    if "ess" in test:
+        draws = module.estimator.draws
+        sheet.add_row("ess", f"{test['ess']:.1f} of {draws} draws, mean over images")
+    if "khat" in test:
+        heavy = f"above 0.7, not to be believed, for {100 * test['khat_over_0.7']:.0f} %"
+        sheet.add_row("khat", f"{test['khat']:.2f}, mean over images; {heavy}")
     for key, value in test.items():
         if f"{key}_samples" in test:
             what = f"{test[f'{key}_samples']:.0f} samples, {test[f'{key}_reference']}"

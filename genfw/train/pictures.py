@@ -12,10 +12,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from genfw.diffusion.sampler import Step
-from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.train.frechet import to_bytes
+from genfw.train.latents import Latents
 from genfw.types import Data, Image
 
 GAP = 1
@@ -25,6 +26,11 @@ GAP = 1
 def data_to_bytes(x: Data) -> Tensor:
     """Normalized data, clipped to [-1, 1], as bytes."""
     return ((x.double().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def pixels(x: Tensor, bins: int) -> Tensor:
+    """Expected values, 0..bins - 1, as bytes: those of binary images are shades of grey."""
+    return (x.double() * 255 / (bins - 1)).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
@@ -147,15 +153,14 @@ def animate(frames: Sequence[PIL.Image], path: Path, facts: Mapping[str, str]) -
 
 @torch.no_grad()
 def reconstructions(
-    model: MarkovianHierarchy, x: Image, noise: Noise, bins: int, y: Tensor | None = None
+    latents: Latents, x: Image, noise: Noise, bins: int, y: Tensor | None = None
 ) -> PIL.Image:
-    """Images above, and below each what the model draws from the top latent it was encoded to."""
-    z: Tensor = x
-    for t in range(1, model.levels + 1):
-        z = model.encode(z, t, y).sample(noise.fold(f"q{t}"))
-    for t in range(model.levels, 0, -1):
-        z = model.decode(z, t, y).sample(noise.fold(f"p{t}"))
-    return grid(to_bytes(torch.cat([x, z]), bins), columns=len(x))
+    """Images in the first row, and below them E[x | z], a row for every level, z_1's first: in that
+    of z_t, the latents z_t .. z_T are what each image was encoded to, and those below z_t are the
+    means of their priors."""
+    z = [each for _, each in latents.posteriors(x, y, noise=noise)]
+    levels = [pixels(latents.expected(z[t:], y), bins) for t in range(latents.levels)]
+    return grid(torch.cat([pixels(x, bins), *levels]), columns=len(x))
 
 
 def save(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> Path:
