@@ -101,6 +101,16 @@ def test_a_signal_at_the_last_step(tmp_path):
     assert read(tmp_path / "last.ckpt")["global_step"] == 6
 
 
+def test_a_signal_before_the_first_step(tmp_path):
+    class Early(L.Callback):
+        def setup(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="interrupted at step 0") as stopped:
+        trained(tmp_path, Early())
+    assert stopped.value.exit_code == 143 and not (tmp_path / "last.ckpt").exists()
+
+
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     with pytest.raises(SystemExit) as stopped:  # Lightning's answer to a KeyboardInterrupt
         trained(tmp_path, At("step", 3, signal.SIGINT, signal.SIGINT))
