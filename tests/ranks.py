@@ -50,7 +50,7 @@ class Fault:
 
     Attributes:
         moment: train (in the step after), validation (in its second batch), write (half way); nan:
-            no signal, the weights are no numbers in the step after.
+            no signal, the weights are no numbers in the step after; error: an exception there.
         ranks: those it happens to.
     """
 
@@ -198,11 +198,14 @@ def _inject(fault, mark):
         for p in module.model.parameters():
             p.data.fill_(torch.nan)
 
-    if fault.moment == "nan":
+    if fault.moment in ("nan", "error"):
         step = LatentModule.training_step
 
         def poisoned(self, batch, batch_idx):
             if self.trainer.global_step == fault.step:
+                if fault.moment == "error":
+                    mark.write_text(str(time.time()))
+                    raise RuntimeError("out of luck")
                 poison(self)
             return step(self, batch, batch_idx)
 

@@ -620,7 +620,7 @@ LEAST = {
 def _run_can_be(config: DictConfig) -> None:
     for key, least in LEAST.items():
         value = OmegaConf.select(config, key)
-        share = key == "trainer.val_check_interval" and isinstance(value, float) and 0 < value
+        share = key == "trainer.val_check_interval" and isinstance(value, float) and value > 0
         every = key == "trainer.devices" and value == -1
         if isinstance(value, int | float) and value < least and not (share or every):
             kind = "an integer" if isinstance(value, int) else "a number"
