@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception:
-        traceback.print_exc()
+        rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK")
+        print(*([f"rank {rank}:"] if rank else []), traceback.format_exc(), file=sys.stderr)
         return 1
 
 

@@ -50,7 +50,7 @@ class Fault:
 
     Attributes:
         moment: train (in the step after), validation (in its second batch), write (half way); nan:
-            no signal, the weights are no numbers in the step after.
+            no signal, the weights are no numbers in the step after; error: an exception there.
         ranks: those it happens to.
     """
 
@@ -70,8 +70,8 @@ class Ended:
     seconds: float
 
 
-def run(*arguments, world=1, fault=None, environment=None, timeout=240.0) -> Ended:
-    """`python -m genfw <arguments>` on `world` ranks."""
+def run(*arguments, world=1, fault=None, environment=None, timeout=240.0, prepare=None) -> Ended:
+    """`python -m genfw <arguments>` on `world` ranks; each first calls `prepare` (folder)."""
     if world > 1 and not any(each.startswith("resume=") for each in arguments):
         arguments = (*arguments, "trainer.strategy=ddp", f"trainer.devices={world}")
     with socket.socket() as free:
@@ -95,7 +95,7 @@ def run(*arguments, world=1, fault=None, environment=None, timeout=240.0) -> End
             "TORCHELASTIC_RUN_ID": "test",
         }
         given = {**(environment or {}), **(torchrun if world > 1 else {})}
-        target = (arguments, given, fault, rank, str(logs[rank]), str(mark))
+        target = (arguments, given, fault, rank, str(logs[rank]), str(mark), prepare)
         ranks.append(_context.Process(target=_rank, args=target))
     for process in ranks:
         process.start()
@@ -153,7 +153,7 @@ def _folder(arguments):
 PLACES = ("hydra.run.dir=", "resume=")
 
 
-def _rank(arguments, environment, fault, rank, log, mark):
+def _rank(arguments, environment, fault, rank, log, mark, prepare):
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -166,6 +166,8 @@ def _rank(arguments, environment, fault, rank, log, mark):
 
     if fault is not None and rank in fault.ranks:
         _inject(fault, Path(mark))
+    if prepare is not None:
+        prepare(_folder(arguments))
     code = main(list(arguments))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -196,11 +198,14 @@ def _inject(fault, mark):
         for p in module.model.parameters():
             p.data.fill_(torch.nan)
 
-    if fault.moment == "nan":
+    if fault.moment in ("nan", "error"):
         step = LatentModule.training_step
 
         def poisoned(self, batch, batch_idx):
             if self.trainer.global_step == fault.step:
+                if fault.moment == "error":
+                    mark.write_text(str(time.time()))
+                    raise RuntimeError("out of luck")
                 poison(self)
             return step(self, batch, batch_idx)
 

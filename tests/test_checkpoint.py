@@ -174,7 +174,7 @@ def test_a_failed_save_is_said_and_the_run_goes_on(tmp_path, capsys):
 
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     with pytest.raises(Stopped, match=r"step 6 could not.*step 2 is kept; 2 in a row") as caught:
-        trained(tmp_path, steps=8, files=Disk(full=(2, 3)), failures=1)
+        trained(tmp_path, steps=8, files=Disk(full=(2, 3)), failures=2)
     assert caught.value.exit_code == 1
 
 
@@ -206,7 +206,13 @@ def test_a_damaged_file_is_not_kept_as_the_previous_one(tmp_path):
     assert (tmp_path / "last.ckpt.damaged").exists()
 
 
-@pytest.mark.parametrize("wrong", [{"every": 0}, {"failures": -1}])
+@pytest.mark.parametrize("wrong", [{"every": 0}, {"failures": 0}])
 def test_arguments_out_of_range(tmp_path, wrong):
     with pytest.raises(ConfigError, match="expected at least"):
         Keeper(tmp_path, AtomicIO(), Signals(), **wrong)
+
+
+def test_a_file_from_before_checksums_is_told_apart(tmp_path):
+    torch.save({"step": 1}, tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match="has no checksum; a genfw older than checksums"):
+        read(tmp_path / "last.ckpt")

@@ -305,6 +305,24 @@ def test_a_failing_log_call_is_said_once(tmp_path, capsys):
     run.finish()
 
 
+def test_an_interrupted_run_does_not_wait_for_its_upload(tmp_path, monkeypatch):
+    ever = threading.Event()
+
+    class Slow:
+        disabled = offline = False
+        url, settings = "https://there", SimpleNamespace(sync_dir=tmp_path / "run-x")
+
+        def finish(self, exit_code):
+            ever.wait(60)
+
+    monkeypatch.setattr(loggers, "LAST_PATIENCE", 0.1)
+    logger = Wandb(tmp_path, mode="offline")
+    logger.run = Slow()
+    logger.finish(exit_code=143)
+    assert not ever.is_set() and f"wandb sync {tmp_path}/run-x" in logger.where
+    ever.set()
+
+
 def test_git_commit(monkeypatch):
     commit = loggers.git_commit()
     assert commit is None or len(commit.removesuffix("+")) == 40

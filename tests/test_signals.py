@@ -47,6 +47,17 @@ def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):
     assert all(torch.isfinite(each).all() for each in last["state_dict"].values())
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_ends_all(tmp_path, rank):
+    """Nobody waits for a rank that is gone, and it is told which one it was."""
+    fault = Fault("error", 4, ranks=(rank,))
+    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    assert ended.codes == [1, 1], ended.said
+    assert f"rank {rank}: Traceback" in ended.said and "RuntimeError: out of luck" in ended.said
+    assert ended.seconds < 30
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
 class At(L.Callback):
     """Raises signals at a moment of training."""
 
@@ -99,6 +110,16 @@ def test_a_signal_at_the_last_step(tmp_path):
     with pytest.raises(Stopped):
         trained(tmp_path, At("step", 5, signal.SIGTERM))
     assert read(tmp_path / "last.ckpt")["global_step"] == 6
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    class Early(L.Callback):
+        def setup(self, *_, **__):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="interrupted at step 0") as stopped:
+        trained(tmp_path, Early())
+    assert stopped.value.exit_code == 143 and not (tmp_path / "last.ckpt").exists()
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -86,7 +87,13 @@ def check(path: Path) -> None:
         raise CheckpointError(f"there is no checkpoint {path}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if size <= 0 or not (trailer.startswith(LABEL) and trailer.endswith(b"\n")):
+    whole = trailer.startswith(LABEL) and trailer.endswith(b"\n")
+    if not whole and zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} cannot be read: it has no checksum; a genfw older than checksums wrote it, "
+            "or its end was cut off: train again, or read it with the genfw that wrote it"
+        )
+    if size <= 0 or not whole:
         raise CheckpointError(f"{path} cannot be read: it is cut short, or no checkpoint of genfw")
     if trailer[len(LABEL) : -1].decode("ascii", "replace") != sha.hexdigest():
         raise CheckpointError(f"{path} cannot be read: its contents do not match its checksum")

@@ -606,19 +606,45 @@ def _weights_are_float32(config: DictConfig) -> None:
         )
 
 
+LEAST = {
+    "seed": 0,
+    **dict.fromkeys(("data.batch_size", "data.eval_batch_size"), 1),
+    **{f"trainer.{each}": 1 for each in ("accumulate_grad_batches", "log_every_n_steps")},
+    **{f"trainer.{each}": 1 for each in ("val_check_interval", "devices", "num_nodes")},
+    **dict.fromkeys(("data.num_workers", "trainer.gradient_clip_val"), 0),
+    **dict.fromkeys(("optimizer.weight_decay", "scheduler.warmup"), 0),
+}
+"""What a number must at least be where nobody says so before a run has begun."""
+
+
 def _run_can_be(config: DictConfig) -> None:
-    seed, lr = OmegaConf.select(config, "seed"), OmegaConf.select(config, "optimizer.lr")
-    if isinstance(seed, int) and seed < 0:
-        raise ConfigError(f"seed={seed}: expected an integer of at least 0")
+    for key, least in LEAST.items():
+        value = OmegaConf.select(config, key)
+        share = key == "trainer.val_check_interval" and isinstance(value, float) and value > 0
+        every = key == "trainer.devices" and value == -1
+        if isinstance(value, int | float) and value < least and not (share or every):
+            kind = "an integer" if isinstance(value, int) else "a number"
+            raise ConfigError(f"{key}={value}: expected {kind} of at least {least}")
+    lr = OmegaConf.select(config, "optimizer.lr")
     if isinstance(lr, int | float) and lr < 0:
         raise ConfigError(f"optimizer.lr={lr}: expected a positive learning rate")
     steps, epochs = (
         OmegaConf.select(config, f"trainer.max_{each}") for each in ("steps", "epochs")
     )
+    if steps == 0:
+        raise ConfigError(
+            "trainer.max_steps=0: expected at least 1; without a step nothing is tested"
+        )
     if isinstance(steps, int) and steps < 0 and (epochs is None or epochs < 0):
         raise ConfigError(
             f"trainer.max_steps={steps}: this run has no end; give trainer.max_steps or "
             "trainer.max_epochs"
+        )
+    strategy = str(OmegaConf.select(config, "trainer.strategy"))
+    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+        raise ConfigError(
+            f"trainer.strategy={strategy}: averaged weights, evaluation and checkpoints are whole "
+            "on every rank here and cannot be sharded: use trainer=ddp"
         )
     if OmegaConf.select(config, "trainer.enable_checkpointing") is False:
         raise ConfigError(

@@ -109,10 +109,12 @@ def own_folder(config: DictConfig, key: str) -> Path:
             return folder
         except FileExistsError:
             if not folder.is_dir():
-                raise GenfwError(f"{key}: {folder} is a file") from None
+                raise ConfigError(f"{key}: {folder} is a file") from None
             OmegaConf.clear_cache(config)
         except OSError as error:
-            raise GenfwError(f"{key}: cannot make the folder {folder}: {error.strerror}") from error
+            raise ConfigError(
+                f"{key}: cannot make the folder {folder}: {error.strerror}"
+            ) from error
 
 
 def quoted(path: Path) -> str:

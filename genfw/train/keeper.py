@@ -39,8 +39,8 @@ class Keeper(Checkpoint):
         signals: asked after each step.
         begin: the file that this run goes on from; None: it is a new one.
         every: steps between further saves; None: none.
-        failures: saves that may fail in a row (a full disk) before the run stops. The last good
-            files stay.
+        failures: so many saves that fail in a row (a full disk) stop the run. The last good files
+            stay.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Keeper(Checkpoint):
     ):
         if every is not None and every < 1:
             raise ConfigError(f"checkpoint.every: expected at least 1, or null, got {every}")
-        if failures < 0:
-            raise ConfigError(f"checkpoint.failures: expected at least 0, got {failures}")
+        if failures < 1:
+            raise ConfigError(f"checkpoint.failures: expected at least 1, got {failures}")
         self.folder, self.files, self.signals = folder, files, signals
         self.begin, self.every, self.failures = begin, every, failures
         self.best = math.inf
@@ -209,7 +209,7 @@ class Keeper(Checkpoint):
 
     def _complain(self, trainer: L.Trainer, reason: str) -> None:
         said = f"step {self.step} could not be saved ({reason}); step {self.saved} is kept"
-        if self.failed > self.failures:
+        if self.failed >= self.failures:
             raise Stopped(
                 f"{said}; {self.failed} in a row (checkpoint.failures={self.failures}): make room, "
                 f"then python -m genfw resume={trainer.default_root_dir}"

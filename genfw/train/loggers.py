@@ -30,6 +30,9 @@ from torch import Tensor
 PATIENCE = 1.5
 """Seconds to wait for an answer from the network."""
 
+LAST_PATIENCE = 4.0
+"""Seconds to upload what is left of a run that a signal ended."""
+
 ONLINE_PATIENCE = 20.0
 """Seconds that a W&B server which did answer may take to open a run."""
 
@@ -205,11 +208,18 @@ class Wandb(Logger):
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the run; later calls do nothing."""
+        """Closes the run; later calls do nothing. A run that a signal ended (an exit code beyond 1)
+        waits `LAST_PATIENCE` seconds for the upload: the rest stays in its folder."""
         if self.run is not None:
             run, self.run = self.run, None
             self._last = self._where(run)
-            self._quietly(lambda: run.finish(exit_code=exit_code))
+            close = threading.Thread(
+                target=lambda: self._quietly(lambda: run.finish(exit_code=exit_code)), daemon=True
+            )
+            close.start()
+            close.join(LAST_PATIENCE if exit_code > 1 else None)
+            if close.is_alive():
+                self._last += f"; not all of it arrived: wandb sync {run.settings.sync_dir}"
 
     @property
     def where(self) -> str:

@@ -81,6 +81,7 @@ class LatentModule(L.LightningModule):
         self.arithmetic: dict[str, Any] = {}
         known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
         self.nll = NLL(diagnostics=known)
+        self._nats: list[Tensor] = []
 
     @property
     def evaluated(self) -> LatentModel:
@@ -120,8 +121,9 @@ class LatentModule(L.LightningModule):
                 f"got {(*nats.shape,)}"
             )
         loss = nats.mean()
-        if logs(self.trainer):
-            value = loss.detach()
+        if logs(self.trainer):  # the mean over the micro-batches of the step, on all ranks
+            self._nats = [*(self._nats if batch_idx % accumulate else []), loss.detach()]
+            value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
             self.log("train/objective", value, prog_bar=True)
             if isinstance(self.objective, Elbo):  # others are weighted: their nats are no bits
                 self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))

@@ -60,7 +60,9 @@ class Signals(L.Callback):
         return int(asked)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What came while data and model were built is obeyed before the first step."""
         self._install()
+        stop(self.agreed(), trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer.num_val_batches)

@@ -47,9 +47,9 @@ class Stability(L.Callback):
         factor: f above; None: no norm is too large.
         quantile: q in [0, 1].
         window: w; nothing is skipped before there were as many steps.
-        max_consecutive: this many steps are skipped in a row. Then one that is not finite stops the
-            run; one that is merely long is taken, and the norms before it are forgotten: they were
-            those of a plateau that is left.
+        max_consecutive: this many steps in a row that are not finite stop the run. As many that are
+            merely long are skipped; the next one is taken, and the norms before it are forgotten:
+            they were those of a plateau that is left.
 
     Raises:
         ValueError: an argument out of its range.
@@ -98,7 +98,7 @@ class Stability(L.Callback):
         self.steps += 1
         if bad:
             self.nonfinite += 1
-            if self.nan_policy == "stop" or self.nonfinite > self.max_consecutive:
+            if self.nan_policy == "stop" or self.nonfinite >= self.max_consecutive:
                 told = self._report(trainer.global_step, loss, norm, images)
                 raise Stopped(from_the_cause(told, bool(loss.isfinite())))
             skip = True
