@@ -82,6 +82,7 @@ def check(
         for rule in RULES:
             rule(config)
     except OmegaConfBaseException as error:
+        _networks_fit_their_place(config)  # out of place, they read what is not there
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
 

@@ -122,7 +122,8 @@ class LatentModule(L.LightningModule):
             )
         loss = nats.mean()
         if logs(self.trainer):  # the mean over the micro-batches of the step, on all ranks
-            self._nats = [*(self._nats if batch_idx % accumulate else []), loss.detach()]
+            first = batch_idx % self.trainer.accumulate_grad_batches == 0
+            self._nats = [*([] if first else self._nats), loss.detach()]
             value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
             self.log("train/objective", value, prog_bar=True)
             if isinstance(self.objective, Elbo):  # others are weighted: their nats are no bits
