@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "genfw"
 
-BASE = {"types", "registry", "check", "noise", "elbo", "distributions", "discretized", "bayes"}
+BASE = {"check", "types", "registry", "noise", "elbo", "distributions", "discretized", "bayes"}
 INTERFACES = {"model", "likelihood", "schedule", "parameterization"}
 MODELS = {"models", "objective", "estimators"}
 
