@@ -56,8 +56,9 @@ def test_the_table_says_what_kind_of_number_and_whether_to_believe_it():
     said = {**NUMBERS, "ess": 31.72, "khat": 0.854, "khat_over_0.7": 0.25}
     shown = rows(table({f"test/{key}": value for key, value in said.items()}, lightning))
     assert shown["kind"] == "upper bound on -log p(x)"
-    assert shown["ess"] == "31.7 of 500 draws, mean over images"
-    assert shown["khat"] == "0.85, mean over images; above 0.7, not to be believed, for 25 %"
+    assert shown["ess"] == "31.72 (mean over images)"
+    assert shown["khat"] == "0.854 (mean over images)"
+    assert shown["khat_over_0.7"] == "0.25 (mean over images)"
     less = {key: value for key, value in said.items() if not key.startswith("khat")}
     assert "khat" not in rows(table({f"test/{k}": v for k, v in less.items()}, lightning))
 

@@ -314,12 +314,6 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
             levels = "levels (denoising)" if isinstance(module.model, Denoises) else "levels"
             sheet.add_row(f"  {levels}", f"{test['levels']:.2f} nats")
         sheet.add_row("  prior", f"{test['prior']:.2f} nats")
-    if "ess" in test:
-        draws = module.estimator.draws
-        sheet.add_row("ess", f"{test['ess']:.1f} of {draws} draws, mean over images")
-    if "khat" in test:
-        heavy = f"above 0.7, not to be believed, for {100 * test['khat_over_0.7']:.0f} %"
-        sheet.add_row("khat", f"{test['khat']:.2f}, mean over images; {heavy}")
     for key, value in test.items():
         if f"{key}_samples" in test:
             what = f"{test[f'{key}_samples']:.0f} samples, {test[f'{key}_reference']}"
