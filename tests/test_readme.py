@@ -12,7 +12,7 @@ from genfw.train.compose import compose, jobs, session
 ROOT = Path(__file__).parents[1]
 TEXT = "\n".join(file.read_text() for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
 COMMANDS = sorted(
-    set(re.findall(r"python -m genfw (?!-|sweep=)([^`#\n]+)|(--multirun [^`#\n]+)", TEXT))
+    set(re.findall(r"python -m genfw (?!-|sweep=|resume=)([^`#\n]+)|(--multirun [^`#\n]+)", TEXT))
 )
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
