@@ -71,11 +71,15 @@ if TYPE_CHECKING:
     from genfw.likelihood import GaussianLikelihood as GaussianLikelihood
     from genfw.likelihood import Likelihood as Likelihood
     from genfw.likelihood import LogisticMixtureLikelihood as LogisticMixtureLikelihood
+    from genfw.model import Diverges as Diverges
     from genfw.model import LatentModel as LatentModel
     from genfw.model import MarkovianHierarchy as MarkovianHierarchy
     from genfw.model import Weighs as Weighs
     from genfw.models.hvae import HVAE as HVAE
     from genfw.models.mhvae import MHVAE as MHVAE
+    from genfw.models.posterior import FullPosterior as FullPosterior
+    from genfw.models.posterior import Posterior as Posterior
+    from genfw.models.posterior import ResidualPosterior as ResidualPosterior
     from genfw.models.vae import VAE as VAE
     from genfw.models.vdm import VDM as VDM
     from genfw.noise import BatchNoise as BatchNoise
@@ -181,9 +185,10 @@ _HOMES = {
         "Likelihood",
         "LogisticMixtureLikelihood",
     ),
-    "genfw.model": ("LatentModel", "MarkovianHierarchy", "Weighs"),
+    "genfw.model": ("Diverges", "LatentModel", "MarkovianHierarchy", "Weighs"),
     "genfw.models.hvae": ("HVAE",),
     "genfw.models.mhvae": ("MHVAE",),
+    "genfw.models.posterior": ("FullPosterior", "Posterior", "ResidualPosterior"),
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
     "genfw.noise": ("BatchNoise", "Draws", "Noise"),

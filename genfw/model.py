@@ -90,6 +90,21 @@ class Weighs(Protocol):
         ...
 
 
+@runtime_checkable
+class Diverges(Protocol):
+    """A model whose bound is a reconstruction less divergences in closed form, all diagonal."""
+
+    def divergences(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> tuple[Nats, list[tuple[Normal, Normal]]]:
+        """log p(x | z) and (q, p) of every z, z_1 first: the bound takes KL(q || p) of each.
+
+        Raises:
+            TypeError: this model's bound is of another kind, in a line.
+        """
+        ...
+
+
 class MarkovianHierarchy(LatentModel):
     """A chain of latents; see the page above. Subclasses state `levels` and the three
     conditionals."""
@@ -146,6 +161,23 @@ class MarkovianHierarchy(LatentModel):
             p = self.decode(z, t, y)
             yield Rung(q, z, p, p.log_prob(below))
             below = z
+
+    def divergences(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> tuple[Nats, list[tuple[Normal, Normal]]]:
+        """`Diverges`, for one level.
+
+        Raises:
+            TypeError: there are more: below the top, q(z_t | z_{t-1}) and p(z_t | z_{t+1}) do not
+                stand on the same draws, and a level costs a log ratio at one draw.
+        """
+        if self.levels != 1:
+            raise TypeError(
+                f"{type(self).__name__} has {self.levels} levels: below the top one a level costs "
+                "a log ratio at a draw, no divergence in closed form"
+            )
+        (rung,) = self.climb(x, y, noise=noise)
+        return rung.log_below, [(rung.q, self.prior(len(x)))]
 
     def ancestral_elbo(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None

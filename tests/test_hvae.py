@@ -12,11 +12,15 @@ from genfw import (
     HVAE,
     BernoulliLikelihood,
     CategoricalLikelihood,
+    FullPosterior,
     GaussianLikelihood,
     Noise,
+    Normal,
+    Posterior,
+    ResidualPosterior,
     Weighs,
 )
-from genfw.models.hvae import BOUND
+from genfw.models.posterior import BOUND
 from genfw.nets import Ladder
 
 IMAGES = torch.tensor([[i >> b & 1 for b in range(4)] for i in range(16)]).view(16, 1, 2, 2)
@@ -40,12 +44,14 @@ class LinearGaussianLadder(torch.nn.Module):
     """p(z_T) = N(0, 1), p(z_t | z_{t+1}) = N(a z_{t+1}, s^2), p(x | z_1) = N(a z_1, s^2), with the
     exact q(z_t | z_{t+1}, x), by Bayes: x | z_t ~ N(a^t z_t, s^2 (1 + a^2 + ... + a^{2 (t - 1)})).
 
-    `bias` bends the posterior's means by so many deviations of the prior.
+    `bias` bends the posterior's means by so many deviations of the prior. It is told relative to
+    the prior unless `full`.
     """
 
-    def __init__(self, levels, a=0.8, s=0.7, bias=0.0):
+    def __init__(self, levels, full=False, a=0.8, s=0.7, bias=0.0):
         super().__init__()
-        self.shapes, self.a, self.s, self.bias = ((2,),) * levels, a, s, bias
+        self.shapes, self.full = ((2,),) * levels, full
+        self.a, self.s, self.bias = a, s, bias
 
     def read(self, x, y=None):
         return [x]
@@ -61,8 +67,10 @@ class LinearGaussianLadder(torch.nn.Module):
             variance = self.s**2 * sum(a ** (2 * i) for i in range(t))
             precision = 1 / std**2 + a ** (2 * t) / variance
             exact = (mean / std**2 + a**t * seen[0] / variance) / precision
-            ratio = precision**-0.5 / std
-            z = draw(prior, self.head((exact - mean) / std + self.bias, ratio))
+            exact, deviation = exact + self.bias * std, precision**-0.5
+            if not self.full:
+                exact, deviation = (exact - mean) / std, deviation / std
+            z = draw(prior, self.head(exact, deviation))
         return torch.cat([a * z, torch.full_like(z, math.log(self.s))], 1)
 
     def head(self, mean, std):
@@ -76,16 +84,18 @@ class LinearGaussianLadder(torch.nn.Module):
         return gaussian_log_prob(x, 0.0, variance**0.5)
 
 
+@pytest.mark.parametrize("posterior", [ResidualPosterior(), FullPosterior()])
 @pytest.mark.parametrize("levels", [1, 2, 5])
-def test_the_bound_is_tight_with_the_true_posterior_and_below_otherwise(levels, double):
-    x, n = 1.3 * torch.randn(3, 2), 20_000
-    exact = LinearGaussianLadder(levels)
+def test_the_bound_is_tight_with_the_true_posterior_and_below_otherwise(levels, posterior, double):
+    x, n, full = 1.3 * torch.randn(3, 2), 20_000, isinstance(posterior, FullPosterior)
+    exact = LinearGaussianLadder(levels, full)
     evidence = exact.log_prob(x)
-    model = HVAE(exact, GaussianLikelihood())
+    model = HVAE(exact, GaussianLikelihood(), posterior=posterior)
     torch.testing.assert_close(model.log_weight(x), evidence)
     total = model.elbo(x.repeat_interleave(n, 0)).total.view(3, n)
     assert ((total.mean(1) - evidence).abs() < 5 * total.std(1) / n**0.5 + 1e-9).all()
-    bent = HVAE(LinearGaussianLadder(levels, bias=0.4), GaussianLikelihood())
+    ladder = LinearGaussianLadder(levels, full, bias=0.4)
+    bent = HVAE(ladder, GaussianLikelihood(), posterior=posterior)
     total = bent.elbo(x.repeat_interleave(n, 0)).total.view(3, n)
     assert (evidence - total.mean(1) > 0.05).all()
     w = (bent.log_weight(x, k=n).view(3, n) - evidence[:, None]).exp()
@@ -126,6 +136,31 @@ def test_the_terms_written_out(double):
     torch.testing.assert_close(
         model.log_weight(IMAGES, noise=noise), elbo.reconstruction - log_ratio
     )
+
+
+@pytest.mark.parametrize("name", Posterior.registry)
+def test_a_posterior_is_a_normal_that_starts_as_the_standard_prior_and_reaches_any(name, double):
+    """Zeros beside N(0, I) are N(0, I). Through its two numbers any mean and, within BOUND, any
+    deviation can be had; none so large that a number is not finite."""
+    posterior, zero = Posterior.registry[name](), torch.zeros(2, 6)
+    standard = Normal(torch.zeros(2, 3), torch.ones(2, 3))
+    assert not posterior(zero, standard).kl(standard).any()
+    prior = Normal(torch.randn(2, 3), torch.rand(2, 3) + 0.5)
+    mean, std = torch.randn(2, 3), torch.rand(2, 3) + 0.5
+    h = torch.randn(2, 6).requires_grad_()
+    optimizer = torch.optim.LBFGS([h], max_iter=200, line_search_fn="strong_wolfe")
+
+    def distance():
+        optimizer.zero_grad()
+        kl = posterior(h, prior).kl(Normal(mean, std)).sum()
+        kl.backward()
+        return kl
+
+    optimizer.step(distance)
+    assert distance() < 1e-6
+    for wild in (1e6, -1e6):
+        q = posterior(torch.full((2, 6), wild), prior)
+        assert q.mean.isfinite().all() and q.std.isfinite().all() and (q.std > 0).all()
 
 
 @pytest.mark.parametrize("blocks", [(1,), (2, 1), (0, 3)], ids=str)
@@ -273,6 +308,18 @@ def test_errors_say_what_was_expected(make, message):
     with pytest.raises(ValueError, match=message) as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_full_posteriors_do_not_move_with_the_prior_and_residual_ones_do(double):
+    h, low, high = (
+        torch.randn(4, 2),
+        *(Normal(torch.full((4, 1), m), torch.ones(4, 1)) for m in (0.0, 3.0)),
+    )
+    assert torch.equal(FullPosterior()(h, low).mean, FullPosterior()(h, high).mean)
+    torch.testing.assert_close(ResidualPosterior()(h, high).mean, h[:, :1] + 3)
+    torch.testing.assert_close(
+        ResidualPosterior()(h, high).kl(high), ResidualPosterior()(h, low).kl(low)
+    )
 
 
 def test_a_ladder_that_is_none_or_lies_is_refused():

@@ -7,9 +7,12 @@ import pytest
 import tiny
 import torch
 from oracles import LinearGaussianChain
+from test_hvae import random_hvae
 from test_vae import Map, random_vae
 from test_vdm import network_vdm
 from torch import nn
+from torch.distributions import Normal as Reference
+from torch.distributions import kl_divergence
 
 from genfw import (
     L2,
@@ -181,10 +184,30 @@ def test_free_bits_of_a_chain_floor_each_level(double):
     assert torch.allclose(found, rate - elbo.reconstruction)
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_free_bits_per_dimension_of_a_top_down_hierarchy(batch, double):
+    """Every level's divergence is a sum over dimensions: floored one by one, by hand."""
+    hvae, x = random_hvae(), torch.randint(2, (8, 1, 2, 2))
+    log_p, pairs = hvae.divergences(x, noise=noise())
+    kl = [
+        kl_divergence(Reference(q.mean, q.std), Reference(p.mean, p.std)).flatten(1)
+        for q, p in pairs
+    ]
+    elbo = hvae.elbo(x, noise=noise())
+    for level, each in zip((*elbo.levels, elbo.prior), kl, strict=True):
+        torch.testing.assert_close(level, each.sum(1))
+    kl = torch.cat(kl, 1)
+    floor = float(kl.median())
+    rate = (kl.mean(0) if batch else kl).clamp_min(floor).sum(-1)
+    found = FreeBits(floor, "batch_dimension" if batch else "example_dimension")
+    found = found(hvae, x, noise=noise())
+    torch.testing.assert_close(found.mean(), (rate - log_p).mean())
+
+
 def test_free_bits_are_refused_where_they_mean_nothing():
     with pytest.raises(TypeError, match=r"free_bits .* VDM are fixed noise: use objective=elbo"):
         FreeBits()(network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (8, 4)))
-    with pytest.raises(TypeError, match=r"per=batch_dimension needs a KL per dimension .* one lev"):
+    with pytest.raises(TypeError, match=r"per=batch_dimension needs div.* a log ratio .* Linear"):
         FreeBits(per="batch_dimension")(LinearGaussianChain(2), torch.randn(4, 2))
     with pytest.raises(ValueError, match=r"per: expected one of example_level, .* got 'level'"):
         FreeBits(per="level")

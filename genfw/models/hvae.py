@@ -10,12 +10,13 @@ of the bound is a divergence in closed form:
     - \sum_{t<T} KL(q(z_t | z_{>t}, x) \| p(z_t | z_{>t})) \Big] - KL(q(z_T | x) \| p(z_T))
 
 This is no Markovian hierarchy, whose q goes up and for which these divergences are no bound
-(`genfw.model`). z_t sees all z above it, not the next one alone.
+(`genfw.model`). z_t sees all z above it, not the next one alone. How a network's numbers become
+q(z_t | z_{>t}, x) is a `Posterior`.
 
 References:
     Ladder Variational Autoencoders, Soenderby et al., 2016, https://arxiv.org/abs/1602.02282;
     NVAE: A Deep Hierarchical Variational Autoencoder, Vahdat, Kautz, 2020,
-        https://arxiv.org/abs/2007.03898 (the residual posterior);
+        https://arxiv.org/abs/2007.03898;
     Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images, Child, 2020,
         https://arxiv.org/abs/2011.10650.
 """
@@ -33,11 +34,9 @@ from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
+from genfw.models.posterior import Posterior, ResidualPosterior, bounded
 from genfw.noise import Draws, draws
-from genfw.types import Data, Image, Labels
-
-BOUND = 5.0
-"""Log standard deviations, and the posterior's change of them, stay in (-BOUND, BOUND)."""
+from genfw.types import Data, Image, Labels, Nats
 
 
 @runtime_checkable
@@ -63,31 +62,32 @@ class TopDown(Protocol):
     ) -> Tensor:
         """What the likelihood reads, for n examples. Calls `draw(prior, posterior)`, which gives
         z_t, for t = T .. 1: the prior is mean and log standard deviation of p(z_t | z_{>t}), (n,
-        2 C, ...); the posterior how q's differ, of the same shape, None where `seen` is."""
+        2 C, ...); the posterior what a `Posterior` makes q of, of the same shape, None where `seen`
+        is."""
         ...
 
 
 class HVAE(LatentModel, name="hvae"):
-    r"""A top-down hierarchy with the residual posterior of NVAE: q is given relative to p,
-
-    .. math:: p(z_t | z_{>t}) = \mathcal{N}(\mu, \sigma^2), \quad
-        q(z_t | z_{>t}, x) = \mathcal{N}(\mu + \sigma \Delta\mu, (\sigma \Delta\sigma)^2),
-
-    so that a posterior that says nothing costs nothing, and the KL does not depend on the prior's
-    scale. It loses no generality: any normal can be written so. Log standard deviations are bounded
-    smoothly.
+    """A top-down hierarchy. Log standard deviations are bounded smoothly.
 
     Args:
         ladder: the network (`TopDown`).
         likelihood: p(x | z), from a network's output.
         classes: labels 0..classes-1 are known to the ladder: p(x | y); None: it knows none.
+        posterior: how q is told, beside the prior; None: relative to it (`ResidualPosterior`).
 
     Raises:
         TypeError: the ladder is none.
         ValueError: when called, the ladder gives latents of another shape than it says.
     """
 
-    def __init__(self, ladder: nn.Module, likelihood: Likelihood, classes: int | None = None):
+    def __init__(
+        self,
+        ladder: nn.Module,
+        likelihood: Likelihood,
+        classes: int | None = None,
+        posterior: Posterior | None = None,
+    ):
         super().__init__()
         self.classes = classes
         if not isinstance(ladder, TopDown):
@@ -96,6 +96,7 @@ class HVAE(LatentModel, name="hvae"):
                 f"got {type(ladder).__name__}"
             )
         self.ladder, self.likelihood = ladder, likelihood
+        self.posterior = posterior or ResidualPosterior()
 
     @property
     def levels(self) -> int:
@@ -104,9 +105,16 @@ class HVAE(LatentModel, name="hvae"):
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
         """The bound of the page above; `levels[t - 1]` is z_t's divergence, z_T's is `prior`."""
+        log_p, pairs = self.divergences(x, y, noise=noise)
+        *levels, prior = (q.kl(p) for q, p in pairs)
+        return ELBO(reconstruction=log_p, levels=tuple(levels), prior=prior)
+
+    def divergences(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> tuple[Nats, list[tuple[Normal, Normal]]]:
+        """log p(x | z) and (q, p) of every z, z_1 first: the bound takes KL(q || p) of each."""
         p_x, steps = self._descend(x, y, draws(noise, x))
-        kl = [step.q.kl(step.p) for step in steps]
-        return ELBO(reconstruction=p_x.log_prob(x), levels=tuple(kl[:0:-1]), prior=kl[0])
+        return p_x.log_prob(x), [(step.q, step.p) for step in reversed(steps)]
 
     def log_weight(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
@@ -188,8 +196,7 @@ class HVAE(LatentModel, name="hvae"):
             t = self.levels - len(steps)
             p = self._prior(prior, t)
             assert posterior is not None
-            change, log_change = posterior.to(self.dtype).chunk(2, dim=1)
-            q = Normal(p.mean + p.std * change, p.std * _bounded(log_change).exp())
+            q = self.posterior(posterior.to(self.dtype), p)
             steps.append(_Step(p, q, q.sample(noise.fold(f"z{t}"))))
             return steps[-1].z
 
@@ -205,7 +212,7 @@ class HVAE(LatentModel, name="hvae"):
                 f"expected {(2 * channels, *dims)}, its mean, then its log standard deviation"
             )
         mean, log_std = head.to(self.dtype).chunk(2, dim=1)
-        return Normal(mean, _bounded(log_std).exp())
+        return Normal(mean, bounded(log_std).exp())
 
     def extra_repr(self) -> str:
         given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
@@ -220,8 +227,3 @@ class _Step:
     p: Normal
     q: Normal
     z: Tensor
-
-
-def _bounded(log_std: Tensor) -> Tensor:
-    """Nearly the identity around 0, never beyond +-BOUND: no gradient dies as a clamp's does."""
-    return BOUND * (log_std / BOUND).tanh()

@@ -18,7 +18,7 @@ from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoises
 from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
-from genfw.model import LatentModel, MarkovianHierarchy, bound
+from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws
 from genfw.objective.objective import Objective
 from genfw.types import Image, Labels, Nats
@@ -149,11 +149,11 @@ class FreeBits(Objective, name="free_bits"):
     The batch is what `forward` is given: one micro-batch of one rank. Levels are the terms of the
     model's `ELBO`: closed-form KLs where it has them; elsewhere (below the top of a Markovian
     hierarchy) log ratios at one draw, noisy and of either sign, so that floors per example are
-    taken of noise: prefer `batch_level` there. Per dimension needs a KL that splits by dimension in
-    closed form: the one level of a VAE.
+    taken of noise: prefer `batch_level` there. Per dimension needs divergences in closed form
+    (`genfw.model.Diverges`): the one level of a VAE, or every level of a top-down hierarchy.
 
     Raises:
-        TypeError: a model whose latents are noise, or, per dimension, not one level.
+        TypeError: a model whose latents are noise, or, per dimension, a chain of several levels.
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow, Kingma, Salimans, et al.,
@@ -189,15 +189,16 @@ class FreeBits(Objective, name="free_bits"):
         self, model: LatentModel, x: Image, y: Labels | None, noise: Draws | None
     ) -> tuple[Nats, Tensor]:
         """Reconstruction and the KL of every latent dimension, (b, D)."""
-        if not isinstance(model, MarkovianHierarchy) or model.levels != 1:
+        chain = isinstance(model, MarkovianHierarchy) and model.levels > 1
+        if chain or not isinstance(model, Diverges):
             raise TypeError(
-                f"objective=free_bits with per={self.per.value} needs a KL per dimension in closed "
-                f"form, which a VAE of one level has and this {type(model).__name__} has not: use "
-                "per=batch_level"
+                f"objective=free_bits with per={self.per.value} needs divergences in closed form, "
+                "and below the top of a chain a level costs a log ratio at one draw: use "
+                f"per=batch_level, got {type(model).__name__}"
             )
-        (rung,) = model.climb(x, y, noise=noise)
-        apart = _by_dimension(rung.q).kl(_by_dimension(model.prior(len(x))))
-        return rung.log_below, apart.unflatten(0, (len(x), -1))
+        reconstruction, pairs = model.divergences(x, y, noise=noise)
+        apart = [_by_dimension(q).kl(_by_dimension(p)).view(len(x), -1) for q, p in pairs]
+        return reconstruction, torch.cat(apart, 1)
 
     def extra_repr(self) -> str:
         return f"at least {self.nats:g} nats per {self.per.value.replace('_', ' and ')}"

@@ -525,6 +525,7 @@ def _objective_reads_model(config: DictConfig) -> None:
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
     apart = str(OmegaConf.select(config, "objective.per")).endswith("dimension")
+    several = len(OmegaConf.select(config, "model.encoders") or []) > 1
     for objectives, models, reason in (
         (
             "simple min_snr p2 sigmoid edm",
@@ -535,8 +536,9 @@ def _objective_reads_model(config: DictConfig) -> None:
         ("l2 stl dreg", "hvae", "needs a chain from x up, and this goes down: use objective=elbo"),
         (
             "free_bits",
-            "mhvae hvae" if apart else "",
-            "per dimension needs a VAE of one level: use objective.per=batch_level",
+            "mhvae" if apart and several else "",
+            "per dimension needs divergences in closed form, and below the top of a chain a level "
+            "costs a log ratio at one draw: use objective.per=batch_level",
         ),
         (
             "iwae miwae ciwae stl dreg",
