@@ -102,10 +102,8 @@ class DiscretizedNormal(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Expected integer, (b, ...): the sum over k of P(x >= k)."""
-        edges = 2 * torch.arange(1, self.bins, device=self.where.device) / self.bins - 1
-        gap = (self.where.unsqueeze(-1) - edges.to(self.where)) / self.width.unsqueeze(-1)
-        return torch.special.ndtr(gap).sum(-1)
+        """Expected integer, (b, ...)."""
+        return _mean(torch.special.ndtr, self.where, self.width, self.bins)
 
     def log_prob(self, value: Tensor) -> Nats:
         k, where, width = value.double(), self.where.double(), self.width.double()
@@ -140,7 +138,7 @@ class DiscretizedLogistic(Distribution):
     @property
     def mean(self) -> Tensor:
         """Expected integer, (b, ...)."""
-        return _logistic_mean(self.where, self.width, self.bins)
+        return _mean(torch.sigmoid, self.where, self.width, self.bins)
 
     def log_prob(self, value: Tensor) -> Nats:
         log_mass = log_logistic_mass(value, self.where, self.width, self.bins)
@@ -192,7 +190,7 @@ class LogisticMixture(Distribution):
         expectations, as exact sums would need K^3 terms: exact but for what rounding and the ends
         of the range bend.
         """
-        each = self._in_order(lambda where: _logistic_mean(where, self.width, self.bins))
+        each = self._in_order(lambda where: _mean(torch.sigmoid, where, self.width, self.bins))
         return (self.logits.softmax(1).unsqueeze(2) * each).sum(1)
 
     def log_prob(self, value: Tensor) -> Nats:
@@ -241,13 +239,23 @@ class LogisticMixture(Distribution):
 def _log_normal_mass(left: Tensor, right: Tensor) -> Tensor:
     """log(Phi(right) - Phi(left)) for left < right, ends may be infinite; accurate in both
     tails."""
-    flip = left + right > 0  # work in the lower tail, where log_ndtr is exact
+    flip = left + right > 0  # work in the lower tail, where the log cdf is exact
     low, high = torch.where(flip, -right, left), torch.where(flip, -left, right)
-    log_high = torch.special.log_ndtr(high)
+    log_high = _log_normal_cdf(high)
     bounded = low.isfinite()
     # The difference of two log cdfs; the inner `where` keeps inf out of the gradient.
-    gap = torch.special.log_ndtr(torch.where(bounded, low, high - 1.0)) - log_high
+    gap = _log_normal_cdf(torch.where(bounded, low, high - 1.0)) - log_high
     return log_high + torch.where(bounded, _log1mexp(gap), 0.0)
+
+
+def _log_normal_cdf(x: Tensor) -> Tensor:
+    r"""log Phi(x), with its gradient in the far tail too, where that of `torch.special.log_ndtr` is
+    wrong by 1 % at 1e7 deviations and by many orders at 1e9:
+    :math:`\Phi(x) = \tfrac12 e^{-x^2/2} \, \mathrm{erfcx}(-x / \sqrt 2)`."""
+    far = x < -5
+    tail, rest = torch.where(far, x, -5.0), torch.where(far, -5.0, x)
+    scaled = torch.special.erfcx(tail / -math.sqrt(2)).log() - math.log(2)
+    return torch.where(far, scaled - tail.square() / 2, torch.special.log_ndtr(rest))
 
 
 def _log1mexp(x: Tensor) -> Tensor:
@@ -278,12 +286,12 @@ def log_logistic_mass(k: Tensor, where: Tensor, width: Tensor, bins: int) -> Ten
     return torch.where(last, 0.0, below) + torch.where(first, 0.0, above) + inner
 
 
-def _logistic_mean(where: Tensor, width: Tensor, bins: int) -> Tensor:
-    """Expected integer of a discretized logistic: the sum over k of P(x >= k). One edge at a time:
-    no tensor has an axis of K."""
+def _mean(cdf: Callable[[Tensor], Tensor], where: Tensor, width: Tensor, bins: int) -> Tensor:
+    """Expected integer of a discretized symmetric density: the sum over k of P(x >= k). One edge at
+    a time: no tensor has an axis of K."""
     mean = torch.zeros_like(where)
     for k in range(1, bins):
-        mean = mean + ((where + 1 - 2 * k / bins) / width).sigmoid()
+        mean = mean + cdf((where + 1 - 2 * k / bins) / width)
     return mean
 
 

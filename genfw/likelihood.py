@@ -248,11 +248,18 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
 
         Raises:
             TypeError: x is integer: a density of integers has no meaning.
+            ValueError: NaN or infinity (looked for on the CPU only: elsewhere it would stall).
         """
         if not x.is_floating_point():
             raise TypeError(
                 f"gaussian is a density over real numbers, got {x.dtype}: "
                 "for integer images use discretized_gaussian, bins or categorical"
+            )
+        if x.device.type == "cpu" and not x.isfinite().all():
+            row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"data: expected finite numbers, got {int((~x.isfinite()).sum())} NaN or infinite, "
+                f"the first in example {row} of the batch: leave such examples out"
             )
         return x
 

@@ -6,6 +6,7 @@ from oracles import LinearGaussianChain
 from test_vae import random_vae
 
 from genfw import Annealed, BernoulliLikelihood, Noise
+from genfw.estimators.annealed import _Bridge
 from genfw.estimators.importance import ImportanceWeighted
 
 
@@ -46,6 +47,20 @@ def test_more_temperatures_are_tighter_and_acceptance_is_steered(double):
     assert gap.mean() > 3 * gap.std() / 40**0.5
     assert (many.diagnostics["acceptance"] - 0.65).abs().mean() < 0.15
     assert (many.diagnostics["ess"] > few.diagnostics["ess"]).double().mean() > 0.5
+
+
+def test_no_chain_comes_back_to_where_it_was(double):
+    """Four leapfrogs of sqrt(2) are a whole period of a standard normal: cos(angle) = 1 - step^2/2
+    = 0. Steps that were all the same would propose the start, for ever."""
+    n, ais = 500, Annealed(4, chains=1, leapfrog=4)
+    chain = LinearGaussianChain(1, dims=1)
+    x, noise = torch.zeros(n, 1), Noise(0, torch.arange(n))
+    bridge = _Bridge(chain, x, None, chain.prior(n))
+    z = start = bridge.start.sample(noise)
+    for t in range(4):  # at beta = 0, the standard normal alone
+        z, _ = ais._move(bridge, z, 0.0, torch.full((n,), 2**0.5), noise.fold("step", t))
+    assert torch.corrcoef(torch.cat([z, start], 1).T)[0, 1] < 0.5
+    assert abs(z.var() - 1) < 4 * (2 / n) ** 0.5
 
 
 def test_agrees_with_importance_weighting_on_a_vae(double):

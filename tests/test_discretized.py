@@ -58,6 +58,42 @@ def test_discretized_normal_far_out_keeps_value_and_gradient():
     assert mean.grad.item() < 0 and mean.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("deviations", [3.0, 6.0, 1e3, 1e6, 1e7, 1e8, 1e9, 1e12])
+def test_discretized_normal_has_the_gradient_of_its_nearest_edge_at_any_distance(
+    double, deviations, side
+):
+    """Bins 100 deviations wide: all of a bin's mass lies at the edge, where -d log Phi(-d) / dd =
+    d + 1/d - 2/d^3 ... from the continued fraction of Mills' ratio."""
+    edge, std = (2 * 4 / 256 - 1, 2 / 256 / 100)
+    mean = torch.tensor([[side * (edge + deviations * std)]], requires_grad=True)
+    k = torch.tensor([[3 if side > 0 else 252]])
+    log_p = DiscretizedNormal(mean, torch.tensor(std), 256).log_prob(k)
+    log_p.sum().backward()
+    d = (abs(mean.item()) if mean.item() * side > 0 else -abs(mean.item())) - edge
+    d = d / std
+    mills = 0.0
+    for n in range(200, 0, -1):
+        mills = n / (d + mills)
+    assert mean.grad.item() == pytest.approx(-side * (d + mills) / std, rel=1e-6)
+    assert log_p.item() == pytest.approx(stats.norm.logcdf(-d), rel=1e-9)
+
+
+def test_discretized_normal_has_its_mean(double):
+    where, width, bins = torch.tensor([[0.3, -0.9, 2.0]]), torch.tensor([[0.4, 1e-3, 0.05]]), 17
+    p, k = DiscretizedNormal(where, width, bins), torch.arange(bins)
+    log_p = torch.stack(
+        [
+            p_k.log_prob(k[:, None])
+            for p_k in (
+                DiscretizedNormal(where[:, i : i + 1].expand(bins, 1), width[0, i], bins)
+                for i in range(3)
+            )
+        ]
+    )
+    torch.testing.assert_close(p.mean[0], log_p.exp() @ k.double())
+
+
 @pytest.mark.parametrize("width", [1e-3, 0.02, 0.7, 50.0])
 @pytest.mark.parametrize("where", [-1.3, -0.02, 0.999])
 @pytest.mark.parametrize("bins", [2, 17, 256])

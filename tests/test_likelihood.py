@@ -70,6 +70,9 @@ def test_gaussian_is_a_density_of_real_numbers(double):
     assert likelihood.density and likelihood.bins is None
     x = torch.randn(4, 3)
     assert likelihood.normalize(x) is x
+    for wrong in (torch.nan, -torch.inf):
+        with pytest.raises(ValueError, match=r"expected finite numbers, got 1 .* in example 1 of"):
+            likelihood.normalize(torch.tensor([[0.0, 1.0], [wrong, 0.0]]))
     with pytest.raises(TypeError, match="density over real numbers"):
         likelihood.normalize(torch.zeros(4, 3, dtype=torch.uint8))
     grid = torch.linspace(-30, 30, 20_001).view(-1, 1)

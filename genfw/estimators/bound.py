@@ -29,9 +29,10 @@ class Bound(Estimator, name="bound"):
 
     def __init__(self, sets: int = 2, strata: int = 32, chunk: int = 500):
         super().__init__()
-        if sets < 2 or strata < 1:
-            raise ValueError(f"expected sets >= 2 and strata >= 1, got {sets} and {strata}")
-        self.sets, self.strata, self.draws = sets, strata, sets * strata
+        if at_least_one("sets", sets) < 2:
+            raise ValueError("sets: expected at least 2, or there is no variance to measure, got 1")
+        self.sets, self.strata = sets, at_least_one("strata", strata)
+        self.draws = sets * strata
         self.chunk = at_least_one("chunk", chunk)
 
     @torch.no_grad()

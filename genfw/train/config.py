@@ -83,6 +83,7 @@ def check(
             rule(config)
     except OmegaConfBaseException as error:
         _networks_fit_their_place(config)  # out of place, they read what is not there
+        _latents_are_levels(config)
         key = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{key}{str(error).splitlines()[0]}") from error
 
@@ -510,6 +511,19 @@ def _networks_fit_their_place(config: DictConfig) -> None:
             )
 
 
+def _latents_are_levels(config: DictConfig) -> None:
+    model = config.get("model")
+    encoders, latents = (_select(model, each) for each in ("encoders", "latents"))
+    if not isinstance(encoders, ListConfig):
+        return
+    if not isinstance(latents, ListConfig) or len(latents) != len(encoders):
+        raise ConfigError(
+            f"model.latents={_shown(latents)}: expected a size for each of {len(encoders)} levels, "
+            "z_1 first, like model.latents=[16,8]; more levels need more networks in "
+            "model.encoders and model.decoders"
+        )
+
+
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
     objective = _option(config, "objective")
     if _target(config, "schedule") == "genfw.Learned" and objective != "elbo":
@@ -737,6 +751,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _decoder_is_the_networks,
     _signal_at_the_end,
     _networks_fit_their_place,
+    _latents_are_levels,
     _learned_schedule_follows_the_bound,
     _objective_reads_model,
     _estimator_reads_model,
