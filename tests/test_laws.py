@@ -15,6 +15,7 @@ from genfw import (
     LinearParameterization,
     NoiseSchedule,
     Parameterization,
+    Posterior,
     Prediction,
     Sampler,
     TimeGrid,
@@ -27,6 +28,7 @@ from genfw.testing import (
     LIKELIHOOD_LAWS,
     MODEL_LAWS,
     PARAMETERIZATION_LAWS,
+    POSTERIOR_LAWS,
     SAMPLER_LAWS,
     SCHEDULE_LAWS,
     check,
@@ -70,6 +72,12 @@ def test_grids(law, cls):
 @laws(SAMPLER_LAWS)
 @registered(Sampler)
 def test_samplers(law, cls):
+    law(cls)
+
+
+@laws(POSTERIOR_LAWS)
+@registered(Posterior)
+def test_posteriors(law, cls):
     law(cls)
 
 
@@ -244,9 +252,31 @@ class Stale(genfw.Euler):
         return alpha * prediction.x + sigma * prediction.eps, prediction
 
 
+class Apart(genfw.FullPosterior):
+    def forward(self, h, p):
+        return super().forward(h + 0.1, p)
+
+
+class Fixed(genfw.FullPosterior):
+    """Learns the mean alone."""
+
+    def forward(self, h, p):
+        q = super().forward(h, p)
+        return genfw.Normal(q.mean, torch.ones_like(q.std))
+
+
+class Unbounded(genfw.Posterior):
+    def forward(self, h, p):
+        mean, log_std = h.chunk(2, 1)
+        return genfw.Normal(mean, log_std.exp())
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
+        (Apart, {}, "zeros beside N\\(0, I\\) cost"),
+        (Fixed, {}, "nats from the nearest posterior"),
+        (Unbounded, {}, "10000 gives"),
         (Stops, {}, "times do not fall"),
         (Free, {}, "asked 10 times, evaluations says 5"),
         (Whitened, {}, "a sample depends on its batch"),

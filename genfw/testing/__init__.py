@@ -21,12 +21,14 @@ from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler import Sampler
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
+from genfw.models.posterior import Posterior
 from genfw.parameterization import Parameterization
 from genfw.schedule import NoiseSchedule
 from genfw.testing.grid import GRID_LAWS as GRID_LAWS
 from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
 from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
 from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZATION_LAWS
+from genfw.testing.posterior import POSTERIOR_LAWS as POSTERIOR_LAWS
 from genfw.testing.sampler import SAMPLER_LAWS as SAMPLER_LAWS
 from genfw.testing.schedule import SCHEDULE_LAWS as SCHEDULE_LAWS
 
@@ -37,6 +39,7 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     LatentModel: MODEL_LAWS,
     TimeGrid: GRID_LAWS,
     Sampler: SAMPLER_LAWS,
+    Posterior: POSTERIOR_LAWS,
 }
 
 
