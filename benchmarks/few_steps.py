@@ -1,15 +1,15 @@
 """How few calls of the network will do: Frechet distances against that of 1000 ancestral steps.
 
     python benchmarks/few_steps.py run=<folder> [sets=5] [samples=2000] [evaluations=[5,10,20,50]]
-        [reference=1000] [grid=uniform] [samplers=null] [chunk=500] [device=cpu]
+        [reference=1000] [grids=[uniform]] [samplers=null] [chunk=500] [device=cpu]
         [checkpoint=best|last] [out=<folder>]
 
 `sets` disjoint sets of `samples` images each, in the run's own features and against its training
 images; mean and standard error over sets. Set i holds the same sample numbers whatever the sampler,
 so all start from the same z_1 and differences are taken set by set. The bar is DPM-Solver++ 2M
 with 20 calls within 5 % or two standard errors (of the difference) of the reference. Samplers that
-ask twice a step take half the steps; `euler` is `ddim` and left out. `grid` is where samplers stop
-(the reference: even in t); the table shows every grid measured so far.
+ask twice a step take half the steps; `euler` is `ddim` and left out. `grids` are where samplers
+stop (the reference: even in t); the table shows every grid measured so far.
 
 Every distance is written to few_steps.csv in `out` (by default <run>/few_steps) as it is there: a
 second call goes on where the first stopped, and adds what it is asked for. few_steps.md and
@@ -76,7 +76,7 @@ def few_steps(arguments: Sequence[str]) -> None:
         "samples": 2000,
         "evaluations": None,
         "reference": 1000,
-        "grid": "uniform",
+        "grids": None,
         "samplers": None,
         "chunk": 500,
         "device": "cpu",
@@ -87,8 +87,9 @@ def few_steps(arguments: Sequence[str]) -> None:
     wanted = list(options.samplers or SAMPLERS)
     if unknown := {*wanted} - {*SAMPLERS}:
         raise GenfwError(f"samplers: there is no {', '.join(unknown)}; there are {[*SAMPLERS]}")
-    if options.grid not in TimeGrid.registry:
-        raise GenfwError(f"grid={options.grid}: expected one of {', '.join(TimeGrid.registry)}")
+    grids = list(options.grids or ["uniform"])
+    if not {*grids} <= {*TimeGrid.registry}:
+        raise GenfwError(f"grids={grids}: expected some of {', '.join(TimeGrid.registry)}")
     prepare()
     module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
     module.to(options.device)
@@ -102,7 +103,7 @@ def few_steps(arguments: Sequence[str]) -> None:
     found = measured(file, kept)
     reference = Row("ancestral", "uniform", options.reference)
     calls = options.evaluations or (5, 10, 20, 50)
-    rows = [Row(s, options.grid, e) for e in calls for s in wanted]
+    rows = [Row(s, g, e) for e in calls for g in grids for s in wanted]
     with module.evaluating() as model:
         if not isinstance(model, VDM):
             raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
