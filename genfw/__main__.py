@@ -69,7 +69,7 @@ def _command(arguments: Sequence[str]) -> int:
     from genfw.train.compose import compose, jobs, session, typed
     from genfw.train.compose import parse as parse_overrides
     from genfw.train.config import data_are_there
-    from genfw.train.jobs import Fresh, own_folder, quoted
+    from genfw.train.jobs import Fresh, abandon, named_anew, own_folder, quoted
 
     flags = _parse(arguments)
     name = flags.config_name or "config"
@@ -111,6 +111,10 @@ def _command(arguments: Sequence[str]) -> int:
         failures: list[GenfwError] = []
         hydra.run(name, partial(_run, failures=failures), overrides)
         if failures:
+            if failures[0].exit_code == ConfigError.exit_code and named_anew(
+                config, "hydra.run.dir"
+            ):
+                abandon(place)
             raise failures[0]
     return 0
 

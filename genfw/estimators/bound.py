@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from genfw.check import at_least, at_least_one
 from genfw.elbo import ELBO
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import at_least_one
 from genfw.model import LatentModel
 from genfw.noise import Noise
 from genfw.types import Image, Labels
@@ -29,9 +29,8 @@ class Bound(Estimator, name="bound"):
 
     def __init__(self, sets: int = 2, strata: int = 32, chunk: int = 500):
         super().__init__()
-        if sets < 2 or strata < 1:
-            raise ValueError(f"expected sets >= 2 and strata >= 1, got {sets} and {strata}")
-        self.sets, self.strata, self.draws = sets, strata, sets * strata
+        self.sets, self.strata = at_least(2, "sets", sets), at_least_one("strata", strata)
+        self.draws = sets * strata
         self.chunk = at_least_one("chunk", chunk)
 
     @torch.no_grad()
