@@ -192,10 +192,23 @@ def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """`main`, and the end of the process: at once where a signal asked for it, where W&B would
+    wait for an upload that was given up, and of further ranks, which leave nothing behind."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    loggers = sys.modules.get("genfw.train.loggers")
+    left = loggers is not None and loggers.Wandb.left
+    if code in (130, 143) or left or not first_rank():
+        os._exit(code)
+    sys.exit(code)
+
+
 def _short(message: str, lines: int = 8) -> str:
     kept = message.splitlines()
     return "\n".join(kept if len(kept) <= lines else [*kept[: lines - 1], "..."])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
