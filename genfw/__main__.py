@@ -69,7 +69,7 @@ def _command(arguments: Sequence[str]) -> int:
     from genfw.train.compose import compose, jobs, session, typed
     from genfw.train.compose import parse as parse_overrides
     from genfw.train.config import data_are_there
-    from genfw.train.jobs import Fresh, own_folder, quoted
+    from genfw.train.jobs import Fresh, abandon, named_anew, own_folder, quoted
 
     flags = _parse(arguments)
     name = flags.config_name or "config"
@@ -111,6 +111,10 @@ def _command(arguments: Sequence[str]) -> int:
         failures: list[GenfwError] = []
         hydra.run(name, partial(_run, failures=failures), overrides)
         if failures:
+            if failures[0].exit_code == ConfigError.exit_code and named_anew(
+                config, "hydra.run.dir"
+            ):
+                abandon(place)
             raise failures[0]
     return 0
 
@@ -188,10 +192,23 @@ def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """`main`, and the end of the process: at once where a signal asked for it, where W&B would
+    wait for an upload that was given up, and of further ranks, which leave nothing behind."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    loggers = sys.modules.get("genfw.train.loggers")
+    left = loggers is not None and loggers.Wandb.left
+    if code in (130, 143) or left or not first_rank():
+        os._exit(code)
+    sys.exit(code)
+
+
 def _short(message: str, lines: int = 8) -> str:
     kept = message.splitlines()
     return "\n".join(kept if len(kept) <= lines else [*kept[: lines - 1], "..."])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

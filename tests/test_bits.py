@@ -206,5 +206,5 @@ def test_intervals_stay_where_they_are_when_a_run_goes_on(tmp_path):
 
 
 def test_at_least_one_interval():
-    with pytest.raises(ValueError, match="intervals: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="intervals: expected an integer of at least 1, got 0"):
         BitAccounting(0)

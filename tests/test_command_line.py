@@ -17,7 +17,7 @@ from genfw.train import help
 from genfw.train.compose import compose, jobs, session
 from genfw.train.config import allowed, build, conf_folder, locate, nearest
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import own_folder, quoted
+from genfw.train.jobs import abandon, named_anew, own_folder, quoted
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,6 +103,31 @@ WRONG = [
     ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
     ("data.eval_batch_size=-1", ["data.eval_batch_size=-1", "at least 1"]),
     ("data.num_workers=-1", ["data.num_workers=-1", "at least 0"]),
+    ("optimizer.betas=[0.9,1]", ["optimizer.betas[1]=1", "number in [0, 1)"]),
+    ("optimizer.lr=nan", ["optimizer.lr=nan", "at least 0"]),
+    ("sampler.steps=0", ["sampler.steps=0", "integer of at least 1"]),
+    ("sampler=unipc sampler.order=4", ["sampler.order=4", "in [1, 3]"]),
+    ("model.steps=0", ["model.steps=0", "at least 1"]),
+    ("net.blocks=-1", ["net.blocks=-1", "at least 1"]),
+    ("net=unet net.multipliers=[1,0]", ["net.multipliers[1]=0", "at least 1"]),
+    ("net.dropout=1.5", ["net.dropout=1.5", "in [0, 1]"]),
+    ("model=vae model.latents=0", ["latents=0", "at least 1"]),
+    ("model=mhvae model.latents=[4,0]", ["latents", "0", "at least 1"]),
+    ("estimator.sets=1", ["estimator.sets=1", "at least 2"]),
+    ("validation_estimator.strata=0", ["validation_estimator.strata=0", "at least 1"]),
+    ("grid=karras grid.rho=inf", ["grid.rho=inf", "above 0"]),
+    ("times=importance times.floor=0.0", ["times.floor=0.0", "in (0, 1]"]),
+    ("callbacks.ema.decay=1.5", ["callbacks.ema.decay=1.5", "in [0, 1)"]),
+    ("callbacks.progress.every=0", ["callbacks.progress.every=0", "at least 1"]),
+    ("callbacks.pictures.every=-1", ["callbacks.pictures.every=-1", "at least 0"]),
+    ("metrics.fid.samples=0", ["metrics.fid.samples=0", "at least 2"]),
+    ("checkpoint.every=0", ["checkpoint.every=0", "at least 1"]),
+    ("checkpoint.failures=0", ["checkpoint.failures=0", "at least 1"]),
+    ("trainer.precision=fp12", ["trainer.precision=fp12", "bf16-mixed", "32-true"]),
+    ("trainer.limit_train_batches=-1", ["limit_train_batches=-1", "at least 0"]),
+    ("trainer.val_check_interval=2.5", ["val_check_interval=2.5", "integer"]),
+    ("data.raw_bins=1", ["data.raw_bins=1", "in [2, 256]"]),
+    ("--multirun sampler.steps=2,0", ["sampler.steps=0", "at least 1"]),
     ("hydra.run.dir=/proc/genfw", ["hydra.run.dir", "cannot make the folder /proc/genfw"]),
     ("scheduler.warmup=-5", ["scheduler.warmup=-5", "at least 0"]),
     ("trainer.enable_checkpointing=false", ["enable_checkpointing"]),
@@ -183,6 +208,36 @@ def test_wrong_command(command, said, capsys, tmp_path, monkeypatch):
     for words in said:
         assert words in err
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+LATE = [  # only the data themselves can tell, or a class that has no file of its own
+    ("data.batch_size=5000", ["a step takes 5000 images, train has 1000", "data.batch_size"]),
+    ("data.classes=3", ["expected labels 0..2", "data.classes=3"]),
+    ("data.raw_bins=4", ["pixels 0..3", "found 16"]),
+    ("trainer.gradient_clip_algorithm=length", ["gradient_clip_algorithm"]),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), LATE, ids=[command for command, _ in LATE])
+def test_what_is_found_late_leaves_no_folder_either(command, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "trainer.accelerator=cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err and len((out + err).splitlines()) <= 8
+    for words in said:
+        assert words in err
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+def test_a_folder_that_was_named_or_has_more_in_it_stays(tmp_path):
+    config = OmegaConf.create({"run": {"dir": str(tmp_path)}, "anew": {"dir": "${start:}"}})
+    assert not named_anew(config, "run.dir") and named_anew(config, "anew.dir")
+    for name, stays in (("config.yaml", False), ("metrics.csv", True)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).touch()
+        abandon(folder)
+        assert folder.exists() is stays
 
 
 RIGHT = [

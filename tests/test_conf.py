@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import pkgutil
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import genfw
 from genfw.objective.denoising import DenoisingObjective
 from genfw.registry import Registered
 from genfw.train import resolvers
+from genfw.train.checkpoint import AtomicIO
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
 from genfw.train.schema import ConfFiles, from_signature
+from genfw.train.signals import Signals
 
 for module in pkgutil.walk_packages(genfw.__path__, "genfw."):
     if not module.name.startswith(("genfw.train", "genfw.__main__")):
@@ -82,7 +85,7 @@ def test_class_can_be_built_from_its_file(group, name):
     facts = {**FACTS, "data": {**FACTS["data"], "bins": 2 if name == "bernoulli" else 17}}
     config = OmegaConf.create({**facts, "node": conf_node(group, name)})
     built = build(config.node)
-    assert (built.func if group in WRAPS else type(built)) is GROUPS[group][name]
+    assert (built.args[1] if group in WRAPS else type(built)) is GROUPS[group][name]
 
 
 @pytest.mark.parametrize("model", GROUPS["model"])
@@ -189,6 +192,51 @@ def test_top_floor_files_name_real_arguments(target):
     given_by_the_job = {"optimizer", "steps", "folder", "files", "signals"}
     missing = {key for key, each in known.arguments.items() if each.required}
     assert missing - set(said.arguments) <= given_by_the_job
+
+
+def _ranged():
+    """Every number that a file says the range of, where a constructor sees it at once."""
+    files, ranged = ConfFiles([CONF]), []
+    for file in sorted(CONF.rglob("*.yaml")):
+        for node in _walk(OmegaConf.load(file)):
+            target = node._target_
+            models = [f"genfw.{each.__name__}" for each in GROUPS["model"].values()]
+            if target.startswith("genfw.") and target not in models and "_partial_" not in node:
+                for key, argument in files.schema(target).arguments.items():
+                    if argument.range is not None and key in node:
+                        name = f"{file.stem}-{key}"
+                        ranged.append(pytest.param(node, key, argument.range, id=name))
+    return ranged
+
+
+@pytest.mark.parametrize(("node", "key", "within"), _ranged())
+def test_class_refuses_what_its_file_does(node, key, within, tmp_path):
+    own = {"net": {"classes": None}, "seed": 0, "schedule": {"log_snr_max": 5, "log_snr_min": -5}}
+    given = {"path": "x", "shape": [1, 8, 8], "classes": 2}
+    plain = OmegaConf.to_container(node, resolve=False)
+    plain = {k: given[k] if v == "???" else v for k, v in plain.items()}
+    more = {}
+    if node._target_ == "genfw.train.keeper.Keeper":
+        more = {"folder": tmp_path, "files": AtomicIO(), "signals": Signals()}
+    value = plain[key]
+    whole = isinstance(value[0] if isinstance(value, list) else value, int | type(None) | str)
+    step = 1 if whole else 0.25
+    out = [within.low - step * within.with_low, within.high + step * within.with_high]
+    for each in (int(n) if whole else n for n in out if math.isfinite(n)):
+        wrong = [each, *value[1:]] if isinstance(value, list) else each
+        config = OmegaConf.create({**FACTS, **own, "node": {**plain, key: wrong}})
+        with pytest.raises(ConfigError, match=rf"{key}|{each}"):
+            build(config.node, **more)
+
+
+def test_ranges_are_of_their_own_node():
+    """callbacks/default.yaml has several keys of one name."""
+    files = ConfFiles([CONF])
+    said = [
+        files.schema(f"genfw.train.{name}").arguments["every"].range
+        for name in ("callbacks.Progress", "callbacks.Pictures")
+    ]
+    assert [0 in each for each in said] == [False, True]
 
 
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))

@@ -308,5 +308,5 @@ def test_expected_image_of_all_latents_is_the_likelihoods_mean():
 
 @pytest.mark.parametrize("wrong", [{"images": 1}, {"draws": 1}])
 def test_arguments_out_of_range(wrong):
-    with pytest.raises(ValueError, match="two images and draws"):
+    with pytest.raises(ValueError, match="expected an integer of at least 2"):
         Diagnostics(3, **wrong)

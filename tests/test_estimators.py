@@ -106,7 +106,7 @@ def test_bits_per_dim():
 
 
 def test_one_set_has_no_variance():
-    with pytest.raises(ValueError, match="sets: expected at least 2"):
+    with pytest.raises(ValueError, match="sets: expected an integer of at least 2"):
         Bound(sets=1)
     with pytest.raises(ValueError, match="chunk: expected an integer of at least 1"):
         Bound(chunk=0)

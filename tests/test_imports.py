@@ -19,7 +19,7 @@ MAY = {
     **dict.fromkeys(INTERFACES, BASE),
     "diffusion": BASE | INTERFACES | {"diffusion"},
     **dict.fromkeys(MODELS, BASE | INTERFACES | MODELS | {"diffusion"}),
-    "nets": {"types", "registry", "nets"},
+    "nets": {"check", "types", "registry", "nets"},
     "testing": BASE | INTERFACES | MODELS | {"diffusion", "nets", "testing"},
     "train": BASE | INTERFACES | MODELS | {"diffusion", "nets", "train"},
     **dict.fromkeys(

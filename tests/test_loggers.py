@@ -305,7 +305,8 @@ def test_a_failing_log_call_is_said_once(tmp_path, capsys):
     run.finish()
 
 
-def test_an_interrupted_run_does_not_wait_for_its_upload(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "patience"), [(143, "LAST_PATIENCE"), (0, "UPLOAD_PATIENCE")])
+def test_a_run_does_not_wait_for_its_upload_for_ever(tmp_path, monkeypatch, code, patience):
     ever = threading.Event()
 
     class Slow:
@@ -315,10 +316,12 @@ def test_an_interrupted_run_does_not_wait_for_its_upload(tmp_path, monkeypatch):
         def finish(self, exit_code):
             ever.wait(60)
 
-    monkeypatch.setattr(loggers, "LAST_PATIENCE", 0.1)
+    monkeypatch.setattr(loggers, patience, 0.1)
+    monkeypatch.setattr(Wandb, "left", False)
     logger = Wandb(tmp_path, mode="offline")
     logger.run = Slow()
-    logger.finish(exit_code=143)
+    logger.finish(exit_code=code)
+    assert Wandb.left
     assert not ever.is_set() and f"wandb sync {tmp_path}/run-x" in logger.where
     ever.set()
 

@@ -256,7 +256,7 @@ def test_grids_are_even_in_what_they_say():
         (lambda: Churn(inflation=0.0), "inflation: expected a positive"),
         (lambda: Churn(low=2.0, high=1.0), "low <= high, got 2.0 and 1.0"),
         (lambda: UniPC(order=4), "order: expected 1, 2 or 3, got 4"),
-        (lambda: Langevin(corrections=0), "corrections: expected at least 1"),
+        (lambda: Langevin(corrections=0), "corrections: expected an integer of at least 1"),
         (lambda: PredictorCorrector(size=1.0), r"size: expected a share in \(0, 1\), got 1.0"),
         (lambda: KarrasGrid(rho=0.0), "rho: expected a finite positive number"),
     ],

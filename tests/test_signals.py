@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import lightning.pytorch as L
 import pytest
@@ -13,8 +14,9 @@ from ranks import MODELS, SMALL, Fault
 
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.errors import Stopped
+from genfw.train.job import fit
 from genfw.train.keeper import Keeper
-from genfw.train.signals import EXIT_CODES, Signals
+from genfw.train.signals import EXIT_CODES, Interruption, Signals
 
 COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
 
@@ -89,7 +91,7 @@ def trained(folder, *callbacks, steps=6):
             enable_checkpointing=True,
             **settings,
         )
-        trainer.fit(tiny.module(), tiny.Images())
+        fit(trainer, tiny.module(), tiny.Images(), keeper)
 
 
 @pytest.mark.parametrize(
@@ -123,9 +125,8 @@ def test_a_signal_before_the_first_step(tmp_path):
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
-    with pytest.raises(SystemExit) as stopped:  # Lightning's answer to a KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, At("step", 3, signal.SIGINT, signal.SIGINT))
-    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
     assert read(tmp_path / "last.ckpt")["global_step"] == 2
 
 
@@ -136,3 +137,60 @@ def test_what_is_ignored_stays_ignored(tmp_path):
     finally:
         signal.signal(signal.SIGINT, before)
     assert read(tmp_path / "last.ckpt")["global_step"] == 4
+
+
+def test_who_has_nothing_to_save_does_not_wait(monkeypatch):
+    with Signals() as signals:
+        with pytest.raises(Interruption):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.received == 143
+        os.kill(os.getpid(), signal.SIGTERM)  # while the first one is being obeyed
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the other rank would wait
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == 143
+    monkeypatch.delenv("WORLD_SIZE")
+    with Signals() as signals:
+        signals.idle = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == 143
+
+
+def slow_data(folder):
+    from genfw.train.data.digits import Digits
+
+    Digits.read = strike_and_sleep(folder)
+
+
+def slow_samples(folder):
+    from genfw.train import callbacks
+
+    callbacks.draw_samples = strike_and_sleep(folder)
+
+
+def strike_and_sleep(folder):
+    """What takes a minute, and a signal in the midst."""
+
+    def slow(*_, **__):
+        (folder.parent / f"{folder.name}.mark").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    return slow
+
+
+@pytest.mark.parametrize(
+    ("prepare", "every", "saved"),
+    [(slow_data, 0, None), (slow_samples, 1, 3), (slow_samples, 0, 14)],
+    ids=["while data are read", "in pictures of a validation", "in pictures of the test"],
+)
+def test_a_run_of_one_process_does_not_wait(tmp_path, prepare, every, saved):
+    place = f"{tmp_path}/run"
+    command = [each for each in COMMAND if each != "~callbacks.pictures"]
+    command.append(f"callbacks.pictures.every={every}")
+    ended = ranks.run(*command, f"hydra.run.dir={place}", prepare=prepare)
+    assert ended.codes == [143], ended.said
+    assert ended.seconds < 30 and f"to go on: python -m genfw resume={place}" in ended.said
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert (read(last)["global_step"] if last.exists() else None) == saved
+    assert ranks.run(f"resume={place}").codes == [0]

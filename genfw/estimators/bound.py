@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from genfw.check import at_least, at_least_one
 from genfw.elbo import ELBO
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import at_least_one
 from genfw.model import LatentModel
 from genfw.noise import Noise
 from genfw.types import Image, Labels
@@ -29,9 +29,9 @@ class Bound(Estimator, name="bound"):
 
     def __init__(self, sets: int = 2, strata: int = 32, chunk: int = 500):
         super().__init__()
-        if at_least_one("sets", sets) < 2:
-            raise ValueError("sets: expected at least 2, or there is no variance to measure, got 1")
-        self.sets, self.strata = sets, at_least_one("strata", strata)
+<<<<<<< HEAD
+        self.sets, self.strata = at_least(2, "sets", sets), at_least_one("strata", strata)
+>>>>>>> 1a3218e4b508b6f9e31f6e9b67cd77a2f88571d5
         self.draws = sets * strata
         self.chunk = at_least_one("chunk", chunk)
 

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one
+from genfw.check import at_least, at_least_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
@@ -107,7 +107,8 @@ class ProbabilityFlow(Estimator, name="ode"):
         self.steps = None if steps is None else at_least_one("steps", steps)
         solved = "to a tolerance" if steps is None else f"in {steps} fixed steps"
         self.kind = f"upper bound on -log p(x), by an ODE {solved}"
-        self.exact_dims, self.probe = exact_dims, _one_of("probe", probe, PROBES)
+        self.exact_dims = at_least(0, "exact_dims", exact_dims)
+        self.probe = _one_of("probe", probe, PROBES)
         self.chunk = at_least_one("chunk", chunk)
 
     def forward(

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
@@ -71,9 +72,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         guidance: Guide = Unguided,
     ):
         super().__init__()
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps: expected None (continuous time) or at least 1, got {steps}")
-        self.denoiser, self.likelihood, self.steps = denoiser, likelihood, steps
+        self.steps = None if steps is None else at_least_one("steps", steps)
+        self.denoiser, self.likelihood = denoiser, likelihood
         self.shape = None if shape is None else tuple(shape)
         self.sampler = Ancestral(steps or 256) if sampler is None else sampler
         self.times = UniformTime() if times is None else times

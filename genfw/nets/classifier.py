@@ -8,6 +8,7 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from genfw.check import at_least_one
 from genfw.nets.blocks import ResidualBlock, group_norm
 from genfw.nets.conv import halvings
 from genfw.nets.embedding import Condition
@@ -53,7 +54,7 @@ class NoisyClassifier(nn.Module):
             )
         self.shape, self.classes = example_shape(shape, rank=3), classes
         self.log_snr_max, self.log_snr_min = float(log_snr_max), float(log_snr_min)
-        height, width = halvings(self.shape, channels)[-1]
+        height, width = halvings(self.shape, [at_least_one("channels", n) for n in channels])[-1]
         told = channels[-1]
         self.condition = Condition(told)
         self.enter = nn.Conv2d(self.shape[0], channels[0], 3, padding=1)

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
+from genfw.check import at_least_one
 from genfw.nets.blocks import Attention, PlainBlock, ResidualBlock, group_norm
 from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
 from genfw.nets.network import (
@@ -64,7 +65,8 @@ class Conv(DenoisingNetwork, name="conv"):
         self.fourier = Fourier(bins, fourier, data_std)
         self.enter = nn.Conv2d(self.fourier.channels(channels), width, 3, padding=1)
         self.blocks = nn.ModuleList(
-            ResidualBlock(width, width, width, dropout) for _ in range(blocks)
+            ResidualBlock(width, width, width, dropout)
+            for _ in range(at_least_one("blocks", blocks))
         )
         self.attention = Attention(width) if attention else nn.Identity()
         self.leave = nn.Sequential(group_norm(width), nn.SiLU())
@@ -104,7 +106,7 @@ class ConvEncoder(Encoder, name="conv_encoder"):
     ):
         super().__init__()
         self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
-        sizes = halvings(self.shape, channels)
+        sizes = halvings(self.shape, [at_least_one("channels", each) for each in channels])
         self.label = None if classes is None else LabelEmbedding(classes, channels[-1])
         self.enter = nn.Conv2d(self.shape[0], channels[0], 3, padding=1)
         layers: list[nn.Module] = [PlainBlock(channels[0], dropout)]
@@ -152,7 +154,8 @@ class ConvDecoder(Decoder, name="conv_decoder"):
         super().__init__()
         self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
         self.outputs = outputs
-        sizes, size = halvings(self.shape, channels), math.prod(self.latents)
+        sizes = halvings(self.shape, [at_least_one("channels", each) for each in channels])
+        size = math.prod(self.latents)
         self.label = None if classes is None else LabelEmbedding(classes, size)
         self.enter = nn.Linear(size, channels[-1] * math.prod(sizes[-1]))
         layers: list[nn.Module] = [nn.Unflatten(1, (channels[-1], *sizes[-1]))]

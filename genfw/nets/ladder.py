@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least, at_least_one
 from genfw.nets.blocks import PlainBlock, group_norm
 from genfw.nets.conv import halvings
 from genfw.nets.embedding import LabelEmbedding
@@ -70,8 +71,8 @@ class Ladder(nn.Module):
         super().__init__()
         self.shape, self.outputs = example_shape(shape, 3), outputs
         for name, value in (("width", width), ("latents", latents)):
-            if value < 1:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
+            at_least_one(name, value)
+        at_least(0, "encoder_blocks", encoder_blocks)
         if min([0, *blocks]) < 0 or sum(blocks) < 1:
             raise ValueError(
                 f"blocks: expected the number of z at each resolution, at least one in all, "

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from genfw.check import at_least_one
 from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
 from genfw.nets.network import (
     Decoder,
@@ -70,7 +71,9 @@ class MLP(DenoisingNetwork, name="mlp"):
         self.condition = Condition(width, classes)
         self.fourier = Fourier(bins, fourier, data_std)
         self.enter = nn.Linear(self.fourier.channels(channels) * dims, width)
-        self.blocks = nn.ModuleList(Block(width, dropout) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            Block(width, dropout) for _ in range(at_least_one("blocks", blocks))
+        )
         self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU())
         self.output = Output(nn.Linear(width, self.out_channels * dims), width, outputs)
 

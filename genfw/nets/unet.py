@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from genfw.check import at_least, at_least_one
 from genfw.nets.blocks import Attention, ResidualBlock, group_norm
 from genfw.nets.embedding import Condition, Fourier, Output
 from genfw.nets.network import DenoisingNetwork, Features, Level, example_shape, multiple
@@ -58,6 +59,11 @@ class UNet(DenoisingNetwork, name="unet"):
         super().__init__()
         self.shape = example_shape(shape, rank=3)
         channels, height, wide = self.shape
+        for name, value in (("width", width), ("blocks", blocks), ("heads", heads)):
+            at_least_one(name, value)
+        for multiplier in multipliers:
+            at_least_one("multipliers", multiplier)
+        at_least(0, "attention", attention)
         factor = 2 ** (len(multipliers) - 1)
         if not multipliers or height % factor or wide % factor:
             raise ValueError(

@@ -31,6 +31,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least_one
 from genfw.schedule.schedule import NoiseSchedule, bisect
 from genfw.types import Time
 
@@ -90,8 +91,7 @@ class Monotone(nn.Module):
 
     def __init__(self, hidden: int):
         super().__init__()
-        if hidden < 1:
-            raise ValueError(f"hidden: expected at least 1, got {hidden}")
+        at_least_one("hidden", hidden)
         self.log_line = nn.Parameter(torch.zeros(()))
         self.log_height = nn.Parameter(torch.full((hidden,), -math.log(hidden)))
         self.log_steepness = nn.Parameter(torch.full((hidden,), math.log(4 + hidden / 4)))

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from genfw.check import at_least, at_least_one
 from genfw.diffusion.denoising import Denoising, register_denoising_hook
 from genfw.elbo import bits_per_dim
 from genfw.models.vdm import VDM
@@ -63,9 +64,8 @@ class BitAccounting(L.Callback):
     """
 
     def __init__(self, intervals: int = 10, every: int = 5):
-        if intervals < 1:
-            raise ValueError(f"intervals: expected at least 1, got {intervals}")
-        self.intervals, self.every = intervals, every
+        self.intervals = at_least_one("intervals", intervals)
+        self.every = at_least(0, "every", every)
         self.validations = 0
         self.edges: Tensor | None = None
         self.drawn: list[Drawn] = []

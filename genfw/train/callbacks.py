@@ -20,6 +20,7 @@ from rich import progress as rich
 from rich.console import Console
 from torch import Tensor
 
+from genfw.check import at_least
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.guidance import Guidance
 from genfw.likelihood import BernoulliLikelihood
@@ -50,11 +51,14 @@ class Progress(ProgressBar):
 
     Args:
         every: steps between lines where there is no terminal.
+
+    Raises:
+        ValueError: every below 1.
     """
 
     def __init__(self, every: int = 100):
         super().__init__()
-        self.every = every
+        self.every = at_least(1, "every", every)
         self.enabled = True
         self.bar: rich.Progress | None = None
         self.total: int | None = None
@@ -171,18 +175,20 @@ class Pictures(L.Callback):
         samples: images in a grid of samples.
         examples: images in a strip, or in a row of reconstructions.
         levels: noise levels of a strip.
+
+    Raises:
+        ValueError: no samples or examples, or fewer than two levels.
     """
 
     def __init__(
         self, bins: int, every: int = 5, samples: int = 64, examples: int = 6, levels: int = 8
     ):
-        if min(samples, examples) < 1 or levels < 2:
-            raise ValueError(
-                "expected samples and examples of at least 1 and levels of at least 2, got "
-                f"{samples}, {examples} and {levels}"
-            )
-        self.bins, self.every = bins, every
-        self.samples, self.examples, self.levels = samples, examples, levels
+        self.bins, self.every = bins, at_least(0, "every", every)
+        self.samples, self.examples = (
+            at_least(1, "samples", samples),
+            at_least(1, "examples", examples),
+        )
+        self.levels = at_least(2, "levels", levels)
         self.validations = 0
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
@@ -264,6 +270,9 @@ class Frechet(L.Callback):
         validation_samples: images in validation, fewer.
         every: validations between distances; 0: only at the test.
         chunk: images sampled at a time.
+
+    Raises:
+        ValueError: fewer than two samples, which have no covariance, or a chunk of none.
     """
 
     def __init__(
@@ -277,8 +286,9 @@ class Frechet(L.Callback):
         every: int = 5,
         chunk: int = 250,
     ):
-        self.samples, self.validation_samples = samples, validation_samples
-        self.every, self.chunk = every, chunk
+        self.samples = at_least(2, "samples", samples)
+        self.validation_samples = at_least(2, "validation_samples", validation_samples)
+        self.every, self.chunk = at_least(0, "every", every), at_least(1, "chunk", chunk)
         self.validations = 0
         self.distance = FrechetDistance.open(extractor, tuple(shape), bins, weights)
         self.referred = False

@@ -41,6 +41,7 @@ PREFIXES = (
 )
 DISCRETE = ("genfw.CategoricalParameterization", "genfw.LogisticMixtureParameterization")
 FLOAT32_TINY = 2.0**-126
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16", "64", "None")
 NAMES = ("lightning.pytorch.Trainer", "lightning.pytorch.trainer.trainer.Trainer")
 
 
@@ -212,6 +213,20 @@ def _fit(path: str, value: Any, argument: Argument) -> None:
             if not fits(each, argument.elements):
                 expected = Argument(argument.elements).expected()
                 raise ConfigError(f"{path}[{i}]: expected {expected}, got {_shown(each)}")
+    for at, number in _numbers(path, value):
+        if argument.range is not None and number not in argument.range:
+            types = argument.elements or argument.types or frozenset()
+            kind = "a number" if "float" in types else "an integer"
+            raise ConfigError(f"{at}={number}: expected {kind} {argument.range}")
+
+
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, int | float]]:
+    """A number itself; of a list those in it."""
+    if isinstance(value, ListConfig):
+        for i, each in enumerate(value):
+            yield from _numbers(f"{path}[{i}]", each)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
 
 
 def _shown(value: Any) -> str:
@@ -402,15 +417,19 @@ def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) 
         return built
     made = locate(value["_target_"], trusted)
     given = {**built, **more}
-    if value.get("_partial_"):
-        return functools.partial(made, **given)
+    named = f"{path} ({value['_target_']})"
+    call = functools.partial(_call, named, made, **given)
+    return call if value.get("_partial_") else call()
+
+
+def _call(named: str, made: Callable[..., Any], /, *args: Any, **given: Any) -> Any:
+    """`made`, whose complaints name the node."""
     try:
-        return made(**given)
+        return made(*args, **given)
     except Exception as error:
         if isinstance(error, GenfwError) or not _complains(error):
             raise
-        said = " ".join(str(error).split())
-        raise ConfigError(f"{path} ({value['_target_']}): {said}") from error
+        raise ConfigError(f"{named}: {' '.join(str(error).split())}") from error
 
 
 def _complains(error: Exception) -> bool:
@@ -621,30 +640,21 @@ def _weights_are_float32(config: DictConfig) -> None:
             f"trainer.precision={precision}: weights and their average must be float32 or better, "
             "as reported numbers are: use trainer.precision=bf16-mixed"
         )
-
-
-LEAST = {
-    "seed": 0,
-    **dict.fromkeys(("data.batch_size", "data.eval_batch_size"), 1),
-    **{f"trainer.{each}": 1 for each in ("accumulate_grad_batches", "log_every_n_steps")},
-    **{f"trainer.{each}": 1 for each in ("val_check_interval", "devices", "num_nodes")},
-    **dict.fromkeys(("data.num_workers", "trainer.gradient_clip_val"), 0),
-    **dict.fromkeys(("optimizer.weight_decay", "scheduler.warmup"), 0),
-}
-"""What a number must at least be where nobody says so before a run has begun."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision}: expected one of {', '.join(PRECISIONS)}")
 
 
 def _run_can_be(config: DictConfig) -> None:
-    for key, least in LEAST.items():
+    for key in ("trainer.val_check_interval", "trainer.devices"):
         value = OmegaConf.select(config, key)
-        share = key == "trainer.val_check_interval" and isinstance(value, float) and value > 0
-        every = key == "trainer.devices" and value == -1
-        if isinstance(value, int | float) and value < least and not (share or every):
-            kind = "an integer" if isinstance(value, int) else "a number"
-            raise ConfigError(f"{key}={value}: expected {kind} of at least {least}")
-    lr = OmegaConf.select(config, "optimizer.lr")
-    if isinstance(lr, int | float) and lr < 0:
-        raise ConfigError(f"optimizer.lr={lr}: expected a positive learning rate")
+        share = key == "trainer.val_check_interval" and isinstance(value, float) and 0 < value <= 1
+        all_of_them = key == "trainer.devices" and value == -1
+        wrong = isinstance(value, float) or (isinstance(value, int) and value < 1)
+        if wrong and not (share or all_of_them):
+            raise ConfigError(f"{key}={value}: expected an integer of at least 1")
+    seed = OmegaConf.select(config, "seed")
+    if isinstance(seed, int) and seed < 0:
+        raise ConfigError(f"seed={seed}: expected an integer of at least 0")
     steps, epochs = (
         OmegaConf.select(config, f"trainer.max_{each}") for each in ("steps", "epochs")
     )

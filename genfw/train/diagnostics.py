@@ -29,6 +29,7 @@ from PIL import Image as PIL
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from genfw.check import at_least
 from genfw.elbo import ELBO
 from genfw.model import LatentModel
 from genfw.noise import Noise, mix
@@ -71,7 +72,7 @@ class Diagnostics(L.Callback):
         units: of a level, the most active ones, in a traversal.
 
     Raises:
-        ValueError: fewer images or draws than two.
+        ValueError: fewer than two images or draws, or than three columns.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class Diagnostics(L.Callback):
         columns: int = 9,
         units: int = 8,
     ):
-        if min(images, draws) < 2:
-            raise ValueError(f"expected two images and draws at least, got {images} and {draws}")
-        self.bins, self.images, self.draws = bins, images, draws
-        self.patience, self.every, self.columns, self.units = patience, every, columns, units
+        self.bins = bins
+        self.images, self.draws = at_least(2, "images", images), at_least(2, "draws", draws)
+        self.patience, self.every = at_least(1, "patience", patience), at_least(0, "every", every)
+        self.columns, self.units = at_least(3, "columns", columns), at_least(1, "units", units)
         self.validations = 0
         self.alarmed: set[int] = set()
         self.sums: Sums | None = None

@@ -47,6 +47,7 @@ from genfw.train.certificate import certify, given
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting
 from genfw.train.config import build
+from genfw.train.data.module import ImageData
 from genfw.train.errors import GenfwError, Stopped
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit, one_line
@@ -54,7 +55,7 @@ from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
 from genfw.train.runs import load
-from genfw.train.signals import Signals
+from genfw.train.signals import Interruption, Signals, stop
 
 Results = dict[str, Any]
 
@@ -94,6 +95,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             )
             callbacks = make_callbacks(config)
             trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+            if isinstance(data, ImageData):
+                data.check(trainer)
             announce(config, folder, module, trainer)
             for logger in loggers:
                 logger.log_hyperparams({**resolved, "git": git_commit()})
@@ -125,9 +128,14 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
                     logger.summarize({**results, "certificate": certificate})
             failed = 0
             return results
-        except Stopped as stop:
-            failed = stop.exit_code
+        except Stopped as stopped:
+            failed = stopped.exit_code
             raise
+        except Interruption:
+            failed = signals.received
+            raise Stopped(
+                f"interrupted; to go on: python -m genfw resume={folder}", failed
+            ) from None
         finally:
             for logger in loggers:
                 if isinstance(logger, Wandb):
@@ -145,13 +153,16 @@ def fit(
         KeyboardInterrupt: by Ctrl-C in a hurry, which Lightning turns into an exit with code 1.
     """
     try:
-        trainer.fit(module, data, ckpt_path=keeper.begin, weights_only=True)
-    except Stopped as stop:
-        if stop.exit_code == 130 and trainer.is_global_zero:
+        try:
+            trainer.fit(module, data, ckpt_path=keeper.begin, weights_only=True)
+        except Interruption:
+            stop(keeper.signals.received, trainer)
+    except Stopped as stopped:
+        if stopped.exit_code == 130 and trainer.is_global_zero:
             Console().print(so_far(trainer, keeper))
         raise
-    except SystemExit as stop:
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+    except SystemExit as stopped:
+        if not isinstance(stopped.__context__, KeyboardInterrupt):
             raise
         raise KeyboardInterrupt from None
 

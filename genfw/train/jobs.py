@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,17 +90,28 @@ def start_name() -> str:
 OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=True)
 
 
-def own_folder(config: DictConfig, key: str) -> Path:
-    """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist, and
-    where SLURM starts a job again it may hold this very run."""
+def abandon(folder: Path) -> None:
+    """Removes a run folder that holds nothing but the configuration of a run that cannot be."""
+    small = {"config.yaml", ".hydra", "genfw.log", "error.txt"}
+    if {each.name for each in folder.iterdir()} <= small:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def named_anew(config: DictConfig, key: str) -> bool:
+    """Whether the folder that `key` names is this start's alone."""
     parent, _, leaf = key.rpartition(".")
     named = OmegaConf.to_container(OmegaConf.select(config, parent), resolve=False)
     assert isinstance(named, dict)
+    return "${start:}" in str(named[leaf]) and slurm.job() is None
+
+
+def own_folder(config: DictConfig, key: str) -> Path:
+    """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist, and
+    where SLURM starts a job again it may hold this very run."""
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
-            named_anew = "${start:}" in str(named[leaf]) and slurm.job() is None
-            folder.mkdir(parents=True, exist_ok=not named_anew)
+            folder.mkdir(parents=True, exist_ok=not named_anew(config, key))
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
             known = further_rank or not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known:

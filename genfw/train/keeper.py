@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from genfw.check import at_least_one
 from genfw.train.checkpoint import AtomicIO, same
 from genfw.train.errors import ConfigError, Stopped
 from genfw.train.loggers import CSV
@@ -41,6 +42,9 @@ class Keeper(Checkpoint):
         every: steps between further saves; None: none.
         failures: so many saves that fail in a row (a full disk) stop the run. The last good files
             stay.
+
+    Raises:
+        ValueError: every or failures below 1.
     """
 
     def __init__(
@@ -52,12 +56,9 @@ class Keeper(Checkpoint):
         every: int | None = None,
         failures: int = 3,
     ):
-        if every is not None and every < 1:
-            raise ConfigError(f"checkpoint.every: expected at least 1, or null, got {every}")
-        if failures < 1:
-            raise ConfigError(f"checkpoint.failures: expected at least 1, got {failures}")
-        self.folder, self.files, self.signals = folder, files, signals
-        self.begin, self.every, self.failures = begin, every, failures
+        self.folder, self.files, self.signals, self.begin = folder, files, signals, begin
+        self.every = None if every is None else at_least_one("every", every)
+        self.failures = at_least_one("failures", failures)
         self.best = math.inf
         """The best validation NLL so far, nats."""
         self.step, self.saved, self.failed = 0, 0, 0
@@ -112,6 +113,7 @@ class Keeper(Checkpoint):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
+            self.signals.idle = self.saved == self.step
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -126,9 +128,11 @@ class Keeper(Checkpoint):
                 f"those of step {self.saved} are: make room, then "
                 f"python -m genfw resume={trainer.default_root_dir}"
             )
+        self.signals.idle = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
+            self.signals.idle = trainer.state.fn != TrainerFn.FITTING
             self.validation_due = False
             self.consider(trainer, trainer.callback_metrics.get("val/nll"))
 

@@ -33,6 +33,10 @@ PATIENCE = 1.5
 LAST_PATIENCE = 4.0
 """Seconds to upload what is left of a run that a signal ended."""
 
+UPLOAD_PATIENCE = 300.0
+"""Seconds to upload what is left of any other run: a network that takes and never answers would
+hold the process for days."""
+
 ONLINE_PATIENCE = 20.0
 """Seconds that a W&B server which did answer may take to open a run."""
 
@@ -138,6 +142,10 @@ class Wandb(Logger):
 
     MODES = ("auto", "online", "offline", "disabled")
 
+    left = False
+    """Whether a run of this process was left before all of it was uploaded: at the end of the
+    process W&B would wait for the rest."""
+
     def __init__(
         self,
         folder: str | Path,
@@ -208,8 +216,9 @@ class Wandb(Logger):
 
     @rank_zero_only
     def finish(self, exit_code: int = 0) -> None:
-        """Closes the run; later calls do nothing. A run that a signal ended (an exit code beyond 1)
-        waits `LAST_PATIENCE` seconds for the upload: the rest stays in its folder."""
+        """Closes the run; later calls do nothing. It waits `UPLOAD_PATIENCE` seconds for the
+        upload, and `LAST_PATIENCE` where a signal ended it (an exit code beyond 1): the rest stays
+        in its folder."""
         if self.run is not None:
             run, self.run = self.run, None
             self._last = self._where(run)
@@ -217,8 +226,9 @@ class Wandb(Logger):
                 target=lambda: self._quietly(lambda: run.finish(exit_code=exit_code)), daemon=True
             )
             close.start()
-            close.join(LAST_PATIENCE if exit_code > 1 else None)
+            close.join(LAST_PATIENCE if exit_code > 1 else UPLOAD_PATIENCE)
             if close.is_alive():
+                Wandb.left = True
                 self._last += f"; not all of it arrived: wandb sync {run.settings.sync_dir}"
 
     @property

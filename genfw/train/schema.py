@@ -9,6 +9,12 @@ can:
 
     binarize: none                     # none | dynamic | static
 
+and so does one that begins with where a number lies (of a list, each), after its types:
+
+    steps: 64                          # >= 1: more steps are no better
+    decay: 0.999                       # [0, 1)
+    steps: null                        # int | None, >= 1
+
 A null or an interpolation without such a comment takes anything. A class without a conf file is
 imported, and its signature read in the same way.
 """
@@ -16,8 +22,9 @@ imported, and its signature read in the same way.
 from __future__ import annotations
 
 import inspect
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,11 +42,50 @@ _ALIASES = {
     "Path": "str",
     "NoneType": "None",
 }
+_KEY = re.compile(r"( *)(- )?(\w+):(.*)")
+_TYPE, _NUMBER = "|".join(TYPES), r"-?[\d.]+"
 _COMMENT = re.compile(
-    rf"^\s*(\w+):.*?\s#\s*((?:{'|'.join(TYPES)})(?:\s*\|\s*(?:{'|'.join(TYPES)}))*)\s*(?::|$)", re.M
+    rf".*?\s#\s*((?:{_TYPE})(?:\s*\|\s*(?:{_TYPE}))*)?,?\s*"
+    rf"(>=?\s*{_NUMBER}|[\[(]{_NUMBER},\s*{_NUMBER}[\])])?\s*(?::|$)"
 )
-_CHOICES = re.compile(r"^\s*(\w+):\s*(\w+)\s+#\s*(\w+(?:\s*\|\s*\w+)+)", re.M)
+_CHOICES = re.compile(r"\s*(\w+)\s+#\s*(\w+(?:\s*\|\s*\w+)+)")
 _TARGET = re.compile(r"^\s*(?:- )?_target_:\s*['\"]?([\w.]+)", re.M)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a number lies. It is finite.
+
+    Example:
+        >>> half = Range.parse("[0, 1)")
+        >>> [each in half for each in (-0.1, 0, 0.9, 1, math.nan)]
+        [False, True, True, False, False]
+        >>> print(half, Range.parse(">= 1"), Range.parse("> 0"), sep="; ")
+        in [0, 1); of at least 1; above 0
+    """
+
+    low: float
+    high: float
+    with_low: bool
+    with_high: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """Of `[0, 1)`, `> 0`, or `>= 1`."""
+        ends = [float(each) for each in re.findall(_NUMBER, text)]
+        low, high = (*ends, math.inf)[:2]
+        return cls(low, high, text.startswith(("[", ">=")), text.endswith("]"))
+
+    def __contains__(self, value: int | float) -> bool:
+        within = self.low < value < self.high
+        at_end = (value == self.low and self.with_low) or (value == self.high and self.with_high)
+        return math.isfinite(value) and (within or at_end)
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"of at least {self.low:g}" if self.with_low else f"above {self.low:g}"
+        left, right = "(["[self.with_low], ")]"[self.with_high]
+        return f"in {left}{self.low:g}, {self.high:g}{right}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +95,7 @@ class Argument:
     types: frozenset[str] | None = None
     elements: frozenset[str] | None = None
     choices: tuple[str, ...] | None = None
+    range: Range | None = None
     default: Any = None
     required: bool = False
 
@@ -166,30 +213,58 @@ def fits(value: Any, types: frozenset[str] | None) -> bool:
 
 
 class _Comments:
-    """What the comments of a conf file say of types and values."""
+    """What the comments of a conf file say of types, values and ranges, {dotted key: it}."""
 
     def __init__(self, text: str):
-        self.types = {key: _parse(types) for key, types in _COMMENT.findall(text)}
-        self.choices = {
-            key: found
-            for key, default, listed in _CHOICES.findall(text)
-            if default in (found := tuple(each.strip() for each in listed.split("|")))
-        }
+        self.types: dict[str, frozenset[str] | None] = {}
+        self.choices: dict[str, tuple[str, ...]] = {}
+        self.ranges: dict[str, Range] = {}
+        for key, line in _lines(text):
+            if said := _COMMENT.match(line):
+                if said[1]:
+                    self.types[key] = _parse(said[1])
+                if said[2]:
+                    self.ranges[key] = Range.parse(said[2])
+            if listed := _CHOICES.match(line):
+                found = tuple(each.strip() for each in listed[2].split("|"))
+                if listed[1] in found:
+                    self.choices[key] = found
+
+
+def _lines(text: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, what follows it) of every line of a YAML file that has a key."""
+    above: list[tuple[int, str]] = []  # (indent, name), items of lists half a step further in
+    items: dict[str, int] = {}
+    for line in text.splitlines():
+        if not (found := _KEY.match(line)):
+            continue
+        indent, dash, name, rest = len(found[1]), found[2], found[3], found[4]
+        above = [each for each in above if each[0] < indent]
+        if dash:
+            place = "".join(each for _, each in above)
+            items[place] = items.get(place, -1) + 1
+            above.append((indent + 1, f"[{items[place]}]"))
+            indent += len(dash)
+        above.append((indent, f".{name}"))
+        yield "".join(each for _, each in above).lstrip("."), rest
 
 
 def _argument(node: DictConfig, key: str, comments: _Comments) -> Argument:
-    types = comments.types.get(key)
+    at = str(node._get_full_key(key))
+    types, within = comments.types.get(at), comments.ranges.get(at)
     if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-        return Argument(types, required=types is None or "None" not in types)
+        required = types is None or "None" not in types
+        return Argument(types, range=within, required=required)
     default = node[key]
     if types or default is None:
-        return Argument(types, default=default)
+        return Argument(types, range=within, default=default)
     elements = None
     if isinstance(default, ListConfig) and len(default):
         kinds = [type_of(each) for each in default]
         if None not in kinds:
             elements = frozenset[str]().union(*(kind for kind in kinds if kind))
-    return Argument(type_of(default), elements, comments.choices.get(key), default)
+    choices = comments.choices.get(at)
+    return Argument(type_of(default), elements, choices, within, default)
 
 
 def _parse(text: str) -> frozenset[str] | None:

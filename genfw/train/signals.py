@@ -3,7 +3,8 @@
 SIGTERM, SIGUSR1 (a scheduler takes the machine back) and SIGINT (Ctrl-C) set a flag and no more.
 The flags of all ranks are compared where every rank comes by: after each step, and after each batch
 of evaluation. So it does not matter which ranks got the signal, or when. A second Ctrl-C does not
-wait.
+wait. A run of one process does not either, while it has nothing to save: before its first step, in
+validation and after its last.
 
 Lightning's own handlers call a collective operation from within the signal, in which ranks that are
 elsewhere at that moment hang; they are replaced whenever a loop begins.
@@ -11,6 +12,7 @@ elsewhere at that moment hang; they are replaced whenever a loop begins.
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -25,12 +27,23 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 """128 + the number of SIGTERM or SIGINT. SIGUSR1 announces a SIGTERM."""
 
 
+class Interruption(BaseException):
+    """A signal cut short what had nothing to save. No `except Exception` keeps it."""
+
+
 class Signals(L.Callback):
-    """Use as a context, around everything that a signal should not cut short."""
+    """Use as a context, around everything that a signal should not cut short.
+
+    Raises:
+        Interruption: out of anything that runs, at a signal to a run of one process while `idle`.
+    """
 
     def __init__(self) -> None:
         self.received = 0
         """The exit code that was asked for; 0: none."""
+        self.idle = True
+        """Whether everything that is worth saving is saved."""
+        self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
         self._polls = 0
@@ -62,6 +75,7 @@ class Signals(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What came while data and model were built is obeyed before the first step."""
         self._install()
+        self.idle = False
         stop(self.agreed(), trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -104,9 +118,20 @@ class Signals(L.Callback):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that loads data ends with its run
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
+        first = not self.received
         self.received = EXIT_CODES[signal.Signals(number)]
+        if first and self.idle and _alone():
+            raise Interruption
+
+
+def _alone() -> bool:
+    """Whether no other rank would be left waiting."""
+    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1
+    return int(ranks) == 1 and not (dist.is_available() and dist.is_initialized())
 
 
 def stop(exit_code: int, trainer: L.Trainer) -> None:

@@ -26,6 +26,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
+from genfw.check import at_least
 from genfw.train.errors import Stopped
 from genfw.train.module import logs
 
@@ -66,9 +67,8 @@ class Stability(L.Callback):
     ):
         if nan_policy not in ("stop", "skip"):
             raise ValueError(f"nan_policy: expected stop or skip, got {nan_policy!r}")
-        if max_consecutive < 0:
-            raise ValueError(f"max_consecutive: expected at least 0, got {max_consecutive}")
-        self.nan_policy, self.max_consecutive = nan_policy, max_consecutive
+        self.nan_policy = nan_policy
+        self.max_consecutive = at_least(0, "max_consecutive", max_consecutive)
         self.outliers = Outliers(factor, quantile, window, max_consecutive)
         self.steps, self.skipped, self.nonfinite = 0, 0, 0
         self.losses: list[Tensor] = []
@@ -160,10 +160,8 @@ class Outliers:
             raise ValueError(f"factor: expected a positive number or None, got {factor}")
         if not 0 <= quantile <= 1:
             raise ValueError(f"quantile: expected a number in [0, 1], got {quantile}")
-        if window < 1:
-            raise ValueError(f"window: expected at least 1, got {window}")
         self.factor, self.quantile, self.max_consecutive = factor, quantile, max_consecutive
-        self.norms: deque[float] = deque(maxlen=window)
+        self.norms: deque[float] = deque(maxlen=at_least(1, "window", window))
         self.skipped = 0
 
     def __call__(self, norm: float) -> bool:

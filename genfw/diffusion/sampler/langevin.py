@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.process import posterior
@@ -135,8 +136,6 @@ def walk(
 
 
 def _checked(corrections: int, size: float) -> tuple[int, float]:
-    if corrections < 1:
-        raise ValueError(f"corrections: expected at least 1, got {corrections}")
     if not 0 < size < 1:
         raise ValueError(f"size: expected a share in (0, 1), got {size}")
-    return corrections, size
+    return at_least_one("corrections", corrections), size

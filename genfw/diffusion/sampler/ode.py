@@ -109,8 +109,8 @@ class Churn(Sampler, name="edm"):
             raise ValueError(f"churn: expected at least 0, got {churn}")
         if not inflation > 0:
             raise ValueError(f"inflation: expected a positive number, got {inflation}")
-        if not low <= high:
-            raise ValueError(f"expected low <= high, got {low} and {high}")
+        if not 0 <= low <= high:
+            raise ValueError(f"expected 0 <= low <= high, got {low} and {high}")
         self.churn, self.low, self.high, self.inflation = churn, low, high, inflation
 
     def step(

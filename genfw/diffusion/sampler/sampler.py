@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid, UniformGrid
 from genfw.noise import Draws, draws
@@ -44,9 +45,8 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
 
     def __init__(self, steps: int, grid: TimeGrid | None = None):
         super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        self.steps, self.grid = steps, UniformGrid() if grid is None else grid
+        self.steps = at_least_one("steps", steps)
+        self.grid = UniformGrid() if grid is None else grid
 
     @abstractmethod
     def step(

@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from genfw.check import at_least
 from genfw.noise import mix
 from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches
 from genfw.train.data.augment import Augmentation, Binarize, Flip
@@ -49,7 +50,7 @@ class ImageData(L.LightningDataModule):
 
     Raises:
         DataError: see `check`; facts that contradict each other; a batch larger than the data.
-        ValueError: unknown `binarize`.
+        ValueError: unknown `binarize`, a size out of range.
     """
 
     allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than images to evaluate
@@ -92,11 +93,12 @@ class ImageData(L.LightningDataModule):
         self.source, self.name = source, name
         self.path = None if path is None else Path(path).expanduser()
         self.shape = (int(shape[0]), int(shape[1]), int(shape[2]))
-        self.bins, self.raw_bins, self.classes = bins, raw_bins, classes
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.bins, self.raw_bins, self.classes = bins, raw_bins, at_least(1, "classes", classes)
+        self.batch_size = at_least(1, "batch_size", batch_size)
+        self.eval_batch_size = at_least(1, "eval_batch_size", eval_batch_size)
         self.binarize, self.flip = binarize, flip
         self.seed, self.evaluation_seed = seed, evaluation_seed
-        self.num_workers = num_workers
+        self.num_workers = at_least(0, "num_workers", num_workers)
         self._seen: dict[SplitName, Split] = {}
 
     @cached_property
@@ -118,6 +120,16 @@ class ImageData(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Reads and checks; all ranks may, one of them decodes (see `cache`)."""
         _ = self.raw
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Reads the data, before a run has begun anything.
+
+        Raises:
+            DataError: as `setup`, or there are not enough images for a step of this trainer.
+        """
+        self.trainer = trainer
+        self.setup()
+        self.train_dataloader()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._rank_and_world()
