@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from exact import MEAN, STD, Exact
+from exact import MEAN, STD, exact
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         options = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(list(arguments)))
         torch.set_default_dtype(torch.float64)
-        vdm = VDM(Exact(LogLinear(9.0, -9.0)), GaussianLikelihood(), shape=(3,))
+        vdm = VDM(exact(LogLinear(9.0, -9.0)), GaussianLikelihood(), shape=(3,))
         x = MEAN + STD * torch.randn(options.images, 3, generator=torch.Generator().manual_seed(0))
         compare(vdm, x, options.steps, options.repeats)
 

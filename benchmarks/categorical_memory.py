@@ -19,33 +19,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from genfw import CategoricalParameterization, LogisticMixtureParameterization
 from genfw.bayes import centres
 from genfw.nets import Conv
+from genfw.testing.memory import Live
 
 K, SHAPE = 256, (3, 32, 32)
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all storages that operators have made, and their largest sum at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor):
-                storage = each.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        alive = {k: (ref, n) for k, (ref, n) in self.storages.items() if not ref.expired()}
-        self.storages, self.peak = alive, max(self.peak, sum(n for _, n in alive.values()))
-        return made
 
 
 def ratio(batch: int, step: Callable[[], Tensor]) -> float:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from exact import MEAN, STD, Exact
+from exact import MEAN, STD, exact
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
     else:
         options = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(list(arguments)))
         torch.set_default_dtype(torch.float64)
-        vdm = VDM(Exact(LogLinear(9.0, -9.0)), GaussianLikelihood(), shape=(3,))
+        vdm = VDM(exact(LogLinear(9.0, -9.0)), GaussianLikelihood(), shape=(3,))
         train, test = MEAN + STD * torch.randn(2, options.images, 3)
         compare(vdm, train, test, options.draws)
 

@@ -6,6 +6,7 @@
     guidance=classifier_free guidance.scale=3
     format=grid | png | npz              one picture; a folder of them; integers and labels
     trajectory=true                      and a GIF: the first 64 on their way from noise
+    device=cpu | cuda:1                  where; else a GPU where there is one
 
 Sample number i of a seed and label is always the same image, however many are asked for. What made
 them stands in the PNG's text chunks, or beside the arrays, and guidance in the name of the file.
@@ -21,15 +22,18 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from genfw.noise import mix
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.runs import command, read
 
 if TYPE_CHECKING:
+    import torch
+
     from genfw.model import LatentModel
     from genfw.types import Image
 
 USAGE = """python -m genfw.sample run=<folder> [n=64] [label=7] [seed=0] [sampler=...]
   [guidance=...] [format=grid|png|npz] [trajectory=true] [checkpoint=best|last] [out=<path>]
+  [device=cpu]
 Example: python -m genfw.sample run=outputs/2026-11-23_10-15-42_k3f9ab n=100 seed=1"""
 
 DEFAULTS = {
@@ -41,16 +45,24 @@ DEFAULTS = {
     "label": None,
     "format": "grid",
     "trajectory": False,
+    "device": None,
 }
 
 ANIMATED = 64
 """Samples in a GIF, at most."""
 
+ENDINGS = {"grid": ".png", "png": "", "npz": ".npz"}
+"""Of what is written; a format that is a folder of files has none."""
+
 
 def sample(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, DEFAULTS, USAGE)
-    if options.format not in ("grid", "png", "npz"):
+    for key in ("n", "chunk"):
+        if options[key] < 1:
+            raise ConfigError(f"{key}={options[key]}: expected at least 1")
+    if options.format not in ENDINGS:
         raise ConfigError(f"format={options.format}: expected grid, png or npz")
+    _ending_fits(options)
     if options.trajectory and "sampler" not in config:
         raise ConfigError(
             f"trajectory=true: {config.model._target_} goes no way from noise to a sample; "
@@ -64,24 +76,61 @@ def sample(arguments: Sequence[str]) -> None:
 
     prepare()
     module, _ = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
+    module.to(_device(options.device))
     given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
     with module.evaluating() as model:
         seed = mix(options.seed, "sample")
         with watched(model, -(-options.n // options.chunk)):
             images = draw_samples(model, range(options.n), seed, options.chunk, given)
-        facts, guided = about(folder, options, model, chosen), steered(model)
+        facts, guided = about(folder, config, options, model, chosen), steered(model)
         anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
         named = "" if options.label is None else slug(f"label_{options.label}")
+        named += "" if options.checkpoint == "best" else slug(options.checkpoint)
         name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
         columns = (
             max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
         )
         out = Path(options.out) if options.out else folder / name
-        if options.trajectory:
-            film(
-                model, seed, given, min(options.n, ANIMATED), out, config.data.bins, columns, facts
-            )
-    write(images, given, facts, options.format, out, config.data.bins, columns)
+        bins = config.data.bins
+        try:
+            write(images, given, facts, options.format, out, bins, columns)
+            if options.trajectory:
+                film(model, seed, given, min(options.n, ANIMATED), out, bins, columns, facts)
+        except OSError as error:
+            raise GenfwError(
+                f"{error.filename or out}: {error.strerror}; give out=<path>"
+            ) from error
+
+
+def _device(name: str | None) -> torch.device:
+    """The one asked for; else a GPU, where there is one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros((), device=str(name)).device
+    except (RuntimeError, AssertionError) as error:  # of a torch that was built without it
+        raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
+
+
+def _ending_fits(options: DictConfig) -> None:
+    """Refuses `out=images.npz` for a picture, of which it would make images.npz.png.
+
+    Raises:
+        ConfigError: it has the ending of another format.
+    """
+    ending, own = Path(str(options.out)).suffix, ENDINGS[options.format]
+    fits = [name for name, each in ENDINGS.items() if each and each == ending != own]
+    if fits:
+        raise ConfigError(
+            f"out={options.out}: format={options.format} writes {own or 'a folder'}; "
+            f"for {ending} give format={fits[0]}"
+        )
 
 
 def labels(asked: Any, config: DictConfig) -> list[int] | None:
@@ -125,7 +174,11 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
 
 
 def about(
-    folder: Path, options: DictConfig, model: LatentModel, chosen: list[int] | None
+    folder: Path,
+    config: DictConfig,
+    options: DictConfig,
+    model: LatentModel,
+    chosen: list[int] | None,
 ) -> dict[str, str]:
     """What made the images."""
     from genfw.models.vdm import VDM
@@ -141,6 +194,10 @@ def about(
     if isinstance(model, VDM):
         facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
         facts["guidance"] = model.guided().title or "none"
+        guidance = config.get("guidance") or {}
+        for by in ("classifier", "weaker"):
+            if by in guidance:
+                facts[by] = str(Path(guidance[by]).absolute())
     return facts
 
 
@@ -187,7 +244,7 @@ def write(
     import numpy as np
 
     from genfw.train.frechet import to_bytes
-    from genfw.train.pictures import grid, save
+    from genfw.train.pictures import grid, to_png
 
     pixels = to_bytes(images, bins)
     if kind == "npz":
@@ -201,10 +258,10 @@ def write(
             of = dict(facts)
             if given is not None and facts["label"] != "none":
                 of["label"] = str(given[i])
-            save(grid(one[None], 1), out / f"{i:05d}.png", of)
+            to_png(grid(one[None], 1), out / f"{i:05d}.png", of)
     else:
         out = out if out.suffix == ".png" else Path(f"{out}.png")
-        save(grid(pixels, columns), out, facts)
+        to_png(grid(pixels, columns), out, facts)
     print(f"{len(images)} samples: {out}")
 
 

@@ -6,9 +6,6 @@ import torch
 from scipy import stats
 from test_vdm import network_vdm
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from genfw import (
     VDM,
@@ -27,6 +24,7 @@ from genfw import (
     Parameterization,
 )
 from genfw.bayes import piecewise
+from genfw.testing.memory import Live
 
 DISCRETE = [
     c for c in Parameterization.registry.values() if issubclass(c, DiscreteParameterization)
@@ -333,24 +331,6 @@ def test_a_decoder_that_there_is_not_is_refused():
 
 
 # Memory.
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all storages that operators have made, and their largest sum at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for each in tree_leaves(made):
-            if isinstance(each, torch.Tensor):
-                storage = each.untyped_storage()
-                self.storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        alive = {k: (ref, n) for k, (ref, n) in self.storages.items() if not ref.expired()}
-        self.storages, self.peak = alive, max(self.peak, sum(n for _, n in alive.values()))
-        return made
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The classifier of noisy images: its net, what it is trained on, how it is judged, and opened."""
 
 import math
+import os
 import shutil
+import signal
 from itertools import pairwise
 
 import pytest
@@ -10,13 +12,15 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import genfw
+from genfw.__main__ import main
 from genfw.classifier import classify
 from genfw.nets import NoisyClassifier
 from genfw.noise import Noise
-from genfw.train.checkpoint import AtomicIO
+from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import ClassifierModule, fitting
+from genfw.train.compose import session, unchecked
 from genfw.train.data.images import Batch
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.runs import command
 
 
@@ -57,6 +61,13 @@ def test_an_example_does_not_see_its_batch_and_has_a_gradient():
 def test_what_no_classifier_can_be(more, message):
     with pytest.raises(ValueError, match=message):
         net(**more)
+
+
+def test_no_level_is_no_validation():
+    with pytest.raises(ConfigError, match="levels: expected at least 1, got 0"):
+        ClassifierModule(
+            net(), genfw.Cosine(4.0, -8.0), genfw.UniformTime(), 5, torch.optim.SGD, levels=0
+        )
 
 
 class TwoImages(nn.Module):
@@ -110,15 +121,25 @@ def test_forty_steps_teach_it_something_where_there_is_little_noise(trained):
 
 
 FACTS = {"shape": [1, 8, 8], "bins": 17, "classes": 10}
+BY_CLASSIFIER = {"_target_": "genfw.ClassifierGuidance", "interval": None}
+
+
+def of_model(facts=FACTS, log_snr_min=-10.0, **guidance):
+    """What a classifier must fit: a diffusion model's data, its schedule, and what it is for."""
+    schedule = {"schedule": {"log_snr_min": log_snr_min}}
+    guidance = BY_CLASSIFIER | guidance
+    return OmegaConf.create(
+        {"data": facts, "model": {"denoiser": schedule}, "guidance": guidance, "trusted": []}
+    )
 
 
 def test_it_is_opened_with_the_weights_it_was_tested_with(trained):
-    classifier = fitting(OmegaConf.create({"data": FACTS}), str(trained))
+    classifier = fitting(of_model(), str(trained))
     best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     for name, value in classifier.state_dict().items():
         assert torch.equal(value, best[f"classifier.{name}"])
     assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
-    of_file = fitting(OmegaConf.create({"data": FACTS}), str(trained / "checkpoints" / "last.ckpt"))
+    of_file = fitting(of_model(), str(trained / "checkpoints" / "last.ckpt"))
     assert repr(of_file) == repr(classifier)
 
 
@@ -126,10 +147,93 @@ def test_it_is_opened_with_the_weights_it_was_tested_with(trained):
     ("fact", "value"), [("shape", [1, 28, 28]), ("bins", 2), ("classes", 7)], ids=str
 )
 def test_of_other_data_it_is_refused(trained, fact, value):
-    config = OmegaConf.create({"data": FACTS | {fact: value}})
+    config = of_model(FACTS | {fact: value})
     with pytest.raises(GenfwError, match=f"classifier of images with data.{fact}=") as error:
         fitting(config, str(trained))
     assert str(value) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_of_noise_it_never_saw_it_is_not_asked(trained):
+    """Below the least log SNR it was trained at it would answer as there."""
+    with pytest.raises(GenfwError, match=r"down to -10, and guidance begins at -12.*interval=\["):
+        fitting(of_model(log_snr_min=-12.0), str(trained))
+    fitting(of_model(log_snr_min=-12.0, interval=[-10.0, 100.0]), str(trained))
+    denoised = "genfw.DenoisedClassifierGuidance"  # which asks at the data's end
+    fitting(of_model(log_snr_min=-12.0, _target_=denoised), str(trained))
+
+
+TINY = (
+    *("classifier.channels=[8,8]", "levels=1", "scheduler=none", "optimizer.lr=0.005"),
+    *("trainer.max_steps=4", "trainer.val_check_interval=2"),
+)
+
+
+def test_one_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """By a signal in its third step; `python -m genfw resume=` and this command's are one."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert command(classify, (*TINY, f"hydra.run.dir={whole}")) == 0
+    step = ClassifierModule.training_step
+
+    def interrupted(self, batch, batch_idx):
+        if self.trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierModule, "training_step", interrupted)
+        assert command(classify, (*TINY, f"hydra.run.dir={stopped}")) == 143
+    assert f"python -m genfw resume={stopped}" in capsys.readouterr().err
+    assert not (stopped / "results.json").exists()
+    assert read(stopped / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert main([f"resume={stopped}"]) == 0
+    one, other = (read(each / "checkpoints" / "last.ckpt") for each in (whole, stopped))
+    assert one["global_step"] == other["global_step"] == 4
+    for name, value in one["state_dict"].items():
+        assert torch.equal(value, other["state_dict"][name]), name
+    results = [OmegaConf.load(each / "results.json") for each in (whole, stopped)]
+    assert results[0] == results[1]
+    capsys.readouterr()
+    assert command(classify, (f"resume={stopped}",)) == 0
+    assert "is finished, at trainer.max_steps=4" in capsys.readouterr().out
+    assert command(classify, (f"resume={stopped}", "classifier.dropout=0.5")) == 2
+    assert "keeps its classifier.dropout" in capsys.readouterr().err
+
+
+MINE = """
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+
+    def forward(self, z, log_snr):
+        return self.layer(z.flatten(1))
+"""
+
+
+def test_a_network_of_ones_own_is_trained_and_opened(tmp_path, monkeypatch):
+    (tmp_path / "my_classifier.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "run"
+    others = ("channels", "dropout", "log_snr_max", "log_snr_min")
+    given = ("classifier._target_=my_classifier.Net", *(f"~classifier.{each}" for each in others))
+    quick = ("trainer.max_steps=1", "levels=1", "logger=none")
+    assert command(classify, (*given, *quick, f"hydra.run.dir={folder}")) == 0
+    with pytest.raises(ConfigError, match="not among what a config may import"):
+        fitting(of_model(), str(folder))
+    model = of_model()
+    model.trusted = ["my_classifier"]
+    assert type(fitting(model, str(folder))).__name__ == "Net"
+
+
+def test_a_model_that_trains_has_no_labels_to_be_guided_to(capsys):
+    guided = ("guidance=classifier", "guidance.classifier=/nowhere")
+    assert main(list(guided)) == 2
+    assert "leave guidance to python -m genfw.sample" in capsys.readouterr().err
+    with session():  # but a finished run may be
+        assert unchecked(guided).guidance.classifier == "/nowhere"
 
 
 def altered(trained, folder, key, value):
@@ -143,7 +247,7 @@ def altered(trained, folder, key, value):
 
 def test_a_folder_does_not_vouch_for_itself(trained, tmp_path):
     """Whatever its config.yaml says is to be imported, or its checkpoint to be run."""
-    model = OmegaConf.create({"data": FACTS})
+    model = of_model()
     for i, target in enumerate(("os.system", "genfw.train.config.importlib.import_module")):
         place = altered(trained, tmp_path / str(i), "classifier._target_", target)
         with pytest.raises(GenfwError, match=r"not among what a config may|cannot be built"):
@@ -169,6 +273,7 @@ def test_a_folder_does_not_vouch_for_itself(trained, tmp_path):
         (("classifier.dropuot=0.1",), "classifier.dropout"),
         (("model=vae",), "model"),
         (("--multirun",), "--multirun: expected group=option or key=value"),
+        (("resume=/nope",), "resume=/nope: there is no"),
     ],
     ids=str,
 )

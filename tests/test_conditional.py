@@ -11,12 +11,13 @@ from PIL import Image as PIL
 from rich import progress
 from test_job import FID, VDM, composed
 
-from genfw import Noise, sample
+from genfw import Noise, Unguided, evaluate, sample
 from genfw.classifier import classify
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
 from genfw.train.callbacks import watched
-from genfw.train.job import restore, run
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.job import guides, restore, run
 from genfw.train.module import drop_labels, reseed
 from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
@@ -132,19 +133,27 @@ def said(folder, *arguments):
     return command(sample.sample, [f"run={folder}", *arguments])
 
 
+def opened(folder, *arguments):
+    _, config, _ = read([f"run={folder}", *arguments], {}, "")
+    return restore(config, folder / "checkpoints" / "best.ckpt")[0]
+
+
 def test_samples_of_a_class(conditional, tmp_path):
     folder, _ = conditional
     out = tmp_path / "sevens.npz"
     given = ("label=7", "guidance.scale=3.0", "sampler.steps=6", "format=npz", f"out={out}")
-    assert said(folder, "n=5", "chunk=2", *given) == 0
+    assert said(folder, "n=5", "chunk=2", "device=cpu", *given) == 0
     held = dict(np.load(out))
     assert held["images"].shape == (5, 1, 8, 8) and held["labels"].tolist() == [7] * 5
     assert str(held["guidance"]) == "classifier_free(scale=3)"
     assert "steps=6" in str(held["sampler"]) and str(held["label"]) == "7"
-    assert said(folder, "n=7", *given) == 0
-    assert (np.load(out)["images"][:5] == held["images"]).all()  # whatever the chunk and number
-    assert said(folder, "n=5", *given, "sampler.steps=7") == 0
-    assert (np.load(out)["images"] != held["images"]).any()  # the steps of the sampler count
+    module, y = opened(folder, *given[1:3]), torch.full((7,), 7)
+    with module.evaluating() as model:  # whatever the chunk and number
+        drawn = model.sample(7, y, noise=Noise(mix(0, "sample"), torch.arange(7)))
+        assert (drawn[:5].numpy() == held["images"]).all()
+        model.sampler.steps = 7
+        drawn = model.sample(5, y[:5], noise=Noise(mix(0, "sample"), torch.arange(5)))
+        assert (drawn.numpy() != held["images"]).any()  # the steps of the sampler count
 
 
 def test_a_guided_grid_says_so(conditional):
@@ -154,9 +163,10 @@ def test_a_guided_grid_says_so(conditional):
     picture = PIL.open(file)
     assert picture.text["guidance"] == "classifier_free(scale=2)"
     assert picture.text["run"] == str(folder) and picture.text["seed"] == "0"
-    assert said(folder, "n=20", "label=0,1", "guidance=none") == 0
-    plain = PIL.open(folder / "samples_20_seed0_label_0_1.png")
+    assert said(folder, "n=20", "label=0,1", "guidance=none", "checkpoint=last") == 0
+    plain = PIL.open(folder / "samples_20_seed0_label_0_1_last.png")
     assert plain.text["guidance"] == "none" and plain.text["label"] == "0,1"
+    assert plain.text["checkpoint"] == "last"
 
 
 def test_a_run_without_labels_is_guided_by_another(without, capsys):
@@ -167,12 +177,31 @@ def test_a_run_without_labels_is_guided_by_another(without, capsys):
 
 
 WRONG = [
-    (("label=11",), ["label=11", "0..9"]),
-    (("label=seven",), ["label=seven", "0,1,2 or all"]),
     (("format=gif",), ["format=gif", "grid, png or npz"]),
+    (("n=0",), ["n=0: expected at least 1"]),
+    (("chunk=0",), ["chunk=0: expected at least 1"]),
+    (("device=nope",), ["device=nope: "]),
+    (("out=images.npz",), ["format=grid writes .png; for .npz give format=npz"]),
+    (("out=images.png", "format=png"), ["format=png writes a folder; for .png give format=grid"]),
+    (("out=/dev/null/x", "n=1"), ["/dev/null", "; give out=<path>"]),
+    (("guidance.rescale=2.0",), ["guidance: rescale: expected a number in [0, 1], got 2.0"]),
+    (("guidance.interval=[3.0,-3.0]",), ["guidance: interval: expected [lowest, highest] log SNR"]),
     (("guidance=classifier_fre",), ["classifier_free"]),
     (("guidance=autoguidance", "guidance.weaker=/nope"), ["guidance.weaker=/nope", "config.yaml"]),
 ]
+
+
+def test_labels_that_can_be_asked_for(conditional):
+    config = OmegaConf.load(conditional[0] / "config.yaml")
+    assert sample.labels(None, config) == sample.labels("all", config) == list(range(10))
+    assert sample.labels(7, config) == [7] and sample.labels("2,0,2", config) == [2, 0, 2]
+    assert sample.labels("none", config) == [10]  # which stands for no label
+    for wrong, words in ((11, "labels are 0..9"), (-1, "no class -1"), ("seven", "0,1,2 or all")):
+        with pytest.raises(ConfigError, match=f"label={wrong}: .*{words}"):
+            sample.labels(wrong, config)
+    config.label_dropout = 0.0
+    with pytest.raises(ConfigError, match="label=none: this model was never without a label"):
+        sample.labels("none", config)
 
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
@@ -189,37 +218,55 @@ def test_wrong_of_a_run_without_labels(without, capsys):
     assert said(without, "guidance=classifier", mistaken, "label=7") == 1
     answer = capsys.readouterr().err
     assert "the run of a classifier" in answer and "genfw.VDM" in answer
-    assert said(without, "guidance=classifier", mistaken, "label=none") == 2
-    assert "guides to a class" in capsys.readouterr().err
+    by_classifier = composed("guidance=classifier", mistaken, "model.classes=10")
+    with pytest.raises(ConfigError, match="guides to a class"):
+        sample.labels("none", by_classifier)
     assert said(without, "guidance=classifier_free") == 2
     assert "needs a conditional model" in capsys.readouterr().err
 
 
+def test_wrong_of_the_run_of_a_classifier(classifier, without, capsys):
+    for act in (sample.sample, evaluate.evaluate):
+        assert command(act, [f"run={classifier}"]) == 2
+        assert "expected the run of a model" in capsys.readouterr().err
+    config = OmegaConf.load(without / "config.yaml")
+    config.guidance = {"_target_": "genfw.Autoguidance", "weaker": str(classifier)}
+    with pytest.raises(GenfwError, match="expected a model's run, got a classifier's"):
+        guides(config)
+    config.guidance.weaker = str(without)
+    config.data.bins = 2
+    with pytest.raises(GenfwError, match=r"a model of images with data.bins=17, .* data.bins=2"):
+        guides(config)
+
+
+def test_what_guidance_does_not_take_is_found_before_training(tmp_path):
+    config = composed(*CALM, *QUICK, "model.classes=10", "guidance=classifier_free")
+    config.guidance.rescale = 2.0
+    with pytest.raises(ConfigError, match=r"guidance: rescale: expected a number in \[0, 1\]"):
+        run(config, tmp_path)
+
+
 def test_labels_go_round_where_nobody_asks(conditional):
     folder, _ = conditional
-    _, config, _ = read([f"run={folder}"], {}, "")
-    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
-    with module.evaluating() as model:
+    with opened(folder).evaluating() as model:
         drawn = draw_samples(model, range(12), 0)
         y = torch.arange(12) % 10
         assert torch.equal(drawn, model.sample(12, y, noise=Noise(0, torch.arange(12))))
 
 
-def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier, tmp_path):
+def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier):
     guided = ("guidance=classifier", f"guidance.classifier={classifier}", "guidance.scale=2.0")
     assert said(without, "n=20", *guided, "label=all") == 0
     picture = PIL.open(without / "samples_20_seed0_label_all_classifier_scale_2.png")
     assert picture.text["guidance"] == "classifier(scale=2)"
-
-    def drawn(*more):
-        out = f"out={tmp_path / 'drawn.npz'}"
-        assert said(without, "n=4", *guided, "label=3", "format=npz", out, *more) == 0
-        return np.load(tmp_path / "drawn.npz")
-
-    with_noise = drawn()
-    assert with_noise["labels"].tolist() == [3] * 4
-    assert (drawn()["images"] == with_noise["images"]).all()
-    assert (drawn("guidance.scale=300.0")["images"] != with_noise["images"]).any()
+    assert picture.text["classifier"] == str(classifier)
+    module, noise = opened(without, *guided), Noise(0, torch.arange(20))
+    y = torch.arange(20) % 10
+    with module.evaluating() as model:
+        drawn = model.sample(20, y, noise=noise)
+        guide = model.guidance
+        model.guidance = lambda bare: guide(bare, scale=300.0)
+        assert (model.sample(20, y, noise=noise) != drawn).any()
 
 
 def test_samples_of_no_label(conditional, tmp_path):
@@ -229,9 +276,8 @@ def test_samples_of_no_label(conditional, tmp_path):
     assert said(folder, "n=6", "label=none", "format=npz", f"out={out}") == 0
     held = np.load(out)
     assert held["labels"].tolist() == [-1] * 6 and str(held["label"]) == "none"
-    _, config, _ = read([f"run={folder}", "guidance=none"], {}, "")
-    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
-    with module.evaluating() as model:
+    with opened(folder).evaluating() as model:
+        model.guidance = Unguided
         plain = model.sample(6, None, noise=Noise(mix(0, "sample"), torch.arange(6)))
     assert (held["images"] == plain.numpy()).all()
 
@@ -261,8 +307,7 @@ def test_only_diffusion_models_have_a_way(tmp_path, capsys):
 def test_a_bar_counts_every_call_of_the_guided_denoiser(conditional, monkeypatch):
     """On a terminal; the samples are the same as without it."""
     folder, _ = conditional
-    _, config, _ = read([f"run={folder}"], {}, "")
-    module, _ = restore(config, folder / "checkpoints" / "best.ckpt")
+    module = opened(folder)
     ticks, totals = [], []
 
     class Bar(progress.Progress):

@@ -235,6 +235,16 @@ def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
         Autoguidance(Mixture(), Mixture(Cosine(5.0, -9.0)))
 
 
+def test_a_weaker_model_that_reaches_less_far_guides_where_it_does(batch):
+    z, t, y = batch
+    narrow = Mixture(LogLinear(5.0, -4.0), std=0.5)
+    with pytest.raises(ValueError, match=r"6 to -4 at least.*give an interval that lies within"):
+        Autoguidance(Mixture(), narrow, interval=[-4.0, 6.0])
+    found = Autoguidance(Mixture(), narrow, 2.0, interval=[-4.0, 5.0])(z, t, y).x
+    wide = Autoguidance(Mixture(), Mixture(std=0.5), 2.0, interval=[-4.0, 5.0])(z, t, y).x
+    torch.testing.assert_close(found, wide)
+
+
 def test_an_nll_is_of_the_bare_model():
     """Whatever guides a model's samples."""
     torch.manual_seed(0)

@@ -146,6 +146,20 @@ def test_labels_matter_where_there_are_classes_and_only_there(cls):
 
 
 @each_net
+def test_labels_of_any_integers_and_of_no_others(cls):
+    """Bytes, which torch would take for a mask; and -1 is no way to say "no label"."""
+    net = build(cls, (1, 8, 8), classes=CLASSES)
+    inputs, y = arguments(net, CLASSES + 1), torch.tensor([2, 0, 1, 3])
+    assert torch.equal(net(*inputs, y.to(torch.uint8)), net(*inputs, y))
+    for wrong in (y - 1, y + 1):
+        with pytest.raises(RuntimeError, match=r"labels: expected 0\.\.2, or 3 for none"):
+            net(*inputs, wrong)
+    for wrong in (y.float(), y > 1, y[:1]):
+        with pytest.raises((TypeError, ValueError)):
+            net(*inputs, wrong)
+
+
+@each_net
 def test_dropout_acts_in_training_only(cls):
     net = build(cls, (1, 8, 8), dropout=0.5)
     inputs = arguments(net, 2)

@@ -34,6 +34,7 @@ from genfw import (
 from genfw.diffusion.sampler.langevin import walk
 from genfw.diffusion.sampler.multistep import polynomial_weights
 from genfw.nets import MLP
+from genfw.noise import Draws
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing.oracles import MixtureDenoiser
 
@@ -135,6 +136,74 @@ def test_halving_the_steps_shows_the_order(make, order, schedule):
         for steps in (50, 100)
     ]
     assert abs(math.log2(errors[0] / errors[1]) - order) < 0.3, errors
+
+
+class Basis(Draws):
+    """The number 1 in the one example that belongs to a draw, and 0 in all others: with them a
+    sampler that is linear in its latent and its noise shows its coefficients."""
+
+    def __init__(self):
+        self.count = 0
+
+    def normal(self, purpose, like):
+        self.count += 1
+        drawn = torch.zeros_like(like)
+        drawn[self.count] = 1
+        return drawn
+
+    def fold(self, *keys):
+        return self
+
+    uniform = time = antithetic = each = None
+
+
+def law_of_samples(sampler, denoiser):
+    """Mean and standard deviation of z_0, exactly, where z_1 has the law of its marginal and data
+    are normal: example 0 is without noise, the last is moved at the start."""
+    one = torch.tensor(1.0)
+    alpha, sigma = denoiser.schedule.alpha(one), denoiser.schedule.sigma(one)
+    noise, most = Basis(), sampler.evaluations + 1
+    z = (alpha * denoiser.mean).expand(most + 1, 1).clone()
+    z[-1] += (alpha**2 * denoiser.std**2 + sigma**2).sqrt()
+    z = sampler(denoiser, z, noise=noise)[:, 0]
+    assert noise.count < most
+    return float(z[0]), float((z[1:] - z[0]).norm())
+
+
+def wrong(sampler, schedule, std=STD):
+    """By how much the samples' mean is off, and by which factor their deviation is."""
+    denoiser, zero = GaussianDenoiser(schedule, MEAN, std), torch.tensor(0.0)
+    alpha, sigma = schedule.alpha(zero), schedule.sigma(zero)
+    mean, found = law_of_samples(sampler, denoiser)
+    return mean - float(alpha * MEAN), found / float((alpha**2 * std**2 + sigma**2).sqrt()) - 1
+
+
+@pytest.mark.parametrize(
+    ("make", "order"),
+    [
+        (Ancestral, 1),
+        (lambda *a, **k: DDIM(*a, eta=0.5, **k), 1),
+        (DPMSolverSDE, 2),
+        (lambda *a, **k: Churn(*a, churn=5.0, low=0.0, high=1e9, **k), 2),
+    ],
+    ids=["ancestral", "ddim_eta", "dpm_solver_sde", "edm"],
+)
+def test_halving_the_steps_shows_the_order_of_the_law(make, order, double):
+    """Of samplers that draw: their deviation approaches that of the data, without Monte Carlo."""
+    errors = [wrong(make(steps, grid=LogSNRGrid()), Cosine(5.0, -5.0)) for steps in (50, 100)]
+    assert abs(math.log2(errors[0][1] / errors[1][1]) - order) < 0.15, errors
+    assert all(abs(mean) < 1e-4 for mean, _ in errors)
+
+
+def test_annealed_langevin_is_as_much_too_wide_as_its_page_says(double):
+    """On normal data by its delay, which halves with more steps or more corrections; on a point
+    by the stationary law of its last level."""
+    schedule, grid = Cosine(9.0, -9.0), LogSNRGrid()
+    assert wrong(Langevin(grid=grid), schedule)[1] == pytest.approx(0.050, abs=2e-3)
+    for better in (Langevin(200, grid=grid), Langevin(corrections=20, grid=grid)):
+        assert wrong(better, schedule)[1] == pytest.approx(0.024, abs=2e-3)
+    settled = Langevin(100, 40, size=0.3, grid=grid)
+    assert wrong(settled, schedule, std=0.0)[1] == pytest.approx((1 - 0.15) ** -0.5 - 1, abs=2e-3)
 
 
 def test_weights_integrate_polynomials_against_the_exponential():
@@ -245,6 +314,11 @@ def test_grids_are_even_in_what_they_say():
     ):
         steps = read(schedule.log_snr(grid(8, schedule))).diff()
         assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+
+
+def test_a_root_beyond_any_number_is_still_a_grid():
+    times = KarrasGrid(0.003)(8, Cosine(7.0, -9.0))  # e^1500 at the noise end
+    assert times.isfinite().all() and (times.diff() < 0).all()
 
 
 @pytest.mark.parametrize(

@@ -81,14 +81,12 @@ class KarrasGrid(TimeGrid, name="karras"):
         self.rho = rho
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        ends = torch.stack(
-            [
-                torch.as_tensor(schedule.log_snr_min, device=u.device),
-                torch.as_tensor(schedule.log_snr_max, device=u.device),
-            ]
+        high, low = (  # log n^(1/rho): the power itself may be beyond any number
+            torch.as_tensor(end, device=u.device).double() / (-2 * self.rho)
+            for end in (schedule.log_snr_min, schedule.log_snr_max)
         )
-        high, low = (ends.double() / (-2 * self.rho)).exp()
-        return schedule.inverse(-2 * self.rho * ((1 - u) * high + u * low).log())
+        root = torch.logaddexp((-u).log1p() + high, u.log() + low)
+        return schedule.inverse(-2 * self.rho * root)
 
     def extra_repr(self) -> str:
         return f"rho={self.rho:g}"

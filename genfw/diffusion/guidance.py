@@ -85,6 +85,13 @@ class Scaled(Guidance):
         self.scale = scale
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
 
+    @property
+    def reach(self) -> tuple[float, float]:
+        """Lowest and highest log SNR at which it is asked to guide."""
+        lowest, highest = self.interval or (-math.inf, math.inf)
+        schedule = self.schedule
+        return max(lowest, float(schedule.log_snr_min)), min(highest, float(schedule.log_snr_max))
+
     def weight(self, t: Time, like: Data, plain: float) -> Tensor:
         """w where it guides and `plain` elsewhere, one per example, broadcastable to `like`."""
         log_snr = self.schedule.log_snr(t).to(like.device).expand(len(like))
@@ -185,7 +192,7 @@ class Autoguidance(Extrapolated, name="autoguidance"):
         interval, rescale: see `Extrapolated`.
 
     Raises:
-        ValueError: the weaker one's schedule does not reach as far.
+        ValueError: the weaker one's schedule does not reach as far as guidance does.
 
     References:
         Guiding a Diffusion Model with a Bad Version of Itself, Karras et al., 2024,
@@ -201,12 +208,12 @@ class Autoguidance(Extrapolated, name="autoguidance"):
         rescale: float = 0.0,
     ):
         super().__init__(denoiser, scale, interval, rescale)
-        mine, its = denoiser.schedule, weaker.schedule
-        if its.log_snr_max < mine.log_snr_max or its.log_snr_min > mine.log_snr_min:
+        its, (lowest, highest) = weaker.schedule, self.reach
+        if its.log_snr_max < highest or its.log_snr_min > lowest:
             raise ValueError(
-                f"weaker: expected a model of log SNR {float(mine.log_snr_max):.3g} to "
-                f"{float(mine.log_snr_min):.3g} at least, got one of {float(its.log_snr_max):.3g} "
-                f"to {float(its.log_snr_min):.3g}"
+                f"weaker: expected a model of log SNR {highest:.3g} to {lowest:.3g} at least, got "
+                f"one of {float(its.log_snr_max):.3g} to {float(its.log_snr_min):.3g}: give an "
+                "interval that lies within"
             )
         self.weaker = weaker
 

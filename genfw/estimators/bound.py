@@ -29,9 +29,7 @@ class Bound(Estimator, name="bound"):
 
     def __init__(self, sets: int = 2, strata: int = 32, chunk: int = 500):
         super().__init__()
-<<<<<<< HEAD
         self.sets, self.strata = at_least(2, "sets", sets), at_least_one("strata", strata)
->>>>>>> 1a3218e4b508b6f9e31f6e9b67cd77a2f88571d5
         self.draws = sets * strata
         self.chunk = at_least_one("chunk", chunk)
 

@@ -68,7 +68,20 @@ class LabelEmbedding(nn.Module):
         self.vectors = nn.Parameter(torch.randn(classes + 1, width) * width**-0.5)
 
     def forward(self, y: Labels | None, size: int) -> Features:
-        return self.vectors[-1].expand(size, -1) if y is None else self.vectors[y]
+        """Raises:
+        TypeError: labels that are no integers.
+        ValueError: not one for each of `size` examples.
+        """
+        if y is None:
+            return self.vectors[-1].expand(size, -1)
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise TypeError(f"labels: expected integers, got {y.dtype}")
+        if y.shape != (size,):
+            raise ValueError(f"labels: expected one for each of {size} examples, got {(*y.shape,)}")
+        none = len(self.vectors) - 1
+        known = ((y >= 0) & (y <= none)).all()
+        torch._assert_async(known, f"labels: expected 0..{none - 1}, or {none} for none")
+        return self.vectors[y.long()]  # bytes would be read as a mask
 
 
 class Fourier(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -29,7 +29,7 @@ from genfw.schedule import NoiseSchedule
 from genfw.train.checkpoint import read
 from genfw.train.config import build
 from genfw.train.data.images import Batch
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.loggers import one_line
 from genfw.train.module import logs, noise_of_step, optimizers
 from genfw.train.runs import load
@@ -49,6 +49,9 @@ class ClassifierModule(L.LightningModule):
         optimizer, scheduler: as in `genfw.train.module`.
         levels: noise levels of validation, in the middles of so many even intervals of log SNR.
         seed: of every random draw (not of the initial weights).
+
+    Raises:
+        ConfigError: levels below 1.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class ClassifierModule(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
+        if levels < 1:
+            raise ConfigError(f"levels: expected at least 1, got {levels}")
         self.classifier, self.times = classifier, times
         self.schedule = schedule.requires_grad_(False)
         self.optimizer, self.scheduler = optimizer, scheduler
@@ -142,7 +147,8 @@ def assemble(config: DictConfig) -> ClassifierModule:
 def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> nn.Module:
     """The classifier of a run folder, or of a checkpoint in one, for a model of these data.
 
-    Nothing but genfw's own classes is imported, and of the checkpoint nothing but weights is read.
+    Nothing but genfw's own classes and what `config.trusted` names is imported, and of the
+    checkpoint nothing but weights is read.
 
     Args:
         config: of the model.
@@ -156,19 +162,15 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
     folder = file.parent.parent if file.suffix == ".ckpt" else file
     checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
     theirs = load(folder, key)
+    theirs.trusted = config.get("trusted") or []
     if "classifier" not in theirs:
         raise GenfwError(
             f"{key}={place}: expected the run of a classifier, and this is one of "
             f"{(theirs.get('model') or {}).get('_target_', 'something else')}: train one with "
             "python -m genfw.classifier"
         )
-    for fact in ("shape", "bins", "classes"):
-        its, mine = theirs.data[fact], config.data[fact]
-        if its != mine:
-            raise GenfwError(
-                f"{key}={place}: a classifier of images with data.{fact}={its}, and this model's "
-                f"have data.{fact}={mine}"
-            )
+    same_data(theirs, config, f"{key}={place}: a classifier")
+    _knows_the_noise(theirs, config, f"{key}={place}")
     module = assemble(theirs)
     weights = read(checkpoint)
     try:
@@ -176,3 +178,37 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{checkpoint} does not fit its config.yaml: {one_line(error)}") from error
     return module.classifier.requires_grad_(False).eval()
+
+
+def same_data(theirs: DictConfig, config: DictConfig, what: str) -> None:
+    """Refuses what was trained on other data than the model of `config`.
+
+    Raises:
+        GenfwError: images of another shape, number of values or of classes.
+    """
+    for fact in ("shape", "bins", "classes"):
+        its, mine = theirs.data[fact], config.data[fact]
+        if its != mine:
+            raise GenfwError(
+                f"{what} of images with data.{fact}={its}, and this model's have data.{fact}={mine}"
+            )
+
+
+def _knows_the_noise(theirs: DictConfig, config: DictConfig, what: str) -> None:
+    """Refuses a classifier that would be asked about noisier images than it was trained on.
+
+    Raises:
+        GenfwError: its schedule ends before guidance does.
+    """
+    if not str(config.guidance["_target_"]).endswith(".ClassifierGuidance"):
+        return  # asked about clean images
+    ends = OmegaConf.select(config, "model.denoiser.schedule.log_snr_min")
+    interval = config.guidance.get("interval")
+    lowest = ends if interval is None else max(interval[0], ends)
+    its = theirs.schedule.log_snr_min
+    if its > lowest:
+        raise GenfwError(
+            f"{what}: a classifier that knows log SNR down to {its:g}, and guidance begins at "
+            f"{lowest:g}: train one with schedule.log_snr_min={lowest:g}, or guide above with "
+            f"guidance.interval=[{its:g},100]"
+        )

@@ -30,6 +30,7 @@ from genfw.train.config import (
     conf_folder,
     keys,
     nearest,
+    samples_have_labels,
     times_are_looked_at,
     unknown_key,
 )
@@ -69,6 +70,7 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     )
     check(_job(config), _job(reference), _folders(), typed(parse(overrides)))
     times_are_looked_at(config)
+    samples_have_labels(config)
     return config
 
 

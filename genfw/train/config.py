@@ -738,6 +738,21 @@ def times_are_looked_at(config: DictConfig) -> None:
         )
 
 
+def samples_have_labels(config: DictConfig) -> None:
+    """Refuses guidance to labels that nobody gives: those of pictures and distances while a model
+    trains are the model's own. `genfw.sample` takes any.
+
+    Raises:
+        ConfigError: a classifier would guide a model without classes.
+    """
+    target = str(_target(config, "guidance"))
+    if target.endswith("ClassifierGuidance") and config.model.classes is None:
+        raise ConfigError(
+            "guidance by a classifier needs labels, and samples of this model have none while it "
+            "trains (model.classes=null): leave guidance to python -m genfw.sample run=<folder>"
+        )
+
+
 def data_are_there(config: DictConfig) -> None:
     """Refuses a `data.path` that is no folder; for runs that will read it.
 

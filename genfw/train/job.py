@@ -45,10 +45,10 @@ from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given
 from genfw.train.checkpoint import AtomicIO, read
-from genfw.train.classifier import fitting
+from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
-from genfw.train.errors import GenfwError, Stopped
+from genfw.train.errors import ConfigError, GenfwError, Stopped
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit, one_line
 from genfw.train.memory import keep_freed_memory
@@ -85,6 +85,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         try:
             L.seed_everything(config.seed, workers=True, verbose=False)
             module, data = assemble(config)
+            steerable(module)
             files = AtomicIO()
             keeper = build(
                 config.checkpoint,
@@ -144,7 +145,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
 
 
 def fit(
-    trainer: L.Trainer, module: LatentModule, data: L.LightningDataModule, keeper: Keeper
+    trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, keeper: Keeper
 ) -> None:
     """Trains; Ctrl-C ends it with a table of what there is.
 
@@ -207,11 +208,10 @@ def _weaker(config: DictConfig, place: str) -> Denoiser:
     folder = file.parent.parent if file.suffix == ".ckpt" else file
     checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
     theirs = load(folder, "guidance.weaker")
-    if list(theirs.data.shape) != list(config.data.shape):
-        raise GenfwError(
-            f"guidance.weaker={place}: a model of {list(theirs.data.shape)} images, and this one "
-            f"is of {list(config.data.shape)}"
-        )
+    theirs.trusted = config.get("trusted") or []
+    if "model" not in theirs:
+        raise GenfwError(f"guidance.weaker={place}: expected a model's run, got a classifier's")
+    same_data(theirs, config, f"guidance.weaker={place}: a model")
     model = restore(theirs, checkpoint)[0].evaluated
     if not isinstance(model, VDM):
         raise GenfwError(
@@ -234,7 +234,21 @@ def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDa
         module.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{file} does not fit its config.yaml: {one_line(error)}") from error
+    steerable(module)
     return module, data
+
+
+def steerable(module: LatentModule) -> None:
+    """Finds out what guidance does not take before it is needed.
+
+    Raises:
+        ConfigError: a value out of range, or a model that it does not fit.
+    """
+    if isinstance(module.model, VDM):
+        try:
+            module.model.guided()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"guidance: {' '.join(str(error).split())}") from error
 
 
 def make_callbacks(config: DictConfig) -> list[L.Callback]:

@@ -163,17 +163,25 @@ def reconstructions(
     return grid(torch.cat([pixels(x, bins), *levels]), columns=len(x))
 
 
-def save(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> Path:
-    """Writes beside, then replaces: a reader never sees half a picture. `facts` become text chunks
-    of the PNG. A full disk costs the picture, not the run."""
+def to_png(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> None:
+    """Writes beside, then replaces: a reader never sees half a picture. `facts` become text chunks.
+
+    Raises:
+        OSError: it could not be written.
+    """
     beside = path.with_name(f".{path.name}.tmp")
     chunks = PngInfo()
     for name, value in (facts or {}).items():
         chunks.add_text(name, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(beside, format="PNG", pnginfo=chunks)
+    beside.replace(path)
+
+
+def save(picture: PIL.Image, path: Path) -> Path:
+    """Of a run: a full disk costs the picture, not the run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(beside, format="PNG", pnginfo=chunks)
-        beside.replace(path)
+        to_png(picture, path)
     except OSError as error:
         print(f"{path}: {error.strerror}; no picture", file=sys.stderr)
     return path

@@ -1,4 +1,5 @@
-"""python -m genfw resume=<folder>: a run that was killed or interrupted goes on where it was.
+"""python -m genfw resume=<folder>: a run that was killed or interrupted goes on where it was, be it
+a model's or a classifier's.
 
 It is the run of the folder's config.yaml, exactly: what would change its mathematics is refused.
 A finished run goes on too, given a larger `trainer.max_steps`.
@@ -55,8 +56,12 @@ def resume(arguments: Sequence[str]) -> None:
 def take_up(folder: Path, config: DictConfig) -> None:
     """Goes on from the newest checkpoint of `folder`; a run killed before its first one begins."""
     from genfw.train.checkpoint import newest
-    from genfw.train.job import run
     from genfw.train.jobs import noted
+
+    if "classifier" in config:
+        from genfw.train.classifier_job import run
+    else:
+        from genfw.train.job import run
 
     checkpoints = folder / "checkpoints"
     begin = None

@@ -54,6 +54,8 @@ def read(
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
     folder = Path(given.pop(word))
     config = load(folder, word)
+    if "model" not in config and word == "run":
+        raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
     for group in CHOSEN_ANEW:

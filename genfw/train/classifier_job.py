@@ -1,0 +1,57 @@
+"""One run of `python -m genfw.classifier`, from a composed configuration to its folder:
+config.yaml, checkpoints/, metrics.csv (accuracy by log SNR) and results.json.
+
+It is saved, stopped and taken up again as the run of a model is (`genfw.train.job`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as L
+from omegaconf import DictConfig
+
+from genfw.train import job
+from genfw.train.checkpoint import AtomicIO
+from genfw.train.classifier import assemble
+from genfw.train.config import build
+from genfw.train.keeper import Keeper
+from genfw.train.signals import Signals
+
+
+def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Results:
+    """Trains, then tests the best weights.
+
+    Args:
+        config: composed and checked.
+        folder: the run folder, which exists and is this run's alone.
+        begin: the checkpoint of this folder to go on from.
+
+    Returns:
+        What is in results.json.
+
+    Raises:
+        Stopped: a signal asked for it, or nothing could be saved any more.
+    """
+    job.prepare()
+    job.keep_config(job.container(config), folder)
+    with Signals() as signals:
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        module, data = assemble(config), build(config.data)
+        loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
+        callbacks = [build(node) for node in job.nodes(config.callbacks)]
+        files = AtomicIO()
+        keeper = Keeper(folder / "checkpoints", files, signals, begin)
+        trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
+        job.fit(trainer, module, data, keeper)
+        trainer.validate(module, data, verbose=False)  # steps after the last validation count
+        (tested,) = trainer.test(
+            module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
+        )
+    results: job.Results = {**tested, **job.versions()}
+    job.write(folder / "results.json", results)
+    for key, value in tested.items():
+        print(f"{key:28}{value:.4f}")
+    print(f"run folder: {folder}")
+    return results
