@@ -70,10 +70,10 @@ class Ended:
     seconds: float
 
 
-def run(*arguments, world=1, fault=None, environment=None, timeout=240.0, prepare=None) -> Ended:
+def run(*arguments, world=1, fault=None, environment=None, timeout=240.0, prepare=None, strategy="ddp") -> Ended:
     """`python -m genfw <arguments>` on `world` ranks; each first calls `prepare` (folder)."""
     if world > 1 and not any(each.startswith("resume=") for each in arguments):
-        arguments = (*arguments, "trainer.strategy=ddp", f"trainer.devices={world}")
+        arguments = (f"trainer.strategy={strategy}", f"trainer.devices={world}", *arguments)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

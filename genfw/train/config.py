@@ -642,7 +642,7 @@ def _run_can_be(config: DictConfig) -> None:
             "trainer.max_epochs"
         )
     strategy = str(OmegaConf.select(config, "trainer.strategy"))
-    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+    if strategy != "fsdp2" and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ConfigError(
             f"trainer.strategy={strategy}: averaged weights, evaluation and checkpoints are whole "
             "on every rank here and cannot be sharded: use trainer=ddp"
