@@ -62,11 +62,7 @@ class FSDP2(DDPStrategy):
 
     def configure_ddp(self) -> None:
         module = self._module
-        if next(module.objective.parameters(), None) is not None:
-            raise GenfwError(
-                f"trainer.strategy=fsdp2 divides the weights of the model, and the objective "
-                f"{type(module.objective).__name__} has some of its own: use trainer=ddp"
-            )
+        divisible(module)
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         self.outline = outline(module.model)
         if module.average is not None:
@@ -160,18 +156,24 @@ class Step(nn.Module):
         return self.take(*args, **kwargs)
 
 
-def shard(step: Step, mesh: DeviceMesh) -> None:
-    """Divides a model's weights, in place: parameters become `DTensor`s, cut along their first axis.
-
-    Raises:
-        GenfwError: a parameter has no axis.
-    """
-    numbers = [name for name, p in step.model.named_parameters() if p.ndim == 0]
-    if numbers:
+def divisible(module: LatentModule) -> None:
+    """Raises a GenfwError where it is not."""
+    if any(True for _ in module.objective.parameters()):
         raise GenfwError(
-            f"trainer.strategy=fsdp2 cannot divide {numbers[0]}, a number without an axis: give it "
-            "the shape (1,), or use trainer=ddp"
+            "trainer.strategy=fsdp2 divides the weights of the model, and the objective "
+            f"{type(module.objective).__name__} has some of its own: use trainer=ddp"
         )
+    for name, p in module.model.named_parameters():
+        if p.ndim == 0:
+            raise GenfwError(
+                f"trainer.strategy=fsdp2 cannot divide {name}, a number without an axis: give it "
+                "the shape (1,), or use trainer=ddp"
+            )
+
+
+def shard(step: Step, mesh: DeviceMesh) -> None:
+    """Divides a model's weights, in place: parameters become `DTensor`s, cut along their first
+    axis."""
     for unit in units(step.model):
         fully_shard(unit, mesh=mesh)
     fully_shard(step, mesh=mesh)
@@ -212,7 +214,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def outline(model: LatentModel) -> LatentModel:
     """A copy of a whole model, its parameters without their numbers."""
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    empty = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
     return copy.deepcopy(model, empty)
 
 
