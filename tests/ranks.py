@@ -40,8 +40,8 @@ MODELS = {
 }
 """With a state of their own: a warm-up, learned noise, the history of importance-sampled times."""
 
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["genfw.__main__", "genfw.train.job", "sklearn.datasets", "ranks"])
+context = mp.get_context("forkserver")
+context.set_forkserver_preload(["genfw.__main__", "genfw.train.job", "sklearn.datasets", "ranks"])
 
 
 @dataclass
@@ -70,10 +70,18 @@ class Ended:
     seconds: float
 
 
-def run(*arguments, world=1, fault=None, environment=None, timeout=240.0, prepare=None) -> Ended:
+def run(
+    *arguments,
+    world=1,
+    strategy="ddp",
+    fault=None,
+    environment=None,
+    timeout=240.0,
+    prepare=None,
+) -> Ended:
     """`python -m genfw <arguments>` on `world` ranks; each first calls `prepare` (folder)."""
     if world > 1 and not any(each.startswith("resume=") for each in arguments):
-        arguments = (*arguments, "trainer.strategy=ddp", f"trainer.devices={world}")
+        arguments = (*arguments, f"trainer.strategy={strategy}", f"trainer.devices={world}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +104,7 @@ def run(*arguments, world=1, fault=None, environment=None, timeout=240.0, prepar
         }
         given = {**(environment or {}), **(torchrun if world > 1 else {})}
         target = (arguments, given, fault, rank, str(logs[rank]), str(mark), prepare)
-        ranks.append(_context.Process(target=_rank, args=target))
+        ranks.append(context.Process(target=_rank, args=target))
     for process in ranks:
         process.start()
     deadline = time.monotonic() + timeout

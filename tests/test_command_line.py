@@ -99,7 +99,13 @@ WRONG = [
     ("trainer.val_check_interval=-0.5", ["val_check_interval=-0.5"]),
     ("trainer.log_every_n_steps=0", ["log_every_n_steps=0", "at least 1"]),
     ("trainer=ddp trainer.devices=0", ["trainer.devices=0", "at least 1"]),
-    ("trainer.strategy=fsdp", ["trainer.strategy=fsdp", "sharded", "trainer=ddp"]),
+    ("trainer.strategy=fsdp", ["trainer.strategy=fsdp", "use trainer=fsdp", "trainer=ddp"]),
+    ("trainer=fsdp trainer.precision=16-mixed", ["precision=16-mixed", "bf16-mixed"]),
+    (
+        "trainer=fsdp optimizer._target_=torch.optim.Rprop ~optimizer.betas ~optimizer.eps "
+        "~optimizer.weight_decay ~optimizer.amsgrad ~optimizer.fused",
+        ["torch.optim.Rprop", "AdamW", "trainer=ddp"],
+    ),
     ("data.batch_size=0", ["data.batch_size=0", "at least 1"]),
     ("data.eval_batch_size=-1", ["data.eval_batch_size=-1", "at least 1"]),
     ("data.num_workers=-1", ["data.num_workers=-1", "at least 0"]),

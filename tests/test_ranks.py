@@ -1,7 +1,8 @@
 """Two ranks tell the story of one: the same images, times, noise, losses, numbers and samples.
 
 One rank with two micro-batches a step, and two ranks with one each, train in float64, where what is
-left between them is the order of sums. Each draw of training is watched from inside.
+left between them is the order of sums; two ranks hold all weights each, or half of them. Each draw
+of training is watched from inside.
 """
 
 import csv
@@ -91,18 +92,23 @@ class Run:
         return json.loads((self.folder / f"{name}.json").read_text())
 
 
-def trained(folder, world, *more):
+def trained(folder, world, strategy, *more):
     accumulate = f"trainer.accumulate_grad_batches={2 // world}"
     given = (*COMMAND, *more, accumulate, f"hydra.run.dir={folder}/run")
-    ended = ranks.run(*given, world=world, prepare=watch)
+    ended = ranks.run(*given, world=world, strategy=strategy, prepare=watch)
     assert ended.codes == [0] * world, ended.said
     seen = [torch.load(folder / "run" / f"seen{rank}.pt") for rank in range(world)]
     return Run(folder / "run", ended.said, seen)
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return [trained(tmp_path_factory.mktemp(f"ranks{n}"), n, *MODEL) for n in (1, 2)]
+def one(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("one"), 1, "auto", *MODEL)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def both(one, request, tmp_path_factory):
+    return [one, trained(tmp_path_factory.mktemp("two"), 2, request.param, *MODEL)]
 
 
 def test_training_sees_the_same_images_times_and_noise(both):

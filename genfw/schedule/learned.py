@@ -27,6 +27,7 @@ References:
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ class Monotone(nn.Module):
     def __init__(self, hidden: int):
         super().__init__()
         at_least_one("hidden", hidden)
-        self.log_line = nn.Parameter(torch.zeros(()))
+        self.log_line = nn.Parameter(torch.zeros(1))  # with an axis: sharding cuts along one
         self.log_height = nn.Parameter(torch.full((hidden,), -math.log(hidden)))
         self.log_steepness = nn.Parameter(torch.full((hidden,), math.log(4 + hidden / 4)))
         self.center = nn.Parameter((torch.arange(hidden) + 0.5) / hidden)
@@ -107,7 +108,7 @@ class Monotone(nn.Module):
         start, stop = self._ends()
         s = self._units(t)
         rates = (self.log_height.double() + self.log_steepness.double()).exp()
-        return (self.log_line.double().exp() + (s * (1 - s)) @ rates) / (stop - start)
+        return (self._line() + (s * (1 - s)) @ rates) / (stop - start)
 
     def _ends(self) -> Tensor:
         """m at 0 and 1."""
@@ -115,10 +116,20 @@ class Monotone(nn.Module):
 
     def _rise(self, t: Tensor) -> Tensor:
         """m(t)."""
-        line, heights = self.log_line.double().exp(), self.log_height.double().exp()
-        return line * t + self._units(t) @ heights
+        return self._line() * t + self._units(t) @ self.log_height.double().exp()
+
+    def _line(self) -> Tensor:
+        """w."""
+        return self.log_line.double().exp().squeeze()
 
     def _units(self, t: Tensor) -> Tensor:
         """sigmoid(k_j (t - c_j)), (..., hidden)."""
         steepness = self.log_steepness.double().exp()
         return (steepness * (t.unsqueeze(-1) - self.center.double())).sigmoid()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Also from files in which w has no axis."""
+        line = f"{prefix}log_line"
+        if line in state_dict:
+            state_dict[line] = state_dict[line].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)

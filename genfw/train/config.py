@@ -668,15 +668,38 @@ def _run_can_be(config: DictConfig) -> None:
             "trainer.max_epochs"
         )
     strategy = str(OmegaConf.select(config, "trainer.strategy"))
-    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
+    if strategy != "fsdp2" and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ConfigError(
-            f"trainer.strategy={strategy}: averaged weights, evaluation and checkpoints are whole "
-            "on every rank here and cannot be sharded: use trainer=ddp"
+            f"trainer.strategy={strategy}: averages, evaluation and checkpoints do not know weights "
+            "in these parts: use trainer=fsdp (trainer.strategy=fsdp2), or trainer=ddp"
         )
     if OmegaConf.select(config, "trainer.enable_checkpointing") is False:
         raise ConfigError(
             "trainer.enable_checkpointing=false: the best weights are what is tested; leave it true"
         )
+
+
+BY_ELEMENT = "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop SGD".split()
+"""Those of torch.optim that move every weight by its own past alone, and so weights in parts."""
+
+
+def _weights_can_be_divided(config: DictConfig) -> None:
+    if OmegaConf.select(config, "trainer.strategy") != "fsdp2":
+        return
+    precision = str(OmegaConf.select(config, "trainer.precision"))
+    if precision in ("16", "16-mixed"):
+        raise ConfigError(
+            f"trainer=fsdp, trainer.precision={precision}: ranks would scale the loss each on its "
+            "own: use trainer.precision=bf16-mixed"
+        )
+    module, _, name = str(_target(config, "optimizer")).rpartition(".")
+    if module == "torch.optim" and name not in BY_ELEMENT:
+        raise ConfigError(
+            f"trainer=fsdp: torch.optim.{name} looks at a weight as a whole, and every rank has a "
+            f"part of it: use one of {', '.join(BY_ELEMENT)}, or trainer=ddp"
+        )
+    if OmegaConf.select(config, "classifier") is not None:
+        raise ConfigError("trainer=fsdp divides the weights of a model of data: use trainer=ddp")
 
 
 def _labels_agree(config: DictConfig) -> None:
@@ -766,6 +789,7 @@ def data_are_there(config: DictConfig) -> None:
 
 RULES: tuple[Callable[[DictConfig], None], ...] = (
     _run_can_be,
+    _weights_can_be_divided,
     _labels_agree,
     _guidance_reads_model,
     _weights_are_float32,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.train.module import LatentModule
+from genfw.train.sharding import local
 
 
 class EMA(L.Callback):
@@ -71,8 +72,8 @@ class EMA(L.Callback):
 
 def lerp_(average: nn.Module, model: nn.Module, weight: float) -> None:
     """average <- (1 - weight) average + weight model, in place; buffers, no weights, are copied."""
-    kept: list[Tensor] = [*average.parameters()]
-    torch._foreach_lerp_(kept, [*model.parameters()], weight)  # pyright: ignore
+    kept, current = ([local(p) for p in each.parameters()] for each in (average, model))
+    torch._foreach_lerp_(kept, current, weight)  # pyright: ignore
     for mine, current in zip(average.buffers(), model.buffers(), strict=True):
         mine.copy_(current)
 

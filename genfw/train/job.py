@@ -55,6 +55,7 @@ from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
 from genfw.train.runs import load
+from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
 
 Results = dict[str, Any]
@@ -397,9 +398,10 @@ def container(config: DictConfig) -> dict[str, Any]:
 
 
 def prepare() -> None:
-    """The process: memory is kept, and Lightning's advertisements and its advice about what is
-    meant to be so are not shown."""
+    """The process: memory is kept, Lightning knows our strategy, and its advertisements and its
+    advice about what is meant to be so are not shown."""
     keep_freed_memory()
+    FSDP2.register_strategies()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -409,6 +411,7 @@ def prepare() -> None:
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
         ".*your dataloader is not resumable.*",  # it is: genfw.train.batches
+        ".*returned a view tensor.*",  # of a network, and nobody writes into it
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from genfw.check import at_least
 from genfw.train.errors import Stopped
 from genfw.train.module import logs
+from genfw.train.sharding import whole
 
 Policy = Literal["stop", "skip"]
 
@@ -213,7 +214,7 @@ def gradient_norm(optimizer: Optimizer) -> Tensor:
     """The 2-norm of all gradients together, a scalar."""
     held = [p.grad for group in optimizer.param_groups for p in group["params"]]
     gradients = [gradient for gradient in held if gradient is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+    return whole(torch.nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
 
 
 def take_away(optimizer: Optimizer) -> None:
