@@ -10,9 +10,9 @@ def at_least(least: int, name: str, value: int) -> int:
         ValueError: it is no integer, or below `least`.
 
     Example:
-        >>> at_least(2, "sets", 2.5)
+        >>> at_least(2, "sets", 1)
         Traceback (most recent call last):
-        ValueError: sets: expected an integer of at least 2, got 2.5
+        ValueError: sets: expected an integer of at least 2, got 1
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")

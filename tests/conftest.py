@@ -1,11 +1,16 @@
 """Every test starts from the same seed; `double` computes in float64. Arrays are checked against
 their annotations."""
 
+import signal
+
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
 install_import_hook("genfw", "beartype.beartype").__enter__()
+
+# A shell starts what runs in its background deaf to Ctrl-C, and with it all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

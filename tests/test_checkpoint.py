@@ -208,7 +208,7 @@ def test_a_damaged_file_is_not_kept_as_the_previous_one(tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"every": 0}, {"failures": 0}])
 def test_arguments_out_of_range(tmp_path, wrong):
-    with pytest.raises(ConfigError, match="expected at least"):
+    with pytest.raises(ValueError, match="expected an integer of at least 1, got 0"):
         Keeper(tmp_path, AtomicIO(), Signals(), **wrong)
 
 

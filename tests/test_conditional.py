@@ -184,8 +184,8 @@ WRONG = [
     (("out=images.npz",), ["format=grid writes .png; for .npz give format=npz"]),
     (("out=images.png", "format=png"), ["format=png writes a folder; for .png give format=grid"]),
     (("out=/dev/null/x", "n=1"), ["/dev/null", "; give out=<path>"]),
-    (("guidance.rescale=2.0",), ["guidance: rescale: expected a number in [0, 1], got 2.0"]),
-    (("guidance.interval=[3.0,-3.0]",), ["guidance: interval: expected [lowest, highest] log SNR"]),
+    (("guidance.rescale=2.0",), ["guidance.rescale=2.0: expected a number in [0, 1]"]),
+    (("guidance.interval=[3.0,-3.0]",), ["interval: expected [lowest, highest] log SNR"]),
     (("guidance=classifier_fre",), ["classifier_free"]),
     (("guidance=autoguidance", "guidance.weaker=/nope"), ["guidance.weaker=/nope", "config.yaml"]),
 ]
@@ -242,7 +242,7 @@ def test_wrong_of_the_run_of_a_classifier(classifier, without, capsys):
 def test_what_guidance_does_not_take_is_found_before_training(tmp_path):
     config = composed(*CALM, *QUICK, "model.classes=10", "guidance=classifier_free")
     config.guidance.rescale = 2.0
-    with pytest.raises(ConfigError, match=r"guidance: rescale: expected a number in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"guidance .*rescale: expected a number in \[0, 1\]"):
         run(config, tmp_path)
 
 

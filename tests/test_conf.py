@@ -18,7 +18,7 @@ from genfw.train import resolvers
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.schema import ConfFiles, from_signature
 from genfw.train.signals import Signals
 
@@ -211,10 +211,14 @@ def _ranged():
 
 @pytest.mark.parametrize(("node", "key", "within"), _ranged())
 def test_class_refuses_what_its_file_does(node, key, within, tmp_path):
-    own = {"net": {"classes": None}, "seed": 0, "schedule": {"log_snr_max": 5, "log_snr_min": -5}}
+    own = {
+        "net": {"classes": None},
+        "seed": 0,
+        "schedule": {"log_snr_max": 5.0, "log_snr_min": -5.0},
+    }
     given = {"path": "x", "shape": [1, 8, 8], "classes": 2}
     plain = OmegaConf.to_container(node, resolve=False)
-    plain = {k: given[k] if v == "???" else v for k, v in plain.items()}
+    plain = {k: given[k] if v == "???" else v for k, v in plain.items() if k != "defaults"}
     more = {}
     if node._target_ == "genfw.train.keeper.Keeper":
         more = {"folder": tmp_path, "files": AtomicIO(), "signals": Signals()}
@@ -225,7 +229,7 @@ def test_class_refuses_what_its_file_does(node, key, within, tmp_path):
     for each in (int(n) if whole else n for n in out if math.isfinite(n)):
         wrong = [each, *value[1:]] if isinstance(value, list) else each
         config = OmegaConf.create({**FACTS, **own, "node": {**plain, key: wrong}})
-        with pytest.raises(ConfigError, match=rf"{key}|{each}"):
+        with pytest.raises(GenfwError, match=rf"{key}|{each}"):
             build(config.node, **more)
 
 

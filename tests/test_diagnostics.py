@@ -190,7 +190,7 @@ def test_nothing_for_a_diffusion_model(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*collapsed.*")
         trainer = tiny.trainer(
-            tmp_path, 2, val_check_interval=1, callbacks=[Diagnostics(3, patience=0, every=1)]
+            tmp_path, 2, val_check_interval=1, callbacks=[Diagnostics(3, patience=1, every=1)]
         )
         trainer.fit(tiny.module(), tiny.Images())
     assert not any("kl_" in key or "rate" in key for key in trainer.callback_metrics)

@@ -271,7 +271,10 @@ def test_temperature_scales_each_level(double):
             lambda: Ladder((1, 2, 2), 1, blocks=[1, 1, 1]),
             "blocks: 3 resolutions do not fit an image of 2x2",
         ),
-        (lambda: Ladder((1, 8, 8), 1, latents=0), "latents: expected a positive number, got 0"),
+        (
+            lambda: Ladder((1, 8, 8), 1, latents=0),
+            "latents: expected an integer of at least 1, got 0",
+        ),
         (lambda: Ladder((64,), 1), r"shape: expected positive sizes \(C, H, W\)"),
         (lambda: random_hvae().sample(2, temperature=[1.0]), "one for each of 3 levels, got"),
         (lambda: random_hvae().sample(2, temperature=-1.0), "expected one number >= 0"),

@@ -480,9 +480,9 @@ def has_its_trace(network, param):
     assert torch.allclose(probed(s, u, rows)[:, -1], torch.einsum("bi,bij,bj->b", e, blocks, e))
 
 
-@pytest.mark.parametrize("net", [Conv, UNet])
-def test_every_network_has_its_trace(net, double):
-    has_its_trace(net((1, 4, 4), width=8, bins=5, blocks=1, attention=True), Eps())
+@pytest.mark.parametrize(("net", "attention"), [(Conv, True), (UNet, 8)])
+def test_every_network_has_its_trace(net, attention, double):
+    has_its_trace(net((1, 4, 4), width=8, bins=5, blocks=1, attention=attention), Eps())
 
 
 @pytest.mark.parametrize("cls", Parameterization.registry.values())

@@ -98,7 +98,11 @@ def test_two_ranks_and_two_micro_batches_are_one_run(tmp_path):
 
 def test_a_copied_folder_does_not_vouch_for_itself(tmp_path, capsys):
     OmegaConf.save(
-        {"seed": 0, "trusted": ["os"], "data": {"_target_": "os.system", "command": "touch PWNED"}},
+        {
+            "seed": 0,
+            "trusted": ["os"],
+            "model": {"_target_": "os.system", "command": "touch PWNED"},
+        },
         tmp_path / "config.yaml",
     )
     assert command(sample.sample, [f"run={tmp_path}", "n=1"]) == 2

@@ -1,5 +1,6 @@
 """Weights in parts (`trainer=fsdp`) train as whole ones do: every model, number by number; and runs
-of them are killed, go on, and are read by one process. (Against one rank, draw by draw: test_ranks.)
+of them are killed, go on, and are read by one process. (Against one rank, draw by draw:
+test_ranks.)
 """
 
 import json

@@ -80,7 +80,8 @@ class LabelEmbedding(nn.Module):
             raise ValueError(f"labels: expected one for each of {size} examples, got {(*y.shape,)}")
         none = len(self.vectors) - 1
         known = ((y >= 0) & (y <= none)).all()
-        torch._assert_async(known, f"labels: expected 0..{none - 1}, or {none} for none")
+        message = f"labels: expected 0..{none - 1}, or {none} for none"
+        torch._assert_async(known, message)  # pyright: ignore[reportPrivateImportUsage]
         return self.vectors[y.long()]  # bytes would be read as a mask
 
 

@@ -27,7 +27,6 @@ References:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,10 +125,3 @@ class Monotone(nn.Module):
         """sigmoid(k_j (t - c_j)), (..., hidden)."""
         steepness = self.log_steepness.double().exp()
         return (steepness * (t.unsqueeze(-1) - self.center.double())).sigmoid()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Also from files in which w has no axis."""
-        line = f"{prefix}log_line"
-        if line in state_dict:
-            state_dict[line] = state_dict[line].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -670,8 +670,8 @@ def _run_can_be(config: DictConfig) -> None:
     strategy = str(OmegaConf.select(config, "trainer.strategy"))
     if strategy != "fsdp2" and strategy.startswith(("fsdp", "deepspeed", "model_parallel")):
         raise ConfigError(
-            f"trainer.strategy={strategy}: averages, evaluation and checkpoints do not know weights "
-            "in these parts: use trainer=fsdp (trainer.strategy=fsdp2), or trainer=ddp"
+            f"trainer.strategy={strategy}: averages, evaluation and checkpoints do not know "
+            "weights in these parts: use trainer=fsdp (trainer.strategy=fsdp2), or trainer=ddp"
         )
     if OmegaConf.select(config, "trainer.enable_checkpointing") is False:
         raise ConfigError(
@@ -679,7 +679,18 @@ def _run_can_be(config: DictConfig) -> None:
         )
 
 
-BY_ELEMENT = "Adadelta Adagrad Adam AdamW Adamax ASGD NAdam RAdam RMSprop SGD".split()
+BY_ELEMENT = [
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "ASGD",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "SGD",
+]
 """Those of torch.optim that move every weight by its own past alone, and so weights in parts."""
 
 

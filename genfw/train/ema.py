@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from genfw.train.module import LatentModule
 from genfw.train.sharding import local

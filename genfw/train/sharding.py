@@ -1,4 +1,4 @@
-r"""Many ranks that share one copy of the weights (`trainer=fsdp`), where `trainer=ddp` gives each its
+r"""Many ranks that share one copy of the weights (`trainer=fsdp`); under `trainer=ddp` each has its
 own.
 
 A rank keeps one part in N of every tensor: of the weights, their gradients, the optimizer's moments
@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
@@ -234,8 +233,9 @@ def divided_state(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, A
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(value: Any, p: Tensor) -> Any:
-        alike = isinstance(value, Tensor) and isinstance(p, DTensor) and value.shape == p.shape
-        return cut(value, p.device_mesh) if alike else value
+        if isinstance(value, Tensor) and isinstance(p, DTensor) and value.shape == p.shape:
+            return cut(value, p.device_mesh)
+        return value
 
     moments = {
         i: {key: part(value, parameters[i]) for key, value in kept.items()}
