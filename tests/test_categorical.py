@@ -249,12 +249,12 @@ def test_log_marginals_as_logits_give_the_sum_of_marginal_cross_entropies(double
     far = 2 * torch.tensor(3.02 * bins).log().item() + 3
     for likelihood, top in ((CategoricalLikelihood(bins), 4.0), (BinsLikelihood(bins), far)):
         vdm = discrete_vdm(Prior(logits), bins, ends=(top, -14.0), likelihood=likelihood)
-        estimate = Bound(sets=4, strata=64)(vdm, x, noise=Noise(0, torch.arange(n)))
+        estimate = Bound(sets=4, strata=64, chunk=2**15)(vdm, x, noise=Noise(0, torch.arange(n)))
         error = estimate.variance.sum().sqrt() / n
         assert abs(estimate.nats.mean() - exact) < 4 * error + 1e-4
         assert error < 0.05
     vdm = discrete_vdm(Prior(logits), bins, ends=(4.0, -14.0), likelihood=BinsLikelihood(bins))
-    waste = Bound(4, 64)(vdm, x, noise=Noise(0, torch.arange(n))).nats.mean() - exact
+    waste = Bound(4, 64, chunk=2**15)(vdm, x, noise=Noise(0, torch.arange(n))).nats.mean() - exact
     assert waste > 0.1  # at so little SNR a decoder without the prior is far off
 
 
@@ -263,7 +263,7 @@ def test_log_marginals_as_logits_give_the_sum_of_marginal_cross_entropies(double
 def test_probabilities_of_all_binary_images_sum_to_at_most_one(steps, network, double):
     x = torch.tensor([[i >> b & 1 for b in range(4)] for i in range(16)])
     vdm = discrete_vdm(network.double(), 2, ends=(3.0, -12.0), steps=steps)
-    estimate = Bound(sets=4, strata=64)(vdm, x, noise=Noise(0, torch.arange(16)))
+    estimate = Bound(sets=4, strata=64, chunk=2**15)(vdm, x, noise=Noise(0, torch.arange(16)))
     p = (-estimate.nats).exp()
     assert p.sum() <= 1 + 4 * (p**2 * estimate.variance).sum().sqrt()
     assert p.sum() > (0.5 if steps is None else 0.1)

@@ -56,8 +56,8 @@ def test_all_say_log_p(double):
     vdm = gaussian_vdm(11.0, -14.0)
     chain = chain_log_p(vdm.at(steps=200), x)
     for estimator, read, truth, lost in (
-        (Bound(sets=2, strata=256), vdm, log_p, 0.0),
-        (Bound(sets=2, strata=256), vdm.at(steps=1000), log_p, 0.2),
+        (Bound(sets=2, strata=256, chunk=2**16), vdm, log_p, 0.0),
+        (Bound(sets=2, strata=256, chunk=2**16), vdm.at(steps=1000), log_p, 0.2),
         (ImportanceWeighted(40, chunk=1600), vdm.at(steps=200), chain, None),
     ):
         estimate = estimator(read, x, noise=noise)

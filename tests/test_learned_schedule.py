@@ -2,6 +2,7 @@
 bound's second moment, and neither touches the network's."""
 
 import copy
+import math
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from oracles import GaussianDenoiser
 
 import genfw
 from genfw import VDM, GaussianLikelihood, Learned, NoiseSchedule, Objective, marginal
+from genfw.schedule.learned import Monotone
 from genfw.train import resolvers
 from genfw.train.bits import between
 from genfw.train.certificate import _model as described
@@ -186,6 +188,17 @@ def test_at_t_steps_the_whole_schedule_follows_the_bound(schedule, draw):
         gradients(got, schedule.parameters()), expected, rtol=1e-9, atol=1e-12
     )
     assert expected.abs().min() > 0
+
+
+@pytest.mark.parametrize("steepness", [1.0, 1e3, 1e5])
+def test_steep_curves_are_inverted_too(steepness):
+    """Newton's method alone is lost where the curve is nearly a stair."""
+    interior = Monotone(16)
+    with torch.no_grad():
+        interior.log_steepness.fill_(math.log(steepness))
+        interior.log_line.fill_(-3.0)
+        n = torch.linspace(0, 1, 2001, dtype=torch.float64)
+        assert torch.allclose(interior(interior.inverse(n)), n, rtol=0, atol=1e-9)
 
 
 def test_inverse_carries_the_implicit_gradient(schedule):

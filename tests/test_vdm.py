@@ -54,7 +54,7 @@ def test_gaussian_data_with_the_exact_denoiser_give_the_exact_log_p(schedule, pa
     denoiser = LinearDenoiser(schedule(14.0, -14.0), param(), MEAN, STD)
     vdm = VDM(denoiser, GaussianLikelihood(), shape=(3,))
     exact = gaussian_log_prob(x, MEAN, STD)
-    estimate = Bound(sets=2, strata=64)(vdm, x, noise=Noise(0, torch.arange(n)))
+    estimate = Bound(sets=2, strata=64, chunk=2**16)(vdm, x, noise=Noise(0, torch.arange(n)))
     error = estimate.variance.sum().sqrt() / n
     assert abs(estimate.nats.mean() + exact.mean()) < 4 * error
     assert error < 0.15
@@ -66,7 +66,7 @@ def test_times_drawn_through_the_schedule_give_the_bound_too(schedule, double):
     n, repeats = 2000, 100
     x = gaussian_data(n)
     vdm = VDM(GaussianDenoiser(schedule(4.0, -4.0), MEAN, STD), GaussianLikelihood(), shape=(3,))
-    bound = Bound(sets=2, strata=32)(vdm, x, noise=Noise(0, torch.arange(n)))
+    bound = Bound(sets=2, strata=32, chunk=2**16)(vdm, x, noise=Noise(0, torch.arange(n)))
     gap = vdm.elbo(x.repeat(repeats, 1)).total + bound.nats.repeat(repeats)
     error = (gap.var() / (n * repeats) + bound.variance.sum() / n**2).sqrt()
     assert abs(gap.mean()) < 4 * error
@@ -132,7 +132,7 @@ def test_more_steps_tighten_the_bound_towards_continuous_time(double):
     means, before = [], None
     for steps in (1, 4, 16, 64, None):
         read = vdm.at(steps=steps)
-        estimate = Bound(2, 32)(read, x, noise=Noise(0, torch.arange(n)))
+        estimate = Bound(2, 32, chunk=2**16)(read, x, noise=Noise(0, torch.arange(n)))
         means.append(-estimate.nats.mean())
         if before is not None:
             gained = before.nats - estimate.nats
@@ -185,7 +185,7 @@ def test_probabilities_of_all_binary_images_sum_to_at_most_one(steps, double):
     for known in (x, x[:5]):
         points = likelihood.normalize(known)
         vdm = VDM(FiniteDenoiser(Cosine(8.0, -9.0), points), likelihood, steps, shape=(4,))
-        estimate = Bound(sets=4, strata=64)(vdm, x, noise=Noise(0, torch.arange(16)))
+        estimate = Bound(sets=4, strata=64, chunk=2**15)(vdm, x, noise=Noise(0, torch.arange(16)))
         p = (-estimate.nats).exp()
         assert p.sum() <= 1 + 4 * (p**2 * estimate.variance).sum().sqrt()
         assert p.sum() > (0.9 if steps is None else 0.5)

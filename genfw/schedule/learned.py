@@ -68,12 +68,11 @@ class Learned(NoiseSchedule, name="learned"):
         return (self.log_snr_max - self.log_snr_min) * self.interior.slope(u)
 
     def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        """By bisection, then a Newton step, which carries the implicit gradient in log SNR and in
-        all parameters."""
+        """By Newton's method, whose last step carries the implicit gradient in log SNR and in all
+        parameters."""
         n = (self.log_snr_max - log_snr) / (self.log_snr_max - self.log_snr_min)
         with torch.no_grad():
-            low, high = torch.zeros_like(n), torch.ones_like(n)
-            u = bisect(lambda u: -self.interior(u), -n, low, high, steps=40)
+            u = self.interior.inverse(n)
             slope = self.interior.slope(u)
         return u + (n - self.interior(u)) / slope
 
@@ -108,6 +107,17 @@ class Monotone(nn.Module):
         s = self._units(t)
         rates = (self.log_height.double() + self.log_steepness.double()).exp()
         return (self._line() + (s * (1 - s)) @ rates) / (stop - start)
+
+    def inverse(self, n: Tensor) -> Tensor:
+        """t in [0, 1] where n(t) = n, without gradients: by Newton's method from a few halvings; by
+        halvings alone where a curve that has become steep somewhere misleads it."""
+        low, high = torch.zeros_like(n), torch.ones_like(n)
+        t = bisect(lambda t: -self(t), -n, low, high, steps=6)
+        for _ in range(4):
+            t = (t + (n - self(t)) / self.slope(t)).clamp(0, 1)
+        if bool(((self(t) - n).abs() > 1e-9).any()):
+            t = bisect(lambda t: -self(t), -n, low, high, steps=40)
+        return t
 
     def _ends(self) -> Tensor:
         """m at 0 and 1."""

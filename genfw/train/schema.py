@@ -21,6 +21,7 @@ imported, and its signature read in the same way.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -123,7 +124,7 @@ class ConfFiles:
         self.files: dict[str, list[Path]] = {}
         for folder in folders:
             for file in sorted(folder.rglob("*.yaml")):
-                for target in dict.fromkeys(_TARGET.findall(file.read_text())):
+                for target in dict.fromkeys(_TARGET.findall(_read(file))):
                     self.files.setdefault(target, []).append(file)
 
     def schema(self, target: str) -> Schema | None:
@@ -131,10 +132,10 @@ class ConfFiles:
         file names it."""
         found: dict[str, Argument] = {}
         complete = target.startswith("genfw.")
-        loaded = [(OmegaConf.load(file), file) for file in self.files.get(target, [])]
+        loaded = [(_parsed(text), text) for text in map(_read, self.files.get(target, []))]
         loaded.sort(key=lambda each: OmegaConf.select(each[0], "_target_") != target)
-        for content, file in loaded:
-            comments = _Comments(file.read_text())
+        for content, text in loaded:
+            comments = _Comments(text)
             for node in nodes(content, target):
                 complete |= node is content  # the class's own file
                 for key in node:
@@ -143,6 +144,21 @@ class ConfFiles:
         if not complete:
             found = {key: replace(argument, required=False) for key, argument in found.items()}
         return Schema(found, complete) if target in self.files else None
+
+
+def _read(file: Path) -> str:
+    return _text(file, file.stat().st_mtime_ns)
+
+
+@functools.cache
+def _text(file: Path, modified: int) -> str:
+    return file.read_text()
+
+
+@functools.cache
+def _parsed(text: str) -> DictConfig | ListConfig:
+    """Not to be changed: every schema reads it."""
+    return OmegaConf.create(text)
 
 
 def from_signature(made: Callable[..., Any]) -> Schema:
