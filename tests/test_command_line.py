@@ -290,8 +290,9 @@ RIGHT = [
 
 
 @pytest.mark.parametrize("command", RIGHT)
-def test_right_command(command, capsys):
-    assert main(["--cfg", "job", *command.split()]) == 0, capsys.readouterr().err
+def test_right_command(command):
+    with session():
+        compose(command.split())
 
 
 def test_help_is_quick_and_complete():

@@ -7,6 +7,7 @@ which names there are, and which of them was probably meant.
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,15 +61,8 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
         ConfigError: it is wrong, and how.
     """
     config = unchecked(overrides, name)
-    reference = _compose(
-        [
-            f"{group}={option}"
-            for group, option in _choices(config).items()
-            if group != "experiment"
-        ],
-        name,
-    )
-    check(_job(config), _job(reference), _folders(), typed(parse(overrides)))
+    chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
+    check(_job(config), _job(_known(chosen, name)), _folders(), typed(parse(overrides)))
     times_are_looked_at(config)
     samples_have_labels(config)
     return config
@@ -157,9 +151,9 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
     chosen = [each for each in overrides if each.key_or_group in groups and _has_option(each)]
     try:
         parts = [each for each in chosen if each.key_or_group in ("model", "experiment")]
-        choices = _choices(_compose([each.input_line for each in parts], name))
+        choices = _choices(_known([each.input_line for each in parts], name))
         parts += [each for each in chosen if each not in parts and _key(each) in choices]
-        base = _compose([each.input_line for each in parts], name)
+        base = _known([each.input_line for each in parts], name)
     except (HydraException, OmegaConfBaseException):
         return ConfigError(_short(error))
     known = [key for key in keys(base) if not key.startswith("hydra")]
@@ -190,6 +184,20 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
 
 def _compose(overrides: Sequence[str | None], name: str) -> DictConfig:
     return hydra_compose(name, [each for each in overrides if each], return_hydra_config=True)
+
+
+def _known(overrides: Sequence[str | None], name: str) -> DictConfig:
+    """The same, once for as long as no conf file changes: what others are held against."""
+    files = sorted(file for folder in _folders() for file in folder.rglob("*.yaml"))
+    state = tuple((file, file.stat().st_mtime_ns) for file in files)
+    return _known_by_files(tuple(overrides), name, state)
+
+
+@functools.lru_cache
+def _known_by_files(
+    overrides: tuple[str | None, ...], name: str, files: tuple[tuple[Path, int], ...]
+) -> DictConfig:
+    return _compose(overrides, name)
 
 
 def _job(config: DictConfig) -> DictConfig:
