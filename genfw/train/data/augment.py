@@ -27,7 +27,9 @@ class Flip(Augmentation):
         self.seed = seed
 
     def __call__(self, image: Tensor, index: Tensor, epoch: int) -> Tensor:
-        coin = Noise(mix(self.seed, epoch), index).uniform("flip", torch.empty(len(index), 1, 1, 1))
+        coin = Noise(mix(self.seed, epoch), index).uniform(
+            "flip", torch.empty(len(index), 1, 1, 1, device=image.device)
+        )
         return torch.where(coin < 0.5, image.flip(-1), image)
 
 

@@ -149,7 +149,10 @@ class ImageData(L.LightningDataModule):
         if self.binarize == "dynamic":
             augmentations.append(Binarize(self.raw_bins, mix(self.seed, "binarize")))
         split = self.raw.train if self.binarize == "dynamic" else self.split("train")
-        return self._loader(_Images(split, augmentations), batches)
+        device = torch.device("cpu")
+        if trainer is not None and self.num_workers == 0:  # workers know no accelerator
+            device = trainer.strategy.root_device
+        return self._loader(_Images(split, augmentations, device), batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("validation")
@@ -179,20 +182,27 @@ class ImageData(L.LightningDataModule):
 
 
 class _Images(Dataset[Batch]):
-    """A split that is asked for whole batches (`__getitems__`): nothing is ever collated."""
+    """A split that is asked for whole batches (`__getitems__`): nothing is ever collated. They are
+    augmented where they will be used: a GPU throws a thousand coins while a CPU throws one."""
 
-    def __init__(self, split: Split, augmentations: Sequence[Augmentation] = ()):
-        self.split, self.augmentations = split, augmentations
+    def __init__(
+        self,
+        split: Split,
+        augmentations: Sequence[Augmentation] = (),
+        device: torch.device | None = None,
+    ):
+        self.split, self.augmentations, self.device = split, augmentations, device
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitems__(self, chunk: Chunk) -> Batch:
         rows = chunk.rows.numpy()
-        image = torch.from_numpy(self.split.images[rows])
+        image, label = (torch.from_numpy(a[rows]) for a in (self.split.images, self.split.labels))
+        batch = Batch(*(each.to(self.device) for each in (image, label, chunk.rows)))
         for augmentation in self.augmentations:
-            image = augmentation(image, chunk.rows, chunk.epoch)
-        return Batch(image, torch.from_numpy(self.split.labels[rows]), chunk.rows)
+            batch = batch._replace(image=augmentation(batch.image, batch.index, chunk.epoch))
+        return batch
 
 
 def _identity(batch: Any) -> Any:
