@@ -207,7 +207,7 @@ class MarkovianHierarchy(LatentModel):
         integers."""
         prior = self.prior(n)
         noise = draws(noise, prior.mean)
-        z = prior.sample(noise.fold(f"z{self.levels}"))
+        z = prior.sample(noise.fold("prior"))
         for t in range(self.levels, 0, -1):
             z = self.decode(z, t, y).sample(noise.fold(f"z{t - 1}"))
         return z

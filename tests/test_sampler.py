@@ -1,5 +1,6 @@
 """Down the chain: equalities between samplers, and the order with which they converge."""
 
+import itertools
 import math
 
 import pytest
@@ -300,6 +301,24 @@ def test_a_hook_on_the_denoiser_shows_the_progress_of_a_model():
     with denoiser.register_forward_hook(lambda *_: done.append(len(done) + 1)):
         vdm.sample(4)
     assert done == list(range(1, sampler.evaluations + 1))
+
+
+def test_one_key_begins_at_one_z_whatever_the_sampler_and_its_steps():
+    """So that samplers are compared sample by sample, and more steps refine the same images."""
+    asked = []
+
+    class Spy(GaussianDenoiser):
+        def forward(self, z, t, y=None):
+            asked.append(z)
+            return super().forward(z, t, y)
+
+    denoiser = Spy(Cosine(7.0, -7.0), MEAN, STD)
+    for sampler in (DDIM(20), DDIM(21), Ancestral(5), Heun(3)):
+        vdm = genfw.VDM(denoiser, genfw.BinsLikelihood(17), shape=(3,), sampler=sampler)
+        asked.append(None)
+        vdm.sample(4, noise=keys(4))
+    first = [after for before, after in itertools.pairwise(asked) if before is None]
+    assert len(first) == 4 and all(torch.equal(each, first[0]) for each in first)
 
 
 def test_grids_are_even_in_what_they_say():

@@ -174,7 +174,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
         prior = self.prior(n)
         noise = draws(noise, prior.mean)
-        z_1 = prior.sample(noise.fold(f"z{self.sampler.steps + 1}"))
+        z_1 = prior.sample(noise.fold("prior"))
         z_0 = self.sampler(self.guided(), z_1, y, noise=noise)
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 

@@ -107,7 +107,7 @@ def denoising_strip(model: VDM, n: int, seed: int, bins: int, levels: int = 8) -
 def trajectory(model: VDM, noise: Noise, y: Tensor | None = None) -> tuple[list[Step], Image]:
     """Every step of `model.sample(n, y, noise=noise)`, from t = 1 on, and the images it ends in."""
     sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
-    z_1 = model.prior(n).sample(noise.fold(f"z{sampler.steps + 1}"))
+    z_1 = model.prior(n).sample(noise.fold("prior"))
     one = torch.ones((), dtype=torch.float64, device=z_1.device)
     start = Step(one, z_1, denoiser(z_1, one, y))
     way = [start, *sampler.path(denoiser, z_1, y, noise=noise)]
@@ -123,7 +123,7 @@ def way(
     At most `most` steps are shown, evenly chosen; the last picture is that of the images.
     """
     sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
-    z = model.prior(n).sample(noise.fold(f"z{sampler.steps + 1}"))
+    z = model.prior(n).sample(noise.fold("prior"))
     shown = {round(i * sampler.steps / most) for i in range(1, most + 1)}
     frames = [grid(data_to_bytes(z), columns)]
     for i, step in enumerate(sampler.path(denoiser, z, y, noise=noise), start=1):
