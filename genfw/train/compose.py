@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, cast
 
 from hydra import compose as hydra_compose
@@ -257,7 +258,7 @@ def _no_option(override: Override, groups: Sequence[str]) -> ConfigError:
         lines.append(f"Did you mean {key}={match}?")
     elif homes:
         lines.append(f"Did you mean {homes[0]}={value}?")
-    lines.append(f"Options: {', '.join(_options(group))}")
+    lines += wrap(f"Options: {', '.join(_options(group))}", width=120, subsequent_indent="  ")
     return ConfigError("\n".join(lines))
 
 
