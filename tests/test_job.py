@@ -254,12 +254,16 @@ def test_a_certificate_of_an_ode_says_how_it_was_solved_and_holds(vdm, capsys):
     assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
     assert set(held["result"]["terms"]) == {"reconstruction", "levels", "prior"}
     assert held["result"]["diagnostics"]["ode_error"] > 0 and held["result"]["nll_stderr"] is None
-    own = (folder / "certificate.json").read_bytes()
+    own = {name: (folder / name).read_bytes() for name in ("certificate.json", "results.json")}
     try:
         (folder / "certificate.json").write_text(json.dumps(held))
+        assert command(evaluate.evaluate, [*given, "verify=true"]) == 1
+        assert "results.json does not hold:\ntest.nll: claimed" in capsys.readouterr().err
+        (folder / "results.json").unlink()
         assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
     finally:
-        (folder / "certificate.json").write_bytes(own)
+        for name, content in own.items():
+            (folder / name).write_bytes(content)
 
 
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):

@@ -537,8 +537,8 @@ def _shapes_are_the_datas(config: DictConfig) -> None:
         told = OmegaConf.select(config, key)
         if isinstance(told, ListConfig) and isinstance(shape, ListConfig) and told != shape:
             raise ConfigError(
-                f"{key}={list(told)}, but the data have the shape {list(shape)} (data.shape): leave "
-                f"{key} alone"
+                f"{key}={list(told)}, but the data have the shape {list(shape)} (data.shape): "
+                f"leave {key} alone"
             )
     param, told = config.get("param"), OmegaConf.select(config, "net.out_channels")
     if isinstance(param, DictConfig) and isinstance(told, int) and isinstance(shape, ListConfig):
