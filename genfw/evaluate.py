@@ -120,7 +120,8 @@ def told(results: Mapping[str, Any]) -> Certificate:
     """What results say of the test's NLL, measured and counted, as `differences` reads it."""
     from genfw.estimators.report import plain
 
-    numbers = {key: plain(results.get(f"test/{key}")) for key in ("nll", "nll_stderr", "bpd")}
+    measured = ("nll", "nll_stderr", "nll_std", "bpd")
+    numbers = {key: plain(results.get(f"test/{key}")) for key in measured}
     terms = {key: results.get(f"test/{key}") for key in ("reconstruction", "levels", "prior")}
     return {"test": {**numbers, "terms": terms, "count": results.get("test/count")}}
 

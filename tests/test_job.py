@@ -14,7 +14,9 @@ from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
 
 from genfw import ImportanceWeighted, evaluate, sample
+from genfw.train import certificate
 from genfw.train.compose import compose, session
+from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import restore, run, table, validation_interval
@@ -217,6 +219,21 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     assert held["origin"]["checkpoint"] == "best.ckpt" and held["origin"]["step"] in (3, 6)
     assert command(evaluate.evaluate, [f"run={folder}", "verify=true"]) == 0
     assert "certificate holds" in capsys.readouterr().out
+
+
+def test_a_certificate_says_how_images_were_binarized():
+    """And its hash is of the images as they were evaluated: of the pixels drawn, and of no
+    others."""
+    config, said = composed(), []
+    for changed in ({}, {"binarize": "dynamic"}, {"evaluation_seed": 1}, {"seed": 1}):
+        config.data.update(changed)
+        said.append(certificate._data(build(config.data), 447))
+    assert [each["transform"] for each in said] == ["none"] + [
+        f"binarized once, evaluation_seed={seed}" for seed in (0, 1, 1)
+    ]
+    assert [each["bins"] for each in said] == [17, 2, 2, 2]
+    hashes = [each["sha256"] for each in said]
+    assert len(set(hashes)) == 3 and hashes[2] == hashes[3]
 
 
 @pytest.mark.parametrize(
