@@ -215,6 +215,6 @@ def test_the_standard_error_is_about_the_mean(double):
     numpy's."""
     edges = torch.tensor([-10.0, 0.0, 8.0])
     cost = torch.tensor([[50.0, 3.0], [51.0, 7.0], [52.0, 2.0]])  # two draws, one in each interval
-    nats, error = findings(spent(torch.tensor([[-4.0, 4.0]]).expand(3, 2), cost, edges))
+    nats, error = findings(spent(torch.tensor([[-4.0, 4.0]]).repeat(3, 1), cost, edges))
     assert torch.allclose(nats, cost.mean(0) / 2)
     assert torch.allclose(error, cost.std(0) / 2 / 3**0.5)
