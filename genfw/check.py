@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def at_least(least: int, name: str, value: int) -> int:
     """`value`, which counts something.
@@ -22,3 +24,19 @@ def at_least(least: int, name: str, value: int) -> int:
 def at_least_one(name: str, value: int) -> int:
     """The same, of what there must be one of."""
     return at_least(1, name, value)
+
+
+def finite(name: str, value: float) -> float:
+    """`value`, any number but nan and the infinite ones.
+
+    Raises:
+        ValueError: it is one of those.
+
+    Example:
+        >>> finite("shift", float("inf"))
+        Traceback (most recent call last):
+        ValueError: shift: expected a finite number, got inf
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return value

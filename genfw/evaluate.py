@@ -7,15 +7,15 @@ estimator, checkpoint and other change:
 {"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
-`verify=true` compares with the run's certificate.json instead: exit code 0 where every entry holds,
-1 and a line for each that does not.
+`verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
+every entry holds, 1 and a line for each that does not.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     conditions = {f"test/{name}": said for name, said in given(module).items()}
     results = {**tested, **conditions, **versions()}
     if claimed is not None:
-        compare(claimed, found, folder)
+        compare(claimed, found, tested, folder)
     elif trainer.is_global_zero:
         estimator = module.estimator
         changed = [each for each in arguments if not each.startswith("run=")]
@@ -78,22 +78,52 @@ def certificate(folder: Path) -> Certificate:
     file = folder / "certificate.json"
     if not file.is_file():
         raise GenfwError(f"verify=true: there is no {file}; a run writes it when it has tested")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
-def compare(claimed: Certificate, found: Certificate, folder: Path) -> None:
-    """Says that the certificate holds.
+def read_json(file: Path) -> dict[str, Any]:
+    """What stands in a file that a run wrote.
 
     Raises:
-        GenfwError: it does not; one line for each difference.
+        GenfwError: it is not what a run writes.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise GenfwError(f"{file}: expected a JSON object, as a run writes it; it was changed")
+    return content
+
+
+def compare(
+    claimed: Certificate, found: Certificate, tested: Mapping[str, Any], folder: Path
+) -> None:
+    """Says that the certificate holds, and what results.json tells of the test.
+
+    Raises:
+        GenfwError: one of them does not; a line for each difference.
     """
     from genfw.estimators.report import differences
 
     wrong = differences(claimed, found)
     if wrong:
         raise GenfwError("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
+    file = folder / "results.json"
+    if file.is_file() and (wrong := differences(told(read_json(file)), told(tested))):
+        raise GenfwError("\n".join([f"{file} does not hold:", *wrong]))
     nll, bpd = found["result"]["nll"], found["result"]["bpd"]
     print(f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again")
+
+
+def told(results: Mapping[str, Any]) -> Certificate:
+    """What results say of the test's NLL, measured and counted, as `differences` reads it."""
+    from genfw.estimators.report import plain
+
+    measured = ("nll", "nll_stderr", "nll_std", "bpd")
+    numbers = {key: plain(results.get(f"test/{key}")) for key in measured}
+    terms = {key: results.get(f"test/{key}") for key in ("reconstruction", "levels", "prior")}
+    return {"test": {**numbers, "terms": terms, "count": results.get("test/count")}}
 
 
 def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:

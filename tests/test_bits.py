@@ -208,3 +208,13 @@ def test_intervals_stay_where_they_are_when_a_run_goes_on(tmp_path):
 def test_at_least_one_interval():
     with pytest.raises(ValueError, match="intervals: expected an integer of at least 1, got 0"):
         BitAccounting(0)
+
+
+def test_the_standard_error_is_about_the_mean(double):
+    """Images that cost much and alike are known well: means and errors of each interval are
+    numpy's."""
+    edges = torch.tensor([-10.0, 0.0, 8.0])
+    cost = torch.tensor([[50.0, 3.0], [51.0, 7.0], [52.0, 2.0]])  # two draws, one in each interval
+    nats, error = findings(spent(torch.tensor([[-4.0, 4.0]]).repeat(3, 1), cost, edges))
+    assert torch.allclose(nats, cost.mean(0) / 2)
+    assert torch.allclose(error, cost.std(0) / 2 / 3**0.5)

@@ -14,7 +14,9 @@ from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
 
 from genfw import ImportanceWeighted, evaluate, sample
+from genfw.train import certificate
 from genfw.train.compose import compose, session
+from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import restore, run, table, validation_interval
@@ -219,6 +221,21 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     assert "certificate holds" in capsys.readouterr().out
 
 
+def test_a_certificate_says_how_images_were_binarized():
+    """And its hash is of the images as they were evaluated: of the pixels drawn, and of no
+    others."""
+    config, said = composed(), []
+    for changed in ({}, {"binarize": "dynamic"}, {"evaluation_seed": 1}, {"seed": 1}):
+        config.data.update(changed)
+        said.append(certificate._data(build(config.data), 447))
+    assert [each["transform"] for each in said] == ["none"] + [
+        f"binarized once, evaluation_seed={seed}" for seed in (0, 1, 1)
+    ]
+    assert [each["bins"] for each in said] == [17, 2, 2, 2]
+    hashes = [each["sha256"] for each in said]
+    assert len(set(hashes)) == 3 and hashes[2] == hashes[3]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -254,12 +271,16 @@ def test_a_certificate_of_an_ode_says_how_it_was_solved_and_holds(vdm, capsys):
     assert sum(held["result"]["terms"].values()) == pytest.approx(held["result"]["bpd"], rel=1e-5)
     assert set(held["result"]["terms"]) == {"reconstruction", "levels", "prior"}
     assert held["result"]["diagnostics"]["ode_error"] > 0 and held["result"]["nll_stderr"] is None
-    own = (folder / "certificate.json").read_bytes()
+    own = {name: (folder / name).read_bytes() for name in ("certificate.json", "results.json")}
     try:
         (folder / "certificate.json").write_text(json.dumps(held))
+        assert command(evaluate.evaluate, [*given, "verify=true"]) == 1
+        assert "results.json does not hold:\ntest.nll: claimed" in capsys.readouterr().err
+        (folder / "results.json").unlink()
         assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
     finally:
-        (folder / "certificate.json").write_bytes(own)
+        for name, content in own.items():
+            (folder / name).write_bytes(content)
 
 
 def test_samples_of_a_run_are_its_own(vdm, tmp_path):

@@ -211,6 +211,7 @@ def test_any_parameterization_trains_with_any_objective(objective, param):
         (lambda: MinSnr(gamma=0.0), "gamma: expected a finite positive number, got 0"),
         (lambda: P2(gamma=-1.0), "gamma: expected a finite number of at least 0, got -1"),
         (lambda: P2(k=0.0), "k: expected a finite positive number, got 0"),
+        (lambda: SigmoidWeighted(bias=math.nan), "bias: expected a finite number, got nan"),
         (lambda: EdmWeighted(std=-2.4), "std: expected a finite positive number, got -2.4"),
         (lambda: EdmWeighted(data_std=math.inf), "data_std: expected a finite positive"),
     ],

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from genfw.estimators.report import differences, fingerprint, plain
+from genfw.evaluate import certificate, compare
+from genfw.train.errors import GenfwError
 
 CLAIM = {
     "result": {"nll": 81.3, "bpd": 1.83, "kind": "upper bound", "terms": {"prior": 0.001}},
     "estimator": {"name": "bound", "draws": 64, "seed": 0, "dtype": "float32", "device": "cpu"},
-    "model": {"sha256": "ab", "log_snr": [7.9, -10.0]},
+    "model": {"sha256": "ab", "parameters": 10_000_000, "log_snr": [7.9, -10.0]},
     "data": {"name": "digits", "count": 447, "sha256": "cd", "transform": "none"},
     "origin": {"step": 2600, "git": "1234", "versions": {"torch": "2.13.0"}},
 }
@@ -41,6 +43,7 @@ def test_a_certificate_agrees_with_itself():
         ("estimator.draws", 65),
         ("estimator.dtype", "bfloat16"),
         ("model.sha256", "ac"),
+        ("model.parameters", 10_000_001),
         ("model.log_snr", [7.9, -5.0]),
         ("data.count", 440),
         ("data.transform", "binarized once, evaluation_seed=0"),
@@ -96,3 +99,31 @@ def test_fingerprint_is_of_every_bit():
         value = other.state_dict()[name]
         value.view(-1)[-1] = value.view(-1)[-1] + 1
         assert fingerprint(other) != before, name
+    square = torch.nn.Module()
+    square.w = torch.nn.Parameter(torch.arange(4.0).view(2, 2))
+    flat, renamed = torch.nn.Module(), torch.nn.Module()
+    flat.w, renamed.v = torch.nn.Parameter(torch.arange(4.0)), square.w
+    assert len({fingerprint(each) for each in (square, flat, renamed)}) == 3
+
+
+@pytest.mark.parametrize("key", ["nll", "nll_stderr", "nll_std", "bpd", "prior", "count"])
+def test_results_beside_a_certificate_must_hold_too(key, tmp_path, capsys):
+    tested = {"test/nll": 81.3, "test/nll_stderr": 0.1, "test/nll_std": 9.0, "test/bpd": 1.83}
+    tested |= {"test/reconstruction": -1.0, "test/levels": 80.2, "test/prior": 0.1}
+    tested |= {"test/count": 447}
+    told = {**tested, "seconds": 1.0}
+    (tmp_path / "results.json").write_text(json.dumps(told))
+    compare(CLAIM, CLAIM, tested, tmp_path)
+    assert "certificate holds" in capsys.readouterr().out
+    (tmp_path / "results.json").write_text(json.dumps({**told, f"test/{key}": 0.09}))
+    with pytest.raises(
+        GenfwError, match=rf"results.json does not hold:\ntest.*{key}: claimed 0.09"
+    ):
+        compare(CLAIM, CLAIM, tested, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_what_is_no_certificate_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "certificate.json").write_text(content)
+    with pytest.raises(GenfwError, match=r"certificate\.json: expected a JSON object"):
+        certificate(tmp_path)

@@ -123,6 +123,15 @@ def test_bad_ends_are_refused(cls):
         cls(-10.0, 10.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("cosine", "shift"), ("linear", "beta_max"), ("edm", "p_mean"), ("laplace", "mean")],
+)
+def test_an_argument_that_is_no_number_is_named(name, argument):
+    with pytest.raises(ValueError, match=f"{argument}: expected a finite number, got inf"):
+        NoiseSchedule.registry[name](7.0, -10.0, **{argument: math.inf})
+
+
 def test_default_end_point_separates_the_bins():
     """At t = 0 half a bin is about three noise deviations: 1/K = 3.02 sigma_0 / alpha_0."""
     for bins in (2, 17, 256):

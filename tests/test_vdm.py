@@ -221,3 +221,14 @@ def test_printing_a_model_shows_its_mathematics():
         and "Cosine(log_snr: 7.9 -> -10)" in text
         and "E log p(x|z_0)" in text
     )
+
+
+def test_the_decoder_is_bayes_under_a_uniform_prior_however_noisy_z_0_is(double):
+    """alpha_0 far from one: there z_0 is neither the data nor is sigma_0 its noise."""
+    vdm = network_vdm(Cosine(1.0, -10.0), bins=3, dims=1)
+    z = torch.linspace(-2, 2, 9)[:, None]
+    alpha, sigma = (f(torch.tensor(0.0)) for f in (vdm.schedule.alpha, vdm.schedule.sigma))
+    masses = (-0.5 * ((z - alpha * vdm.likelihood.centres()) / sigma).square()).softmax(1)
+    for k in range(3):
+        log_mass = vdm.at(steps=5).decode(z, 1).log_prob(torch.full((9, 1), k))
+        assert torch.allclose(log_mass, masses[:, k].log())

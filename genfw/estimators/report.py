@@ -30,7 +30,7 @@ from torch import nn
 
 Certificate = dict[str, dict[str, Any]]
 
-MEASURED = ("nll", "nll_stderr", "bpd", "bpd_stderr", "terms")
+MEASURED = ("nll", "nll_stderr", "nll_std", "bpd", "bpd_stderr", "terms")
 """What a computation gives, to rounding; everything else in a certificate is said beforehand."""
 
 CIRCUMSTANCES = ("device", "git", "versions", "diagnostics")

@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from genfw.check import finite
 from genfw.diffusion.denoising import Denoises, Denoising
 from genfw.model import LatentModel
 from genfw.noise import Draws
@@ -170,7 +171,7 @@ class SigmoidWeighted(PerLogSNR, name="sigmoid"):
 
     def __init__(self, bias: float = 0.0):
         super().__init__()
-        self.bias = bias
+        self.bias = finite("bias", bias)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         return (self.bias - log_snr).sigmoid()
@@ -206,7 +207,7 @@ class EdmWeighted(PerLogSNR, name="edm"):
 
     def __init__(self, mean: float = 2.4, std: float = 2.4, data_std: float = 0.5):
         super().__init__()
-        self.mean, self.std = mean, _positive("std", std)
+        self.mean, self.std = finite("mean", mean), _positive("std", std)
         self.data_std = _positive("data_std", data_std)
 
     def weight(self, log_snr: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from genfw.check import finite
 from genfw.schedule.schedule import NoiseSchedule
 from genfw.types import Time
 
@@ -57,7 +58,7 @@ class Linear(NoiseSchedule, name="linear"):
     ):
         if not 0 < beta_min < beta_max:
             raise ValueError(f"expected 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
-        self.beta_min, self.beta_max = beta_min, beta_max
+        self.beta_min, self.beta_max = beta_min, finite("beta_max", beta_max)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:
@@ -96,7 +97,7 @@ class Cosine(NoiseSchedule, name="cosine"):
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float, shift: float = 0.0):
-        self.shift = shift
+        self.shift = finite("shift", shift)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:
@@ -183,7 +184,7 @@ class LogNormal(NoiseSchedule, name="edm"):
     ):
         if not p_std > 0:
             raise ValueError(f"p_std: expected a positive number, got {p_std}")
-        self.p_mean, self.p_std = p_mean, p_std
+        self.p_mean, self.p_std = finite("p_mean", p_mean), finite("p_std", p_std)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:
@@ -222,7 +223,7 @@ class Laplace(NoiseSchedule, name="laplace"):
     ):
         if not scale > 0:
             raise ValueError(f"scale: expected a positive number, got {scale}")
-        self.mean, self.scale = mean, scale
+        self.mean, self.scale = finite("mean", mean), finite("scale", scale)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import genfw
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.resolvers import out_channels
 from genfw.train.schema import (
     RESERVED,
     Argument,
@@ -218,6 +219,8 @@ def _fit(path: str, value: Any, argument: Argument) -> None:
             types = argument.elements or argument.types or frozenset()
             kind = "a number" if "float" in types else "an integer"
             raise ConfigError(f"{at}={number}: expected {kind} {argument.range}")
+        if math.isnan(number):
+            raise ConfigError(f"{at}=nan: expected a number")
 
 
 def _numbers(path: str, value: Any) -> Iterator[tuple[str, int | float]]:
@@ -509,6 +512,16 @@ def _signal_at_the_end(config: DictConfig) -> None:
             f"schedule: log_snr_max={most}, log_snr_min={least}: end points must be finite; "
             "at -10 nothing is left of the data that could be seen"
         )
+    if len(ends) == 2 and most <= least:
+        raise ConfigError(
+            f"schedule: log_snr_max={most}, log_snr_min={least}: log SNR falls from log_snr_max to "
+            "log_snr_min, so the first must be the larger"
+        )
+    if ends and max(ends) > -math.log(FLOAT32_TINY):
+        raise ConfigError(
+            f"schedule.log_snr_max={most}: the noise at t = 0 is zero in float32, and there nobody "
+            "can say what eps is, eps_hat = (z - alpha x) / sigma; leave schedule.log_snr_max alone"
+        )
     param = _target(config, "param")
     if param in ("genfw.Eps", "genfw.Score") and ends and min(ends) < math.log(FLOAT32_TINY):
         raise ConfigError(
@@ -516,6 +529,25 @@ def _signal_at_the_end(config: DictConfig) -> None:
             "cannot say what x is, x_hat = (z - sigma eps) / alpha; use param=v or x0, or "
             "log_snr_min=-10"
         )
+
+
+def _shapes_are_the_datas(config: DictConfig) -> None:
+    shape = OmegaConf.select(config, "data.shape")
+    for key in ("model.shape", "net.shape"):
+        told = OmegaConf.select(config, key)
+        if isinstance(told, ListConfig) and isinstance(shape, ListConfig) and told != shape:
+            raise ConfigError(
+                f"{key}={list(told)}, but the data have the shape {list(shape)} (data.shape): "
+                f"leave {key} alone"
+            )
+    param, told = config.get("param"), OmegaConf.select(config, "net.out_channels")
+    if isinstance(param, DictConfig) and isinstance(told, int) and isinstance(shape, ListConfig):
+        read = out_channels(param, shape[0])
+        if str(_target(config, "param")).startswith("genfw.") and told != read:
+            raise ConfigError(
+                f"net.out_channels={told}, but param={_option(config, 'param')} reads {read}: "
+                "leave net.out_channels alone"
+            )
 
 
 def _networks_fit_their_place(config: DictConfig) -> None:
@@ -810,6 +842,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _likelihood_reads_model,
     _decoder_is_the_networks,
     _signal_at_the_end,
+    _shapes_are_the_datas,
     _networks_fit_their_place,
     _latents_are_levels,
     _learned_schedule_follows_the_bound,
