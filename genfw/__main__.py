@@ -141,14 +141,14 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from genfw.train.job import run
-    from genfw.train.jobs import noted
+    from genfw.train.jobs import locked, noted
 
     logging.getLogger(
         "lightning"
     ).handlers.clear()  # its lines reach the root logger's handlers as well
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with noted(folder):
+        with locked(folder), noted(folder):
             results = run(config, folder)
     except GenfwError as error:
         failures.append(error)

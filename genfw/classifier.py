@@ -19,7 +19,7 @@ from genfw.train import resume
 from genfw.train.compose import compose, parse, session, typed
 from genfw.train.config import data_are_there
 from genfw.train.errors import ConfigError
-from genfw.train.jobs import own_folder
+from genfw.train.jobs import locked, noted, own_folder
 from genfw.train.runs import command
 
 
@@ -44,7 +44,8 @@ def classify(arguments: Sequence[str]) -> None:
 
     from genfw.train.classifier_job import run
 
-    run(config, folder)
+    with locked(folder), noted(folder):
+        run(config, folder)
 
 
 if __name__ == "__main__":

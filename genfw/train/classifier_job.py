@@ -11,10 +11,12 @@ from pathlib import Path
 import lightning.pytorch as L
 from omegaconf import DictConfig
 
+from genfw.estimators.report import plain
 from genfw.train import job
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
+from genfw.train.jobs import write_json
 from genfw.train.keeper import Keeper
 from genfw.train.signals import Signals
 
@@ -34,7 +36,9 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         Stopped: a signal asked for it, or nothing could be saved any more.
     """
     job.prepare()
-    job.keep_config(job.container(config), folder)
+    resolved = job.container(config)
+    if not (folder / "config.yaml").exists():
+        job.keep_config(resolved, folder)
     with Signals() as signals:
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config), build(config.data)
@@ -43,6 +47,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         files = AtomicIO()
         keeper = Keeper(folder / "checkpoints", files, signals, begin)
         trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        keeper.check(trainer, module)
+        job.keep_config(resolved, folder)
         print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
         job.fit(trainer, module, data, keeper)
         trainer.validate(module, data, verbose=False)  # steps after the last validation count
@@ -50,7 +56,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
             module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
         )
     results: job.Results = {**tested, **job.versions()}
-    job.write(folder / "results.json", results)
+    write_json(folder / "results.json", plain(results))
     for key, value in tested.items():
         print(f"{key:28}{value:.4f}")
     print(f"run folder: {folder}")

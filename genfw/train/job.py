@@ -1,6 +1,7 @@
 """One run, from a composed configuration to a folder with everything that is worth keeping:
 
 config.yaml             the configuration, all interpolations resolved
+run.lock                held while the run is running
 checkpoints/best.ckpt   best validation NLL; last.ckpt, previous.ckpt: the last two saves
 metrics.csv             every logged number, row by row
 wandb/, wandb_id.txt    the W&B run
@@ -12,7 +13,6 @@ certificate.json        what was measured, of what, and how (genfw.estimators.re
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import platform
@@ -49,6 +49,7 @@ from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
 from genfw.train.errors import ConfigError, GenfwError, Stopped
+from genfw.train.jobs import replace_text, write_json
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit, one_line
 from genfw.train.memory import keep_freed_memory
@@ -79,7 +80,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     prepare()
     started = time.monotonic()
     resolved = container(config)
-    keep_config(resolved, folder)
+    if not (folder / "config.yaml").exists():
+        keep_config(resolved, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     failed = 1
     with Signals() as signals:
@@ -99,6 +101,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
             if isinstance(data, ImageData):
                 data.check(trainer)
+            keeper.check(trainer, module)
+            keep_config(resolved, folder)  # nothing is refused any more
             announce(config, folder, module, trainer)
             for logger in loggers:
                 logger.log_hyperparams({**resolved, "git": git_commit()})
@@ -120,9 +124,11 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             }
             certificate = certify(module, data, tested[0], best, versions())
             if trainer.is_global_zero:
-                write(folder / "results.json", results)
-                write(folder / "certificate.json", certificate)
                 finish_pictures(module, trainer, callbacks, folder)
+                write_json(folder / "certificate.json", plain(certificate))
+                write_json(
+                    folder / "results.json", plain(results)
+                )  # the last: a run with it is whole
                 Console().print(table(results, module))
                 print(f"run folder: {folder}")
             for logger in loggers:
@@ -368,16 +374,9 @@ def so_far(trainer: L.Trainer, keeper: Keeper) -> Table:
 @rank_zero_only
 def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
     """config.yaml, and no results: those of a run that goes on are yet to come."""
-    beside = folder / "config.yaml.tmp"
-    OmegaConf.save(OmegaConf.create(dict(resolved)), beside)
-    beside.replace(folder / "config.yaml")
+    replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
     for name in ("results.json", "certificate.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def write(file: Path, value: Mapping[str, Any]) -> None:
-    """As JSON."""
-    file.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -55,6 +55,13 @@ def resume(arguments: Sequence[str]) -> None:
 
 def take_up(folder: Path, config: DictConfig) -> None:
     """Goes on from the newest checkpoint of `folder`; a run killed before its first one begins."""
+    from genfw.train.jobs import locked
+
+    with locked(folder):
+        _take_up(folder, config)
+
+
+def _take_up(folder: Path, config: DictConfig) -> None:
     from genfw.train.checkpoint import newest
     from genfw.train.jobs import noted
 
@@ -68,7 +75,7 @@ def take_up(folder: Path, config: DictConfig) -> None:
     if any(checkpoints.glob("*.ckpt")):
         begin = newest(checkpoints, say=print if first_rank() else lambda _: None)
     if begin is None or not _finished(folder, config, begin):
-        with noted(folder):
+        with noted(folder, resumed=True):
             run(config, folder, begin)
 
 

@@ -33,6 +33,7 @@ from genfw.train.jobs import (
     quoted,
     records,
     typed_line,
+    write_json,
 )
 
 KEPT = ("hydra.sweeper.", "hydra.launcher.", "hydra/sweeper=", "hydra/launcher=")
@@ -182,7 +183,7 @@ def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
             "name another folder"
         )
     stays = [each for each in overrides if not _again(each) and not each.startswith(OWN)]
-    file.write_text(json.dumps({"overrides": stays, "jobs": jobs}, indent=2) + "\n")
+    write_json(file, {"overrides": stays, "jobs": jobs})
 
 
 def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: Path) -> int:
