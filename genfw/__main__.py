@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.slurm import first_rank
+from genfw.train.slurm import first_rank, tell
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GenfwError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        together = error.on_all_ranks and not first_rank()
-        if not together:  # rank 0 says it
-            print(_short(str(error)), file=sys.stderr)
-        return 0 if together and _launched() else error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -156,11 +153,6 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     return results.get(config.optimized)
 
 
-def _launched() -> bool:
-    """Whether Lightning started this rank: it kills rank 0 within seconds of one that fails."""
-    return not any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
-
-
 def _parse(arguments: Sequence[str]) -> Namespace:
     """Hydra's own flags."""
     from hydra._internal.utils import get_args_parser
@@ -203,11 +195,6 @@ def command() -> NoReturn:
     if code in (130, 143) or left or not first_rank():
         os._exit(code)
     sys.exit(code)
-
-
-def _short(message: str, lines: int = 8) -> str:
-    kept = message.splitlines()
-    return "\n".join(kept if len(kept) <= lines else [*kept[: lines - 1], "..."])
 
 
 if __name__ == "__main__":

@@ -30,12 +30,14 @@ COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
     ],
 )
 def test_two_ranks(tmp_path, fault):
-    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    place = f"hydra.run.dir={tmp_path}/${{start:}}"  # which both ranks must name alike
+    ended = ranks.run(*COMMAND, place, world=2, fault=fault)
     assert ended.codes == [143, 143], ended.said
+    (folder,) = (each.parent for each in tmp_path.glob("*/config.yaml"))
     step = 5 if fault.moment == "train" else 3  # the step is finished; a validation is not
-    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == step
     assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (folder / "results.json").exists()
 
 
 def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):

@@ -126,6 +126,7 @@ class ClassifierModule(L.LightningModule):
                 batch_size=len(batch.image),
                 on_step=False,
                 on_epoch=True,
+                sync_dist=True,  # the mean over the images of all ranks
             )
 
 

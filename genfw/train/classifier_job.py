@@ -18,7 +18,6 @@ from genfw.train.classifier import assemble
 from genfw.train.config import build
 from genfw.train.jobs import write_json
 from genfw.train.keeper import Keeper
-from genfw.train.signals import Signals
 
 
 def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Results:
@@ -39,7 +38,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
     resolved = job.container(config)
     if not (folder / "config.yaml").exists():
         job.keep_config(resolved, folder)
-    with Signals() as signals:
+    with job.obedient(folder) as signals:
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config), build(config.data)
         loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
@@ -49,15 +48,18 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
         keeper.check(trainer, module)
         job.keep_config(resolved, folder)
-        print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
+        if trainer.is_global_zero:
+            said = module.classifier.extra_repr()
+            print(f"classifier of {said}\nrun folder: {folder}", flush=True)
         job.fit(trainer, module, data, keeper)
         trainer.validate(module, data, verbose=False)  # steps after the last validation count
         (tested,) = trainer.test(
             module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
         )
-    results: job.Results = {**tested, **job.versions()}
-    write_json(folder / "results.json", plain(results))
-    for key, value in tested.items():
-        print(f"{key:28}{value:.4f}")
-    print(f"run folder: {folder}")
+        results: job.Results = {**tested, **job.versions()}
+        if trainer.is_global_zero:
+            write_json(folder / "results.json", plain(results))
+            for key, value in tested.items():
+                print(f"{key:28}{value:.4f}")
+            print(f"run folder: {folder}")
     return results

@@ -18,7 +18,8 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -58,6 +58,7 @@ from genfw.train.pictures import save
 from genfw.train.runs import load
 from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
+from genfw.train.slurm import first_rank
 
 Results = dict[str, Any]
 
@@ -84,7 +85,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         keep_config(resolved, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     failed = 1
-    with Signals() as signals:
+    with obedient(folder) as signals:
         try:
             L.seed_everything(config.seed, workers=True, verbose=False)
             module, data = assemble(config)
@@ -141,14 +142,27 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             raise
         except Interruption:
             failed = signals.received
-            raise Stopped(
-                f"interrupted; to go on: python -m genfw resume={folder}", failed
-            ) from None
+            raise
         finally:
             for logger in loggers:
                 if isinstance(logger, Wandb):
                     logger.finish(exit_code=failed)
                     print(logger.where)
+
+
+@contextmanager
+def obedient(folder: Path) -> Iterator[Signals]:
+    """Signals in a run.
+
+    Raises:
+        Stopped: one came while there was nothing to save.
+    """
+    with Signals() as signals:
+        try:
+            yield signals
+        except Interruption:
+            said = f"interrupted; to go on: python -m genfw resume={folder}"
+            raise Stopped(said, signals.received) from None
 
 
 def fit(
@@ -371,9 +385,10 @@ def so_far(trainer: L.Trainer, keeper: Keeper) -> Table:
     return sheet
 
 
-@rank_zero_only
 def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
     """config.yaml, and no results: those of a run that goes on are yet to come."""
+    if not first_rank():
+        return
     replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
     for name in ("results.json", "certificate.json"):
         (folder / name).unlink(missing_ok=True)

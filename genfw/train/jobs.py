@@ -48,6 +48,7 @@ RANK_VARIABLES = (
     "WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    slurm.NAME,
 )
 
 
@@ -80,12 +81,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def start_name() -> str:
-    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits; of a SLURM job the name
-    that it has when it is started again."""
+    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits, the same on all
+    ranks; of a SLURM job the name that it has when it is started again."""
     if (job := slurm.job()) is not None:
         return job
     random = base64.b32encode(secrets.token_bytes(4)).decode()[:6].lower()
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{random}"
+    return slurm.together(f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{random}")
 
 
 OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=True)
@@ -112,8 +113,9 @@ def own_folder(config: DictConfig, key: str) -> Path:
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
-            folder.mkdir(parents=True, exist_ok=not named_anew(config, key))
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
+            alone = named_anew(config, key) and not further_rank
+            folder.mkdir(parents=True, exist_ok=not alone)
             known = further_rank or not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known:
                 raise ConfigError(

@@ -167,7 +167,9 @@ class Keeper(Checkpoint):
 
     def consider(self, trainer: L.Trainer, nll: torch.Tensor | None) -> None:
         """Keeps the weights last saved as the best ones, if this is their NLL and it is less."""
-        if nll is None or not float(nll) < self.best or self.saved != trainer.global_step:
+        known = nll is not None and self.saved == trainer.global_step
+        value = trainer.strategy.broadcast(float(nll) if known and nll is not None else math.nan)
+        if not value < self.best:  # the first rank's number, lest ranks part ways
             return
         failed = None
         if trainer.is_global_zero:
@@ -177,7 +179,7 @@ class Keeper(Checkpoint):
                 failed = str(error)
                 print(f"the best weights could not be kept ({failed}); training goes on")
         if trainer.strategy.broadcast(failed) is None:
-            self.best = float(nll)
+            self.best = value
 
     def _put_aside(self, good: Path) -> None:
         """A last.ckpt that is damaged must not become previous.ckpt."""
