@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.slurm import first_rank, tell
+from genfw.train.terminal import detach
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,6 +188,7 @@ def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
 def command() -> NoReturn:
     """`main`, and the end of the process: at once where a signal asked for it, where W&B would
     wait for an upload that was given up, and of further ranks, which leave nothing behind."""
+    detach()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

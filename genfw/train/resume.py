@@ -2,7 +2,8 @@
 a model's or a classifier's.
 
 It is the run of the folder's config.yaml, exactly: what would change its mathematics is refused.
-A finished run goes on too, given a larger `trainer.max_steps`.
+A finished run goes on too, given a larger `trainer.max_steps`, at the learning rate that a run of
+that length would have there (`genfw.train.module.on_schedule`).
 """
 
 from __future__ import annotations
