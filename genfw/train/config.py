@@ -655,9 +655,7 @@ def _run_can_be(config: DictConfig) -> None:
             raise ConfigError(f"{key}={value}: expected an integer of at least 1")
     for key in ("trainer.limit_train_batches", "trainer.limit_test_batches"):
         if OmegaConf.select(config, key) == 0:
-            raise ConfigError(
-                f"{key}=0: expected at least one batch, or null for all of them"
-            )
+            raise ConfigError(f"{key}=0: expected at least one batch, or null for all of them")
     seed = OmegaConf.select(config, "seed")
     if isinstance(seed, int) and seed < 0:
         raise ConfigError(f"seed={seed}: expected an integer of at least 0")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import time
 import warnings
@@ -26,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
@@ -416,6 +418,7 @@ def prepare() -> None:
     advice about what is meant to be so are not shown."""
     keep_freed_memory()
     FSDP2.register_strategies()
+    subprocess_script._ChildProcessObserver._terminate_all = end_all
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -429,6 +432,14 @@ def prepare() -> None:
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def end_all(self: subprocess_script._ChildProcessObserver) -> None:
+    """What Lightning does when a rank that it started has failed: kill the others, and the first
+    rank, which ends with 1 and not as one that was killed; the rank has said what it was."""
+    for process in self._child_processes:
+        process.kill()
+    os._exit(1)
 
 
 def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:

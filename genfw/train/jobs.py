@@ -25,6 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -442,11 +443,12 @@ def noted(folder: Path, resumed: bool = False) -> Iterator[None]:
     Args:
         resumed: what was refused leaves the folder as it was.
     """
-    said = folder / "error.txt"
+    said, began = folder / "error.txt", time.time()
     try:
         yield
     except Exception as error:
-        if not (resumed and isinstance(error, ConfigError)):
+        another = said.exists() and said.stat().st_mtime >= began  # rank's, which ours follows from
+        if not (another or (resumed and isinstance(error, ConfigError))):
             kind = "" if isinstance(error, GenfwError) else f"{type(error).__name__}: "
             first = next(iter(str(error).splitlines()), "")
             with suppress(OSError):  # a disk that is full has been told of

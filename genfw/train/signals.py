@@ -141,6 +141,17 @@ def _alone() -> bool:
     return int(ranks) == 1 and not (dist.is_available() and dist.is_initialized())
 
 
+def obey(trainer: L.Trainer) -> None:
+    """Stops where a signal asks for it, between parts of what takes long; as often on each rank.
+
+    Raises:
+        Stopped: on all ranks.
+    """
+    for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(each, Signals):
+            stop(each.agreed(), trainer)
+
+
 def stop(exit_code: int, trainer: L.Trainer) -> None:
     """Nothing, at 0.
 
