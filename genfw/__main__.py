@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.slurm import first_rank
+from genfw.train.slurm import first_rank, tell
+from genfw.train.terminal import detach
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GenfwError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        together = error.on_all_ranks and not first_rank()
-        if not together:  # rank 0 says it
-            print(_short(str(error)), file=sys.stderr)
-        return 0 if together and _launched() else error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -141,24 +139,19 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from genfw.train.job import run
-    from genfw.train.jobs import noted
+    from genfw.train.jobs import locked, noted
 
     logging.getLogger(
         "lightning"
     ).handlers.clear()  # its lines reach the root logger's handlers as well
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        with noted(folder):
+        with locked(folder), noted(folder):
             results = run(config, folder)
     except GenfwError as error:
         failures.append(error)
         return None
     return results.get(config.optimized)
-
-
-def _launched() -> bool:
-    """Whether Lightning started this rank: it kills rank 0 within seconds of one that fails."""
-    return not any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
 
 
 def _parse(arguments: Sequence[str]) -> Namespace:
@@ -195,6 +188,7 @@ def _hydra(arguments: Sequence[str], folder: Path, name: str) -> int:
 def command() -> NoReturn:
     """`main`, and the end of the process: at once where a signal asked for it, where W&B would
     wait for an upload that was given up, and of further ranks, which leave nothing behind."""
+    detach()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -203,11 +197,6 @@ def command() -> NoReturn:
     if code in (130, 143) or left or not first_rank():
         os._exit(code)
     sys.exit(code)
-
-
-def _short(message: str, lines: int = 8) -> str:
-    kept = message.splitlines()
-    return "\n".join(kept if len(kept) <= lines else [*kept[: lines - 1], "..."])
 
 
 if __name__ == "__main__":

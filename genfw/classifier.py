@@ -19,8 +19,9 @@ from genfw.train import resume
 from genfw.train.compose import compose, parse, session, typed
 from genfw.train.config import data_are_there
 from genfw.train.errors import ConfigError
-from genfw.train.jobs import own_folder
+from genfw.train.jobs import locked, noted, own_folder
 from genfw.train.runs import command
+from genfw.train.terminal import detach
 
 
 def classify(arguments: Sequence[str]) -> None:
@@ -44,8 +45,10 @@ def classify(arguments: Sequence[str]) -> None:
 
     from genfw.train.classifier_job import run
 
-    run(config, folder)
+    with locked(folder), noted(folder):
+        run(config, folder)
 
 
 if __name__ == "__main__":
+    detach()
     sys.exit(command(classify))

@@ -143,13 +143,14 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
 
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name."""
-    from genfw.train.job import write
+    from genfw.estimators.report import plain
+    from genfw.train.jobs import write_json
 
     file = folder / "evaluation.json"
     entries = json.loads(file.read_text()) if file.exists() else {}
     if not all(isinstance(each, dict) for each in entries.values()):
         entries = {}  # of before entries had names
-    write(file, {**entries, name: entry})
+    write_json(file, plain({**entries, name: entry}))
 
 
 if __name__ == "__main__":

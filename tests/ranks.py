@@ -78,8 +78,9 @@ def run(
     environment=None,
     timeout=240.0,
     prepare=None,
+    module="genfw",
 ) -> Ended:
-    """`python -m genfw <arguments>` on `world` ranks; each first calls `prepare` (folder)."""
+    """`python -m <module> <arguments>` on `world` ranks; each first calls `prepare` (folder)."""
     if world > 1 and not any(each.startswith("resume=") for each in arguments):
         arguments = (*arguments, f"trainer.strategy={strategy}", f"trainer.devices={world}")
     with socket.socket() as free:
@@ -103,7 +104,7 @@ def run(
             "TORCHELASTIC_RUN_ID": "test",
         }
         given = {**(environment or {}), **(torchrun if world > 1 else {})}
-        target = (arguments, given, fault, rank, str(logs[rank]), str(mark), prepare)
+        target = (arguments, given, fault, rank, str(logs[rank]), str(mark), prepare, module)
         ranks.append(context.Process(target=_rank, args=target))
     for process in ranks:
         process.start()
@@ -161,7 +162,7 @@ def _folder(arguments):
 PLACES = ("hydra.run.dir=", "resume=")
 
 
-def _rank(arguments, environment, fault, rank, log, mark, prepare):
+def _rank(arguments, environment, fault, rank, log, mark, prepare, module):
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -171,12 +172,14 @@ def _rank(arguments, environment, fault, rank, log, mark, prepare):
     torch.set_num_threads(1)
     sys.argv = ["genfw", *arguments]
     from genfw.__main__ import main
+    from genfw.classifier import classify
+    from genfw.train.runs import command
 
     if fault is not None and rank in fault.ranks:
         _inject(fault, Path(mark))
     if prepare is not None:
         prepare(_folder(arguments))
-    code = main(list(arguments))
+    code = main(list(arguments)) if module == "genfw" else command(classify, list(arguments))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

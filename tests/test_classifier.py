@@ -5,8 +5,11 @@ import os
 import shutil
 import signal
 from itertools import pairwise
+from unittest.mock import Mock
 
+import lightning.pytorch as L
 import pytest
+import ranks
 import torch
 from omegaconf import OmegaConf
 from torch import nn
@@ -21,7 +24,9 @@ from genfw.train.classifier import ClassifierModule, fitting
 from genfw.train.compose import session, unchecked
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.keeper import Keeper
 from genfw.train.runs import command
+from genfw.train.signals import Signals
 
 
 def net(**more):
@@ -197,6 +202,30 @@ def test_one_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys)
     assert "is finished, at trainer.max_steps=4" in capsys.readouterr().out
     assert command(classify, (f"resume={stopped}", "classifier.dropout=0.5")) == 2
     assert "keeps its classifier.dropout" in capsys.readouterr().err
+
+
+def test_ranks_agree_on_which_weights_are_best(tmp_path):
+    """Of an accuracy and NLL that are those of all their images."""
+    place, small = (
+        f"hydra.run.dir={tmp_path}/run",
+        ("trainer.accelerator=cpu", "data.batch_size=80"),
+    )
+    ended = ranks.run(*TINY, *small, place, world=2, module="genfw.classifier")
+    assert ended.codes == [0, 0] and ended.said.count("run folder:") == 2, ended.said
+    best = read(tmp_path / "run" / "checkpoints" / "best.ckpt")["genfw"]["best"]
+    kept = OmegaConf.load(tmp_path / "run" / "results.json")
+    assert math.isfinite(best) and 0 < kept["test/accuracy"] <= 1
+
+
+def test_the_first_rank_says_which_weights_are_best(tmp_path):
+    """One that found a number of its own keeps in step."""
+    keeper = Keeper(tmp_path, AtomicIO(), Signals())
+    (tmp_path / "last.ckpt").touch()
+    trainer = Mock(spec=L.Trainer, global_step=0, is_global_zero=False)
+    for mine, firsts, best in ((9.0, 2.0, 2.0), (1.0, 2.5, 2.0)):
+        trainer.strategy.broadcast = Mock(side_effect=[firsts, None])
+        keeper.consider(trainer, torch.tensor(mine))
+        assert keeper.best == best
 
 
 MINE = """

@@ -157,6 +157,8 @@ WRONG = [
         "--multirun schedule=linear,learned objective=elbo,simple",
         ["schedule=learned objective=simple"],
     ),
+    ("trainer.limit_train_batches=0", ["limit_train_batches=0", "at least one batch"]),
+    ("trainer.limit_test_batches=0.0", ["limit_test_batches=0", "at least one batch"]),
     ("--multirun seed=0 hydra.launcher.n_jobs=0", ["n_jobs=0", "at least 1"]),
     ("sweep=/nope", ["/nope", "sweep.json"]),
     ("sweep=/nope seed=1", ["seed=1", "stay what they were"]),

@@ -14,7 +14,7 @@ import genfw
 from genfw import ELBO, Estimate
 from genfw.noise import Noise, mix
 from genfw.train.metrics import NLL
-from genfw.train.module import warmup_cosine
+from genfw.train.module import on_schedule, warmup_cosine
 from genfw.train.resolvers import fused
 
 
@@ -266,3 +266,24 @@ def test_schedule_advances_with_optimizer_steps_and_knows_their_number(tmp_path)
     trainer = tiny.trainer(tmp_path, 4, accumulate_grad_batches=2)
     trainer.fit(module, tiny.Images())
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_run_that_is_given_more_steps_has_the_rate_of_a_longer_one():
+    """Not that of its end, which is 0."""
+
+    def scheduled(steps, done):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+        schedule = warmup_cosine(optimizer, steps)
+        for _ in range(done):
+            optimizer.step()
+            schedule.step()
+        return optimizer, schedule
+
+    for steps, done in ((40, 40), (40, 23), (80, 40)):
+        ended, longer, taken_up = scheduled(steps, done), scheduled(80, done), scheduled(80, 0)
+        for mine, kept in zip(taken_up, ended, strict=True):
+            mine.load_state_dict(kept.state_dict())
+        on_schedule([taken_up[1]])
+        rates = [each.param_groups[0]["lr"] for each, _ in (taken_up, longer)]
+        assert rates[0] == rates[1] > 0, (steps, done)
+        assert taken_up[1].get_last_lr() == longer[1].get_last_lr()

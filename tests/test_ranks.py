@@ -165,8 +165,8 @@ def test_the_same_numbers(both):
 def test_the_same_samples(both):
     drawn = []
     for run in both:
-        numbers = torch.cat([each["samples"][-1][0] for each in run.seen])
-        images = torch.cat([each["samples"][-1][1] for each in run.seen])
+        chunks = [chunk for each in run.seen for chunk in each["samples"]]
+        numbers, images = (torch.cat(each) for each in zip(*chunks, strict=True))
         assert numbers.sort().values.tolist() == list(range(71))
         drawn.append(images[numbers.argsort()])
     assert torch.equal(*drawn)

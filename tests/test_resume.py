@@ -6,7 +6,10 @@ model ten times at each moment.
 
 import itertools
 import json
+import shutil
 import signal
+import subprocess
+import sys
 
 import pytest
 import ranks
@@ -84,6 +87,58 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(finished, capsys):
     assert OmegaConf.load(finished / "config.yaml").trainer.max_steps == 16
     steps = [int(row["step"]) for row in state(finished)["rows"] if "train/objective" in row]
     assert steps == list(range(16))
+
+
+def contents(folder):
+    return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+
+def other_model(folder):
+    config = OmegaConf.load(folder / "config.yaml")
+    config.model.encoder.hidden = [9]
+    OmegaConf.save(config, folder / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("trainer.accumulate_grad_batches=3", "give trainer.devices and trainer.accumulate"),
+        ("data.num_workers=-1", "num_workers"),
+        (other_model, r"holds weights of another model than config.yaml: model.encoder"),
+    ],
+)
+def test_who_is_refused_finds_the_folder_as_it_was(finished, tmp_path, capsys, wrong, said):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    changes = [] if callable(wrong) else [wrong]
+    if callable(wrong):
+        wrong(folder)
+    before = contents(folder)
+    assert main([f"resume={folder}", "trainer.max_steps=16", *changes]) == 2
+    heard = capsys.readouterr().err
+    assert said in heard and heard.count("\n") == 1, heard
+    assert contents(folder) == before
+
+
+def test_a_run_is_in_one_process_at_a_time(finished, tmp_path, capsys):
+    """Whoever has it, and until that one has ended, however it ended."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    holds = "import sys; from pathlib import Path; from genfw.train.jobs import locked\n"
+    holds += "with locked(Path(sys.argv[1])): print('up', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", holds, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout.readline() == b"up\n"
+    before = contents(folder)
+    for command in ([f"resume={folder}"], [f"resume={folder}", "trainer.max_steps=16"]):
+        assert main(command) == 2
+        heard = capsys.readouterr().err
+        assert f"running already, in process {other.pid} on " in heard and heard.count("\n") == 1
+    assert contents(folder) == before
+    other.kill()
+    other.wait()
+    assert main([f"resume={folder}"]) == 0
 
 
 def test_two_ranks_go_on_where_one_was(tmp_path):

@@ -4,17 +4,23 @@ import itertools
 import os
 import signal
 import time
+from pathlib import Path
+from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
 import ranks
 import tiny
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from ranks import MODELS, SMALL, Fault
 
+from genfw.train import callbacks
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.errors import Stopped
-from genfw.train.job import fit
+from genfw.train.frechet import FrechetDistance
+from genfw.train.job import fit, prepare
+from genfw.train.jobs import noted
 from genfw.train.keeper import Keeper
 from genfw.train.signals import EXIT_CODES, Interruption, Signals
 
@@ -30,12 +36,14 @@ COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
     ],
 )
 def test_two_ranks(tmp_path, fault):
-    ended = ranks.run(*COMMAND, f"hydra.run.dir={tmp_path}/run", world=2, fault=fault)
+    place = f"hydra.run.dir={tmp_path}/${{start:}}"  # which both ranks must name alike
+    ended = ranks.run(*COMMAND, place, world=2, fault=fault)
     assert ended.codes == [143, 143], ended.said
+    (folder,) = (each.parent for each in tmp_path.glob("*/config.yaml"))
     step = 5 if fault.moment == "train" else 3  # the step is finished; a validation is not
-    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == step
+    assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == step
     assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
-    assert not (tmp_path / "run" / "results.json").exists()
+    assert not (folder / "results.json").exists()
 
 
 def test_a_loss_that_is_no_number_ends_all_ranks(tmp_path):
@@ -58,6 +66,80 @@ def test_an_exception_on_one_rank_ends_all(tmp_path, rank):
     assert f"rank {rank}: Traceback" in ended.said and "RuntimeError: out of luck" in ended.said
     assert ended.seconds < 30
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
+def test_lightnings_own_launcher_ends_all_with_1(monkeypatch):
+    """Not with 137, as if the first rank had been killed."""
+    prepare()
+    processes = [Mock(returncode=1), Mock(returncode=None)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+        with pytest.raises(SystemExit):
+            _ChildProcessObserver(os.getpid(), processes)._run()
+        os._exit.assert_called_once_with(1)
+    assert processes[1].kill.called
+
+
+def test_the_first_rank_that_fails_says_why(tmp_path):
+    """The others lose it, and say so later."""
+    first, further = noted(tmp_path), noted(tmp_path)
+    for rank in (first, further):
+        rank.__enter__()
+    for rank, error in ((first, ValueError("out of luck")), (further, RuntimeError("lost a peer"))):
+        assert not rank.__exit__(type(error), error, None)
+    assert (tmp_path / "error.txt").read_text() == "ValueError: out of luck\n"
+
+
+def test_a_full_disk_does_not_hide_what_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(28, "no space")))
+    with pytest.raises(ValueError, match="out of luck"), noted(tmp_path):
+        raise ValueError("out of luck")
+
+
+class Measured:
+    """A rank of two that draws ten samples in chunks of two, and what came of it."""
+
+    def __init__(self, monkeypatch, draw, others=True, received=0):
+        self.drawn, self.distance = [], Mock(spec=FrechetDistance, key="fd")
+        signals = Signals()
+        signals.received = received
+        trainer = Mock(spec=L.Trainer, global_rank=0, world_size=2, callbacks=[signals])
+        trainer.global_step, trainer.default_root_dir = 5, "here"
+        trainer.strategy.reduce_boolean_decision = lambda mine, all: mine and others
+        frechet = callbacks.Frechet("auto", (1, 8, 8), 17, chunk=2)
+        frechet.distance, frechet.referred = self.distance, True
+        monkeypatch.setattr(callbacks, "draw_samples", lambda _, part, *more: draw(self, part))
+        self.frechet, self.measure = (
+            frechet,
+            lambda: frechet._measure(trainer, tiny.module(), "val", 10),
+        )
+
+
+def test_a_distance_that_one_rank_cannot_measure_none_does(monkeypatch, capsys):
+    """It is not waited for, neither where it failed nor elsewhere."""
+
+    def fails(rank, part):
+        rank.drawn.append(list(part))
+        raise RuntimeError("out of memory")
+
+    here = Measured(monkeypatch, fails)
+    here.measure()
+    assert (
+        here.drawn == [[0, 2]] and "skipped: RuntimeError: out of memory" in capsys.readouterr().out
+    )
+    there = Measured(monkeypatch, lambda rank, part: rank.drawn.append(list(part)), others=False)
+    there.measure()
+    assert there.drawn == [[0, 2], [4, 6], [8]]
+    assert "skipped: GenfwError: another rank failed" in capsys.readouterr().out
+    for each in (here, there):
+        assert each.frechet.distance is None and not each.distance.compute.called
+
+
+def test_ranks_obey_between_chunks_of_samples(monkeypatch):
+    rank = Measured(monkeypatch, lambda rank, part: rank.drawn.append(list(part)), received=143)
+    with pytest.raises(Stopped, match="interrupted at step 5"):
+        rank.measure()
+    assert rank.drawn == [[0, 2]]
 
 
 class At(L.Callback):

@@ -15,7 +15,9 @@ from hydra._internal.hydra import Hydra
 from omegaconf import OmegaConf
 from PIL import Image as PIL
 
+from genfw.__main__ import main
 from genfw.train import sweep
+from genfw.train.compose import check_hydra
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, noted, records
 from genfw.train.sweep import Local, close, keep, reopen
@@ -224,11 +226,65 @@ def test_a_sweeps_folder_does_not_vouch_for_itself(tmp_path):
     assert "trusted=[mine]" in reopen([f"sweep={tmp_path}", "trusted=[mine]"])[1]
 
 
-def test_code_cannot_hide_in_hydras_own_keys(tmp_path):
-    harm = ["hydra.callbacks.x._target_=os.system", "hydra.searchpath=[/evil]"]
-    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": harm, "jobs": 1}))
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "hydra.callbacks.x._target_=os.system",
+        "hydra.searchpath=[/evil]",
+        "hydra.launcher.setup=[touch PWNED]",
+        "+hydra.launcher.setup=[touch PWNED]",
+        "hydra.launcher.python=evil",
+        "hydra.launcher._target_=os.system",
+        "hydra.launcher={_target_:os.system}",
+        "hydra.sweeper._target_=os.system",
+        "hydra.sweeper.sampler._target_=os.system",
+        "hydra.sweeper.custom_search_space=evil.space",
+        "hydra.sweeper.params={param._target_:evil.Flow}",
+        "hydra.sweeper.params.trusted=[evil]",
+        "hydra.job_logging.handlers.x.class=evil.Handler",
+    ],
+)
+def test_code_cannot_hide_in_hydras_own_keys(tmp_path, harm):
+    (tmp_path / "sweep.json").write_text(json.dumps({"overrides": [harm], "jobs": 1}))
     with pytest.raises(ConfigError, match=r"sweep\.json"):
         reopen([f"sweep={tmp_path}", "trusted=[mine]"])
+
+
+def test_who_vouches_for_one_class_does_not_for_another(tmp_path):
+    keep(tmp_path, ["param._target_=mine.Flow", "net={_target_:evil.Net}"], 2)
+    with pytest.raises(ConfigError, match=r"names evil\.Net, and a folder"):
+        reopen([f"sweep={tmp_path}", "trusted=[mine]"])
+    reopen([f"sweep={tmp_path}", "trusted=[mine,evil.Net]"])
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        {"launcher": {"_target_": "os.system", "command": "touch PWNED"}},
+        {"launcher": {"_target_": "hydra_plugins.genfw.sweep.subprocess.Popen"}},
+        {"sweeper": {"sampler": {"_target_": "optuna.samplers._base.os.system"}}},
+        {"callbacks": {"x": {"_target_": "evil.Callback"}}},
+        {"job_logging": {"handlers": {"x": {"()": "evil.Handler"}}}},
+        {"hydra_logging": {"formatters": {"x": {"class": "evil.Formatter"}}}},
+        {"env": [{"_target_": "evil.f"}]},
+    ],
+)
+def test_hydra_imports_nothing_foreign(harm):
+    """What stands in the configuration itself, of a conf folder or a plug-in."""
+    with pytest.raises(ConfigError, match="is not among what Hydra's own part"):
+        check_hydra(OmegaConf.create(harm), ["mine"])
+    check_hydra(OmegaConf.create(harm), ["os", "evil", "hydra_plugins.genfw", "optuna"])
+
+
+def test_a_poisoned_sweep_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text("open('PWNED', 'w')")
+    for harm in ("hydra.launcher._target_=evil.Launcher", "param._target_=evil.Flow"):
+        kept = {"overrides": ["seed=0,1", harm], "jobs": 2}
+        (tmp_path / "sweep.json").write_text(json.dumps(kept))
+        assert main([f"sweep={tmp_path}", "trusted=[mine]"]) == 2
+    assert main(["-m", "seed=0,1", "+hydra.callbacks.x={_target_:evil.C}", "model=nothing"]) == 2
+    assert [each.name for each in tmp_path.iterdir() if each.name != "evil.py"] == ["sweep.json"]
 
 
 def test_a_requeued_sweep_goes_on_by_itself(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from genfw.models.vdm import VDM
 from genfw.nets.mlp import MLPDecoder
 from genfw.noise import Noise, mix
 from genfw.train.data.module import ImageData
-from genfw.train.errors import GenfwError
+from genfw.train.errors import GenfwError, Stopped
 from genfw.train.frechet import FrechetDistance, to_bytes
 from genfw.train.latents import latents_of
 from genfw.train.loggers import Wandb, one_line
@@ -42,6 +42,7 @@ from genfw.train.pictures import (
     reconstructions,
     save,
 )
+from genfw.train.signals import obey
 
 
 class Progress(ProgressBar):
@@ -317,6 +318,8 @@ class Frechet(L.Callback):
         assert isinstance(module, LatentModule)
         try:
             value = self._compute(self.distance, trainer, module, samples)
+        except Stopped:
+            raise
         except Exception as error:
             print(f"{self.distance.key} skipped: {one_line(error)}", flush=True)
             self.distance = None
@@ -328,18 +331,36 @@ class Frechet(L.Callback):
     def _compute(
         self, distance: FrechetDistance, trainer: L.Trainer, module: LatentModule, samples: int
     ) -> float:
+        """Each rank draws every so-many-th sample. What one of them cannot do, none waits for."""
+        failed: Exception | None = None
+        mine = range(trainer.global_rank, samples, trainer.world_size)
+        chunks = math.ceil(math.ceil(samples / trainer.world_size) / self.chunk)  # of the busiest
+        distance.reset()
+        with module.evaluating() as model:
+            try:
+                self._refer(distance, trainer, module)
+            except Exception as error:
+                failed = error
+            for start in range(0, chunks * self.chunk, self.chunk):
+                part = mine[start : start + self.chunk]
+                try:
+                    if failed is None and part:
+                        seed = mix(module.seed, "sample")
+                        distance.update(draw_samples(model, part, seed, self.chunk))
+                except Exception as error:
+                    failed = error
+                obey(trainer)
+        if not trainer.strategy.reduce_boolean_decision(failed is None, all=True):
+            raise failed or GenfwError("another rank failed")
+        return distance.compute()
+
+    def _refer(self, distance: FrechetDistance, trainer: L.Trainer, module: LatentModule) -> None:
         if not self.referred:
             data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
             assert isinstance(data, ImageData)
             train = data.split("train")
             distance.to(module.device).reference(train.images, "train", train.hash)
             self.referred = True
-        mine = range(trainer.global_rank, samples, trainer.world_size)
-        with module.evaluating() as model:
-            images = draw_samples(model, mine, mix(module.seed, "sample"), self.chunk)
-        distance.reset()
-        distance.update(images)
-        return distance.compute()
 
 
 def steered(model: LatentModel) -> str:

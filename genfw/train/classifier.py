@@ -31,7 +31,7 @@ from genfw.train.config import build
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.loggers import one_line
-from genfw.train.module import logs, noise_of_step, optimizers
+from genfw.train.module import logs, noise_of_step, on_schedule, optimizers
 from genfw.train.runs import load
 
 
@@ -94,6 +94,9 @@ class ClassifierModule(L.LightningModule):
         parameters = self.classifier.parameters()
         return optimizers(self.trainer, parameters, self.optimizer, self.scheduler)
 
+    def on_train_start(self) -> None:
+        on_schedule(each.scheduler for each in self.trainer.lr_scheduler_configs)
+
     def by_level(self, batch: Batch, noise: Noise) -> dict[float, tuple[Tensor, Tensor]]:
         """{log SNR: (NLL of the label in nats, whether it is recognised), (b,) each}."""
         data = self.likelihood.normalize(batch.image)
@@ -126,6 +129,7 @@ class ClassifierModule(L.LightningModule):
                 batch_size=len(batch.image),
                 on_step=False,
                 on_epoch=True,
+                sync_dist=True,  # the mean over the images of all ranks
             )
 
 

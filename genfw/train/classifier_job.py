@@ -11,12 +11,13 @@ from pathlib import Path
 import lightning.pytorch as L
 from omegaconf import DictConfig
 
+from genfw.estimators.report import plain
 from genfw.train import job
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
+from genfw.train.jobs import write_json
 from genfw.train.keeper import Keeper
-from genfw.train.signals import Signals
 
 
 def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Results:
@@ -34,8 +35,10 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         Stopped: a signal asked for it, or nothing could be saved any more.
     """
     job.prepare()
-    job.keep_config(job.container(config), folder)
-    with Signals() as signals:
+    resolved = job.container(config)
+    if not (folder / "config.yaml").exists():
+        job.keep_config(resolved, folder)
+    with job.obedient(folder) as signals:
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config), build(config.data)
         loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
@@ -43,15 +46,20 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         files = AtomicIO()
         keeper = Keeper(folder / "checkpoints", files, signals, begin)
         trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
-        print(f"classifier of {module.classifier.extra_repr()}\nrun folder: {folder}", flush=True)
+        keeper.check(trainer, module)
+        job.keep_config(resolved, folder)
+        if trainer.is_global_zero:
+            said = module.classifier.extra_repr()
+            print(f"classifier of {said}\nrun folder: {folder}", flush=True)
         job.fit(trainer, module, data, keeper)
         trainer.validate(module, data, verbose=False)  # steps after the last validation count
         (tested,) = trainer.test(
             module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
         )
-    results: job.Results = {**tested, **job.versions()}
-    job.write(folder / "results.json", results)
-    for key, value in tested.items():
-        print(f"{key:28}{value:.4f}")
-    print(f"run folder: {folder}")
+        results: job.Results = {**tested, **job.versions()}
+        if trainer.is_global_zero:
+            write_json(folder / "results.json", plain(results))
+            for key, value in tested.items():
+                print(f"{key:28}{value:.4f}")
+            print(f"run folder: {folder}")
     return results

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
@@ -34,7 +35,9 @@ from genfw.train.config import (
     nearest,
     samples_have_labels,
     times_are_looked_at,
+    trusted_by,
     unknown_key,
+    vouched_for,
 )
 from genfw.train.errors import ConfigError
 from genfw.train.help import defaults, options
@@ -63,10 +66,50 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     """
     config = unchecked(overrides, name)
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
-    check(_job(config), _job(_known(chosen, name)), _folders(), typed(parse(overrides)))
+    named = typed(parse(overrides))
+    check_hydra(config.hydra, trusted_by(config, named))
+    check(_job(config), _job(_known(chosen, name)), _folders(), named)
     times_are_looked_at(config)
     samples_have_labels(config)
     return config
+
+
+HYDRAS_OWN = re.compile(
+    r"hydra_plugins\.genfw\.Local"
+    r"|hydra\._internal\.core_plugins\.basic_\w+\.Basic(Launcher|Sweeper)"
+    r"|hydra_plugins\.hydra_\w+(\.\w+)*\.\w+(Launcher|Sweeper)"
+    r"|hydra\.experimental\.callbacks\.\w+Callback"
+    r"|optuna\.samplers\.\w+Sampler"
+    r"|(logging|logging\.handlers|colorlog)\.\w*(Handler|Formatter|Filter)"
+)
+"""What Hydra's own part of a configuration names: launchers, sweepers, and how they log."""
+
+
+def check_hydra(node: Any, trusted: Sequence[str], path: str = "hydra") -> None:
+    """Refuses Hydra's own part of a configuration where it would import or call something foreign.
+
+    Hydra builds its launcher, sweeper and callbacks itself, and `logging` what `()` and `class`
+    name.
+
+    Raises:
+        ConfigError: one of them is not of Hydra, its plug-ins, or named in `trusted`.
+    """
+    if isinstance(node, ListConfig):
+        for i, each in enumerate(node._iter_ex(resolve=False)):
+            check_hydra(each, trusted, f"{path}[{i}]")
+    if not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
+        return
+    for key, value in node.items_ex(resolve=False):
+        at = f"{path}.{key}"
+        if key in ("_target_", "()", "class"):
+            target = str(node[key])
+            if not HYDRAS_OWN.fullmatch(target) and not vouched_for(target, trusted):
+                raise ConfigError(
+                    f"{at}={target} is not among what Hydra's own part of a config may import: its "
+                    f"launchers, sweepers, callbacks and loggers.\nIf you trust it, name it: "
+                    f"'trusted=[{target}]'"
+                )
+        check_hydra(value, trusted, at)
 
 
 def unchecked(overrides: Sequence[str], name: str = "config") -> DictConfig:

@@ -326,11 +326,12 @@ def allowed(target: str, trusted: Sequence[str] = ()) -> bool:
     """Whether a config may import this name."""
     if not all(part.isidentifier() for part in target.split(".")) or "." not in target:
         return False
-    return (
-        target in NAMES
-        or target.startswith(PREFIXES)
-        or any(target == name or target.startswith(f"{name}.") for name in trusted)
-    )
+    return target in NAMES or target.startswith(PREFIXES) or vouched_for(target, trusted)
+
+
+def vouched_for(target: str, trusted: Sequence[str]) -> bool:
+    """Whether it, or a module or package that it is in, is named."""
+    return any(target == name or target.startswith(f"{name}.") for name in trusted)
 
 
 def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
@@ -346,7 +347,7 @@ def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     if not allowed(target, trusted):
         raise ConfigError(f"{target} is not among what a config may import: see `trusted`")
     found = _imported(target)
-    if any(target == name or target.startswith(f"{name}.") for name in trusted):
+    if vouched_for(target, trusted):
         return found
     home = f"{getattr(found, '__module__', None)}.{getattr(found, '__qualname__', '')}"
     is_own = isinstance(found, type) or target in ConfFiles([conf_folder()]).files
@@ -684,6 +685,9 @@ def _run_can_be(config: DictConfig) -> None:
         wrong = isinstance(value, float) or (isinstance(value, int) and value < 1)
         if wrong and not (share or all_of_them):
             raise ConfigError(f"{key}={value}: expected an integer of at least 1")
+    for key in ("trainer.limit_train_batches", "trainer.limit_test_batches"):
+        if OmegaConf.select(config, key) == 0:
+            raise ConfigError(f"{key}=0: expected at least one batch, or null for all of them")
     seed = OmegaConf.select(config, "seed")
     if isinstance(seed, int) and seed < 0:
         raise ConfigError(f"seed={seed}: expected an integer of at least 0")

@@ -1,6 +1,7 @@
 """One run, from a composed configuration to a folder with everything that is worth keeping:
 
 config.yaml             the configuration, all interpolations resolved
+run.lock                held while the run is running
 checkpoints/best.ckpt   best validation NLL; last.ckpt, previous.ckpt: the last two saves
 metrics.csv             every logged number, row by row
 wandb/, wandb_id.txt    the W&B run
@@ -12,22 +13,23 @@ certificate.json        what was measured, of what, and how (genfw.estimators.re
 
 from __future__ import annotations
 
-import json
 import logging
 import math
+import os
 import platform
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -49,6 +51,7 @@ from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
 from genfw.train.errors import ConfigError, GenfwError, Stopped
+from genfw.train.jobs import replace_text, write_json
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit, one_line
 from genfw.train.memory import keep_freed_memory
@@ -57,6 +60,7 @@ from genfw.train.pictures import save
 from genfw.train.runs import load
 from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
+from genfw.train.slurm import first_rank
 
 Results = dict[str, Any]
 
@@ -79,10 +83,11 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     prepare()
     started = time.monotonic()
     resolved = container(config)
-    keep_config(resolved, folder)
+    if not (folder / "config.yaml").exists():
+        keep_config(resolved, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     failed = 1
-    with Signals() as signals:
+    with obedient(folder) as signals:
         try:
             L.seed_everything(config.seed, workers=True, verbose=False)
             module, data = assemble(config)
@@ -99,6 +104,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
             if isinstance(data, ImageData):
                 data.check(trainer)
+            keeper.check(trainer, module)
+            keep_config(resolved, folder)  # nothing is refused any more
             announce(config, folder, module, trainer)
             for logger in loggers:
                 logger.log_hyperparams({**resolved, "git": git_commit()})
@@ -120,9 +127,11 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             }
             certificate = certify(module, data, tested[0], best, versions())
             if trainer.is_global_zero:
-                write(folder / "results.json", results)
-                write(folder / "certificate.json", certificate)
                 finish_pictures(module, trainer, callbacks, folder)
+                write_json(folder / "certificate.json", plain(certificate))
+                write_json(
+                    folder / "results.json", plain(results)
+                )  # the last: a run with it is whole
                 Console().print(table(results, module))
                 print(f"run folder: {folder}")
             for logger in loggers:
@@ -135,14 +144,27 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             raise
         except Interruption:
             failed = signals.received
-            raise Stopped(
-                f"interrupted; to go on: python -m genfw resume={folder}", failed
-            ) from None
+            raise
         finally:
             for logger in loggers:
                 if isinstance(logger, Wandb):
                     logger.finish(exit_code=failed)
                     print(logger.where)
+
+
+@contextmanager
+def obedient(folder: Path) -> Iterator[Signals]:
+    """Signals in a run.
+
+    Raises:
+        Stopped: one came while there was nothing to save.
+    """
+    with Signals() as signals:
+        try:
+            yield signals
+        except Interruption:
+            said = f"interrupted; to go on: python -m genfw resume={folder}"
+            raise Stopped(said, signals.received) from None
 
 
 def fit(
@@ -365,19 +387,13 @@ def so_far(trainer: L.Trainer, keeper: Keeper) -> Table:
     return sheet
 
 
-@rank_zero_only
 def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
     """config.yaml, and no results: those of a run that goes on are yet to come."""
-    beside = folder / "config.yaml.tmp"
-    OmegaConf.save(OmegaConf.create(dict(resolved)), beside)
-    beside.replace(folder / "config.yaml")
+    if not first_rank():
+        return
+    replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
     for name in ("results.json", "certificate.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def write(file: Path, value: Mapping[str, Any]) -> None:
-    """As JSON."""
-    file.write_text(json.dumps(plain(value), indent=2, allow_nan=False) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -402,6 +418,7 @@ def prepare() -> None:
     advice about what is meant to be so are not shown."""
     keep_freed_memory()
     FSDP2.register_strategies()
+    subprocess_script._ChildProcessObserver._terminate_all = end_all
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -415,6 +432,14 @@ def prepare() -> None:
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def end_all(self: subprocess_script._ChildProcessObserver) -> None:
+    """What Lightning does when a rank that it started has failed: kill the others, and the first
+    rank, which ends with 1 and not as one that was killed; the rank has said what it was."""
+    for process in self._child_processes:
+        process.kill()
+    os._exit(1)
 
 
 def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:

@@ -21,11 +21,13 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +49,7 @@ RANK_VARIABLES = (
     "WORLD_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
+    slurm.NAME,
 )
 
 
@@ -79,12 +82,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def start_name() -> str:
-    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits; of a SLURM job the name
-    that it has when it is started again."""
+    """`2026-11-23_10-15-42_k3f9ab`: when a run started, and 30 random bits, the same on all
+    ranks; of a SLURM job the name that it has when it is started again."""
     if (job := slurm.job()) is not None:
         return job
     random = base64.b32encode(secrets.token_bytes(4)).decode()[:6].lower()
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{random}"
+    return slurm.together(f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{random}")
 
 
 OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=True)
@@ -92,7 +95,7 @@ OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=Tru
 
 def abandon(folder: Path) -> None:
     """Removes a run folder that holds nothing but the configuration of a run that cannot be."""
-    small = {"config.yaml", ".hydra", "genfw.log", "error.txt"}
+    small = {"config.yaml", ".hydra", "genfw.log", "error.txt", "run.lock"}
     if {each.name for each in folder.iterdir()} <= small:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -111,8 +114,9 @@ def own_folder(config: DictConfig, key: str) -> Path:
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
-            folder.mkdir(parents=True, exist_ok=not named_anew(config, key))
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
+            alone = named_anew(config, key) and not further_rank
+            folder.mkdir(parents=True, exist_ok=not alone)
             known = further_rank or not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known:
                 raise ConfigError(
@@ -253,11 +257,8 @@ class Job:
             how = ended(code)
             known = said.is_file() and how != INTERRUPTED
             kept["error"] = said.read_text().strip() if known else how
-        file = self._file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_suffix(".tmp")
-        beside.write_text(json.dumps(kept, indent=2) + "\n")
-        beside.replace(file)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._file, kept)
 
     @property
     def _file(self) -> Path:
@@ -396,15 +397,88 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 @contextmanager
-def noted(folder: Path) -> Iterator[None]:
-    """What goes wrong is kept in a line of `folder`/error.txt, for the table of the sweep."""
+def locked(folder: Path) -> Iterator[None]:
+    """A run folder that no other process writes to: run.lock is held, by rank 0 for all of a run.
+
+    The system takes it back however the process ends, and its children, which load data, do not
+    inherit it.
+
+    Raises:
+        ConfigError: another process runs there, or the folder cannot be written.
+    """
+    if not slurm.first_rank():
+        yield
+        return
+    try:
+        with (folder / "run.lock").open("a+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise ConfigError(
+                    f"{folder}: this run is running already, in process {file.read().strip()}; "
+                    "wait for its end, or end it: kill saves and ends it"
+                ) from None
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # somebody may have removed the folder, or filled the disk
+                    file.truncate(0)
+    except OSError as error:
+        if error.filename != str(folder / "run.lock"):
+            raise
+        raise ConfigError(
+            f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
+        ) from error
+
+
+@contextmanager
+def noted(folder: Path, resumed: bool = False) -> Iterator[None]:
+    """What goes wrong is kept in a line of `folder`/error.txt, for the table of the sweep, until
+    the run is at its end.
+
+    Args:
+        resumed: what was refused leaves the folder as it was.
+    """
+    said, began = folder / "error.txt", time.time()
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, GenfwError) else f"{type(error).__name__}: "
-        first = next(iter(str(error).splitlines()), "")
-        (folder / "error.txt").write_text(f"{kind}{first}\n")
+        another = said.exists() and said.stat().st_mtime >= began  # rank's, which ours follows from
+        if not (another or (resumed and isinstance(error, ConfigError))):
+            kind = "" if isinstance(error, GenfwError) else f"{type(error).__name__}: "
+            first = next(iter(str(error).splitlines()), "")
+            with suppress(OSError):  # a disk that is full has been told of
+                said.write_text(f"{kind}{first}\n")
         raise
+    else:
+        said.unlink(missing_ok=True)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """As JSON, whole or not at all."""
+    replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file beside its place, to the disk, and moves it there in one motion.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    beside = file.with_name(f"{file.name}.tmp")
+    try:
+        with beside.open("w") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        beside.replace(file)
+    finally:
+        with suppress(OSError):
+            beside.unlink()
 
 
 def ended(code: int) -> str:

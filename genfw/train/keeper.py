@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genfw.check import at_least_one
-from genfw.train.checkpoint import AtomicIO, same
+from genfw.train.checkpoint import AtomicIO, read, same
 from genfw.train.errors import ConfigError, Stopped
 from genfw.train.loggers import CSV
 from genfw.train.signals import Signals, stop
@@ -65,6 +66,34 @@ class Keeper(Checkpoint):
         self.validation_due = False
         self._loops: dict[str, Any] | None = None
         self._exit_code = 0
+
+    def check(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Whether this run can go on from `begin`; nothing is written.
+
+        Raises:
+            ConfigError: its steps took another number of images, or its weights are not these.
+        """
+        if self.begin is None:
+            return
+        checkpoint = read(self.begin)
+        kept = checkpoint["genfw"]
+        then = kept["world"], kept["accumulate"]
+        now = trainer.world_size, trainer.accumulate_grad_batches
+        if math.prod(then) != math.prod(now):
+            raise ConfigError(
+                f"a step of this run takes {then[0]} ranks x {then[1]} micro-batches, and here are "
+                f"{now[0]} x {now[1]}: give trainer.devices and trainer.accumulate_grad_batches "
+                "the same product"
+            )
+        theirs, mine = _shapes(checkpoint["state_dict"]), _shapes(module.state_dict())
+        for name in [*mine, *theirs]:
+            if theirs.get(name) != mine.get(name):
+                raise ConfigError(
+                    f"{self.begin} holds weights of another model than config.yaml: {name} is "
+                    f"{theirs.get(name, 'not there')} in the one and "
+                    f"{mine.get(name, 'not there')} in the other; put back the config.yaml that it "
+                    "was trained with"
+                )
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Finds out early whether files can be written, and removes what a killed run left; one
@@ -138,7 +167,9 @@ class Keeper(Checkpoint):
 
     def consider(self, trainer: L.Trainer, nll: torch.Tensor | None) -> None:
         """Keeps the weights last saved as the best ones, if this is their NLL and it is less."""
-        if nll is None or not float(nll) < self.best or self.saved != trainer.global_step:
+        known = nll is not None and self.saved == trainer.global_step
+        value = trainer.strategy.broadcast(float(nll) if known and nll is not None else math.nan)
+        if not value < self.best:  # the first rank's number, lest ranks part ways
             return
         failed = None
         if trainer.is_global_zero:
@@ -148,7 +179,7 @@ class Keeper(Checkpoint):
                 failed = str(error)
                 print(f"the best weights could not be kept ({failed}); training goes on")
         if trainer.strategy.broadcast(failed) is None:
-            self.best = float(nll)
+            self.best = value
 
     def _put_aside(self, good: Path) -> None:
         """A last.ckpt that is damaged must not become previous.ckpt."""
@@ -182,18 +213,10 @@ class Keeper(Checkpoint):
         kept = checkpoint["genfw"]
         self.best, self.validation_due = kept["best"], kept["validation_due"]
         self.step = self.saved = checkpoint["global_step"]
-        then = kept["world"], kept["accumulate"]
-        now = trainer.world_size, trainer.accumulate_grad_batches
-        if math.prod(then) != math.prod(now):
-            raise ConfigError(
-                f"a step of this run takes {then[0]} ranks x {then[1]} micro-batches, and here are "
-                f"{now[0]} x {now[1]}: give trainer.devices and trainer.accumulate_grad_batches "
-                "the same product"
-            )
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counters in (batches["total"], batches["current"]):
             for key, count in counters.items():
-                counters[key] = count * now[1] // then[1]
+                counters[key] = count * trainer.accumulate_grad_batches // kept["accumulate"]
         for each in _ledgers(trainer):
             each.cut(kept["rows"].get(type(each).__name__, 0))
 
@@ -247,6 +270,15 @@ def _validate(trainer: L.Trainer) -> None:
     loop.val_loop.run()
     trainer.training = True
     connector._first_loop_iter = first
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of what is trained; averages have the shapes of what they average."""
+    return {
+        name: tuple(value.shape)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.startswith("average.")
+    }
 
 
 def _ledgers(trainer: L.Trainer) -> list[CSV]:

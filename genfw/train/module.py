@@ -163,6 +163,9 @@ class LatentModule(L.LightningModule):
         parameters = (*self.model.parameters(), *self.objective.parameters())
         return optimizers(self.trainer, parameters, self.optimizer, self.scheduler)
 
+    def on_train_start(self) -> None:
+        on_schedule(each.scheduler for each in self.trainer.lr_scheduler_configs)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A file with averaged weights is evaluated by them, whoever loads it."""
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
@@ -207,6 +210,21 @@ def optimizers(
         )
     schedule = scheduler(made, int(steps))
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def on_schedule(schedules: Iterable[LRScheduler]) -> None:
+    """Sets learning rates to what schedules say of their step, here and now.
+
+    A checkpoint holds the rate of its last step: at the end of a run none. A run that is given more
+    steps goes on at the rate of one that was planned that long.
+    """
+    for schedule in schedules:
+        if isinstance(schedule, LambdaLR):
+            rates = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            now = [base * factor(schedule.last_epoch) for base, factor in rates]
+            for group, rate in zip(schedule.optimizer.param_groups, now, strict=True):
+                group["lr"] = rate
+            schedule._last_lr = now
 
 
 def drop_labels(y: Tensor, classes: int | None, share: float, noise: Draws) -> Tensor:
@@ -274,6 +292,9 @@ def reseed(seed: int, device: torch.device) -> None:
 
 def warmup_cosine(optimizer: Optimizer, steps: int, warmup: int = 100) -> LRScheduler:
     r"""Linear from 0 over `warmup` steps, then half a cosine down to 0 at `steps`.
+
+    A function of the step and of `steps` alone: a finished run that goes on with more steps jumps
+    to the rate that a longer run would have there.
 
     Args:
         warmup: steps; at most a tenth of `steps`, so that short runs train too.

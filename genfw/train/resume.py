@@ -2,7 +2,8 @@
 a model's or a classifier's.
 
 It is the run of the folder's config.yaml, exactly: what would change its mathematics is refused.
-A finished run goes on too, given a larger `trainer.max_steps`.
+A finished run goes on too, given a larger `trainer.max_steps`, at the learning rate that a run of
+that length would have there (`genfw.train.module.on_schedule`).
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ def resume(arguments: Sequence[str]) -> None:
 
 def take_up(folder: Path, config: DictConfig) -> None:
     """Goes on from the newest checkpoint of `folder`; a run killed before its first one begins."""
+    from genfw.train.jobs import locked
+
+    with locked(folder):
+        _take_up(folder, config)
+
+
+def _take_up(folder: Path, config: DictConfig) -> None:
     from genfw.train.checkpoint import newest
     from genfw.train.jobs import noted
 
@@ -68,7 +76,7 @@ def take_up(folder: Path, config: DictConfig) -> None:
     if any(checkpoints.glob("*.ckpt")):
         begin = newest(checkpoints, say=print if first_rank() else lambda _: None)
     if begin is None or not _finished(folder, config, begin):
-        with noted(folder):
+        with noted(folder, resumed=True):
             run(config, folder, begin)
 
 

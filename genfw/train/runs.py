@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genfw.train.compose import session, unchecked
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.slurm import tell
 
 CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
 """Groups that a finished run does not depend on; those of diffusion models after the first."""
@@ -24,8 +25,7 @@ def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
     try:
         act(sys.argv[1:] if arguments is None else arguments)
     except GenfwError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return tell(error, lines=40)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Signals that ask a run to stop, and how ranks agree on it.
 
-SIGTERM, SIGUSR1 (a scheduler takes the machine back) and SIGINT (Ctrl-C) set a flag and no more.
+SIGTERM, SIGUSR1 (a scheduler takes the machine back), SIGHUP (the terminal closes; ignored under
+nohup) and SIGINT (Ctrl-C) set a flag and no more.
 The flags of all ranks are compared where every rank comes by: after each step, and after each batch
 of evaluation. So it does not matter which ranks got the signal, or when. A second Ctrl-C does not
 wait. A run of one process does not either, while it has nothing to save: before its first step, in
@@ -23,8 +24,14 @@ import torch.distributed as dist
 
 from genfw.train.errors import Stopped
 
-EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
-"""128 + the number of SIGTERM or SIGINT. SIGUSR1 announces a SIGTERM."""
+EXIT_CODES = {
+    signal.SIGTERM: 143,
+    signal.SIGUSR1: 143,
+    signal.SIGHUP: 143,
+    signal.SIGINT: 130,
+}
+"""128 + the number of SIGTERM or SIGINT. SIGUSR1 announces a SIGTERM; SIGHUP, of a terminal that
+closes, is one."""
 
 
 class Interruption(BaseException):
@@ -132,6 +139,17 @@ def _alone() -> bool:
     """Whether no other rank would be left waiting."""
     ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1
     return int(ranks) == 1 and not (dist.is_available() and dist.is_initialized())
+
+
+def obey(trainer: L.Trainer) -> None:
+    """Stops where a signal asks for it, between parts of what takes long; as often on each rank.
+
+    Raises:
+        Stopped: on all ranks.
+    """
+    for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(each, Signals):
+            stop(each.agreed(), trainer)
 
 
 def stop(exit_code: int, trainer: L.Trainer) -> None:

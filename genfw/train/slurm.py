@@ -13,11 +13,33 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from typing import Any
+
+from genfw.train.errors import GenfwError
+
+NAME = "GENFW_RUN_NAME"
+"""What a run tells the ranks that it starts."""
+
+_stores: list[Any] = []
 
 
 def first_rank() -> bool:
     """Whether this is rank 0, or not yet one of several."""
     return all(os.environ.get(each, "0") == "0" for each in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def tell(error: GenfwError, lines: int = 8) -> int:
+    """Says what went wrong, once where all ranks know it; returns the exit code of this rank.
+
+    Lightning kills the rank that started the others within seconds of one that fails.
+    """
+    further = error.on_all_ranks and not first_rank()
+    if not further:
+        kept = str(error).splitlines()
+        shown = kept if len(kept) <= lines else [*kept[: lines - 1], "..."]
+        print("\n".join(shown), file=sys.stderr)
+    outside = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
+    return 0 if further and not outside else error.exit_code
 
 
 def job() -> str | None:
@@ -32,6 +54,28 @@ def job() -> str | None:
         number = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}"
     command = "\n".join([step, *sys.argv[1:]])
     return f"slurm_{number}_{hashlib.sha256(command.encode()).hexdigest()[:6]}"
+
+
+def together(name: str) -> str:
+    """One of the names that the ranks of a run propose, the same on all of them.
+
+    Under torchrun they meet in a store at MASTER_ADDR:MASTER_PORT, before torch.distributed does.
+    Ranks that Lightning starts inherit the name of the one that starts them.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+        mine = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host = mine and os.environ["RANK"] == "0"
+        store = TCPStore(*where, is_master=host, wait_for_workers=False, multi_tenant=True)
+        _stores.append(store)  # there until the last rank has asked, and torch.distributed joins it
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.compare_set(f"genfw/name/{attempt}", "", name).decode()
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        return os.environ.get(NAME, name)
+    os.environ[NAME] = name
+    return name
 
 
 def restarted() -> bool:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.utils import JobReturn, JobStatus
@@ -33,10 +34,16 @@ from genfw.train.jobs import (
     quoted,
     records,
     typed_line,
+    write_json,
 )
 
-KEPT = ("hydra.sweeper.", "hydra.launcher.", "hydra/sweeper=", "hydra/launcher=")
-"""Hydra's overrides that sweep.json keeps; others, and flags, stand in the line to go on with."""
+KEPT = (
+    *("hydra/sweeper=", "hydra/launcher=", "hydra.launcher.n_jobs=", "hydra.sweeper.n_jobs="),
+    *("hydra.sweeper.n_trials=", "hydra.sweeper.direction=", "hydra.sweeper.sampler.seed="),
+    *("hydra.sweeper.study_name=", "hydra.sweeper.storage=", "hydra.sweeper.max_batch_size="),
+)
+"""Hydra's overrides that sweep.json keeps: none that can name code or a shell command
+(`hydra.launcher.setup`). Others, and flags, stand in the line to go on with."""
 
 OWN = ("hydra.sweep.", "hydra.mode=")
 """Those that the folder itself answers."""
@@ -147,16 +154,27 @@ def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
                 f"{each}: the jobs of a sweep that is gone on with stay what they were; beside "
                 "sweep=<folder> there may be hydra.launcher.n_jobs=<n> and the like, and trusted="
             )
+    from genfw.train.compose import parse, typed
+    from genfw.train.config import allowed
+
     file = folder / "sweep.json"
     if not file.is_file():
         raise ConfigError(f"sweep={folder}: there is no {file}; the folder of a sweep has one")
     kept = json.loads(file.read_text())["overrides"]
     if any(_again(each) for each in kept):
         raise ConfigError(f"{file}: it holds settings of Hydra that genfw does not write there")
-    if any("_target_" in each for each in kept) and not any("trusted=" in each for each in beside):
+    trusted = [
+        str(name)
+        for each in parse([each for each in beside if each.startswith("trusted=")])
+        for name in as_list(each.value())
+    ]
+    named = typed(parse(kept))
+    foreign = [each for each in named if not allowed(each, trusted)]
+    if foreign or (not named and any("_target_" in each for each in kept)):
         raise ConfigError(
-            f"sweep={folder}: its command line names classes, and a folder does not vouch for "
-            f"itself. If you do: add trusted=[<module>]"
+            f"sweep={folder}: its command line names {', '.join(foreign) or 'classes'}, and a "
+            "folder does not vouch for itself. If you do: add "
+            f"'trusted=[{','.join(foreign) or '<module>'}]'"
         )
     return folder, [*kept, *beside]
 
@@ -182,7 +200,7 @@ def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
             "name another folder"
         )
     stays = [each for each in overrides if not _again(each) and not each.startswith(OWN)]
-    file.write_text(json.dumps({"overrides": stays, "jobs": jobs}, indent=2) + "\n")
+    write_json(file, {"overrides": stays, "jobs": jobs})
 
 
 def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: Path) -> int:
@@ -237,6 +255,10 @@ def close(sweep: Path) -> bool:
     show(sweep, found, planned)
     done = sum(each["exit"] == 0 for each in found)
     return done == (planned or len(found))
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _of_hydra(override: str) -> bool:

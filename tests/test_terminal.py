@@ -1,0 +1,31 @@
+"""A terminal that closes, a reader that leaves, a signal before there is a run."""
+
+import os
+import signal
+
+import pytest
+
+from genfw.train.terminal import Lasting, detach
+
+
+def test_a_reader_that_leaves_stops_nothing():
+    reads, writes = os.pipe()
+    with Lasting(os.fdopen(writes, "wb"), line_buffering=True) as stream:
+        print("heard", file=stream)
+        assert os.read(reads, 9) == b"heard\n"
+        os.close(reads)
+        for _ in range(3):
+            print("unheard", file=stream, flush=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_before_there_is_a_run(number, ignored):
+    """143, also of those that end a process with a code of their own; what nohup ignores is."""
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+        detach()
+        os.kill(os.getpid(), number)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if ignored else 143)
