@@ -114,7 +114,7 @@ def test_who_is_refused_finds_the_folder_as_it_was(finished, tmp_path, capsys, w
     if callable(wrong):
         wrong(folder)
     before = contents(folder)
-    assert main([f"resume={folder}", "trainer.max_steps=16", *changes]) == 2
+    assert main([f"resume={folder}", "trainer.max_steps=32", *changes]) == 2
     heard = capsys.readouterr().err
     assert said in heard and heard.count("\n") == 1, heard
     assert contents(folder) == before
