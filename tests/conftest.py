@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 
 install_import_hook("genfw", "beartype.beartype").__enter__()
 
-# A shell starts what runs in its background deaf to Ctrl-C, and nohup to SIGHUP, and with it all that
+# A shell starts what runs in its background deaf to Ctrl-C, nohup to SIGHUP, and with it all that
 # the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
