@@ -96,7 +96,7 @@ def sample(arguments: Sequence[str]) -> None:
         named += "" if options.checkpoint == "best" else slug(options.checkpoint)
         if options.temperature is not None:
             facts["temperature"] = str(options.temperature)
-            named += slug(f"temperature_{options.temperature}")
+            named += slug("temperature_" + str(options.temperature).strip("[]"))
         name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
         columns = (
             max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))

@@ -576,7 +576,7 @@ def as_many_levels(config: DictConfig) -> None:
     latents = _select(model, "latents")
     for name in ("encoders", "decoders"):
         networks = _select(model, name)
-        if isinstance(networks, ListConfig) and isinstance(latents, ListConfig):
+        if isinstance(networks, ListConfig) and networks and isinstance(latents, ListConfig):
             for t in range(len(networks), len(latents)):
                 last = networks._get_node(t - 1)
                 text = OmegaConf.to_yaml(last) if isinstance(last, DictConfig) else ""
