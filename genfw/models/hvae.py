@@ -166,7 +166,8 @@ class HVAE(LatentModel, name="hvae"):
         Raises:
             ValueError: another number of them than levels, a negative one, or nan.
         """
-        factors = [given] * self.levels if isinstance(given, (int, float)) else list(given)
+        several = [given] * self.levels if isinstance(given, (int, float)) else given
+        factors = [float(each) for each in several]
         if len(factors) != self.levels or not all(0 <= each < math.inf for each in factors):
             raise ValueError(
                 f"temperature: expected one number >= 0, or one for each of {self.levels} levels, "
