@@ -138,6 +138,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     `failures`: raised through Hydra it would come with a line of Hydra's own."""
     from hydra.core.hydra_config import HydraConfig
 
+    from genfw.train.config import as_many_levels
     from genfw.train.job import run
     from genfw.train.jobs import locked, noted
 
@@ -146,6 +147,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     ).handlers.clear()  # its lines reach the root logger's handlers as well
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
+        as_many_levels(config)  # Hydra has composed it once more
         with locked(folder), noted(folder):
             results = run(config, folder)
     except GenfwError as error:

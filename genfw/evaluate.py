@@ -7,6 +7,10 @@ estimator, checkpoint and other change:
 {"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
+`estimator=annealed simulated=100` also says how loose that estimate is: of 100 images that the
+model made itself, log p(x) is bounded from both sides (bidirectional Monte Carlo), and
+`test/looseness` is how far apart the two are in the mean, in nats.
+
 `verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
 every entry holds, 1 and a line for each that does not.
 """
@@ -19,19 +23,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.runs import command, read
 
 if TYPE_CHECKING:
     from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
+    from genfw.train.module import LatentModule
 
-USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true] [key=value ...]
+USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true] [simulated=100]
+  [key=value ...]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, {"checkpoint": "best", "verify": False}, USAGE)
+    defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
+    folder, config, options = read(arguments, defaults, USAGE)
+    if options.simulated and config.estimator._target_ != "genfw.Annealed":
+        raise ConfigError(
+            f"simulated={options.simulated}: only estimator=annealed bounds log p(x) of simulated "
+            "images from both sides: add estimator=annealed"
+        )
+    if options.simulated < 0 or options.simulated == 1:
+        raise ConfigError(f"simulated={options.simulated}: expected at least 2 images, or 0")
     claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console
@@ -55,6 +69,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     found = certify(module, data, tested, checkpoint, versions())
     conditions = {f"test/{name}": said for name, said in given(module).items()}
     results = {**tested, **conditions, **versions()}
+    if options.simulated:
+        results |= looseness(module, options.simulated)
     if claimed is not None:
         compare(claimed, found, tested, folder)
     elif trainer.is_global_zero:
@@ -67,6 +83,32 @@ def evaluate(arguments: Sequence[str]) -> None:
             {"kind": estimator.kind, "changed": changed, **results, "certificate": found},
         )
         Console().print(name, table(results, module), sep="\n")
+        if options.simulated:
+            print(
+                f"on {options.simulated} simulated images the two bounds are apart by "
+                f"{results['test/looseness']:.3f} ± {results['test/looseness_stderr']:.3f} nats"
+            )
+
+
+def looseness(module: LatentModule, n: int) -> dict[str, float]:
+    """How far the bounds of annealed importance sampling on log p(x) are apart, the truth between
+    them: the mean over n images that the model made, in nats, and its standard error."""
+    import torch
+
+    from genfw.estimators.annealed import Annealed
+    from genfw.noise import Noise, mix
+    from genfw.train.pictures import in_turn
+
+    assert isinstance(module.estimator, Annealed)
+    with module.evaluating() as model:
+        index = torch.arange(n, device=model.device)
+        noise = Noise(mix(module.seed, "simulated"), index)
+        both = module.estimator.bidirectional(model, n, in_turn(model, index), noise=noise)
+    gap = both.upper - both.lower
+    return {
+        "test/looseness": float(gap.mean()),
+        "test/looseness_stderr": float(gap.std() / n**0.5),
+    }
 
 
 def certificate(folder: Path) -> Certificate:

@@ -161,7 +161,7 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
 
     def forward(self, h: Head) -> DiscretizedNormal:
         assert self.bins is not None
-        return DiscretizedNormal(*_location_scale(h), self.bins)
+        return DiscretizedNormal(*_location_scale(h, "discretized_gaussian"), self.bins)
 
 
 class DiscretizedLogisticLikelihood(Likelihood, name="discretized_logistic"):
@@ -264,7 +264,7 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
         return x
 
     def forward(self, h: Head) -> Normal:
-        return Normal(*_location_scale(h))
+        return Normal(*_location_scale(h, "gaussian"))
 
 
 def check_bins(bins: int) -> int:
@@ -314,8 +314,8 @@ def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
     return h
 
 
-def _location_scale(h: Head) -> tuple[Tensor, Tensor]:
+def _location_scale(h: Head, name: str) -> tuple[Tensor, Tensor]:
     if isinstance(h, tuple):
         return h
-    normal = normal_head(_split(h, 2, "gaussian").flatten(1, 2))
+    normal = normal_head(_split(h, 2, name).flatten(1, 2))
     return normal.mean, normal.std

@@ -4,6 +4,7 @@
     label=none                           of a conditional model, as one of all classes together
     sampler=ddim sampler.steps=50        another way from noise to images
     guidance=classifier_free guidance.scale=3
+    temperature=0.8                      of model=hvae: of every prior; [1,0.9,0.8]: of z_1's, ...
     format=grid | png | npz              one picture; a folder of them; integers and labels
     trajectory=true                      and a GIF: the first 64 on their way from noise
     device=cpu | cuda:1                  where; else a GPU where there is one
@@ -15,11 +16,12 @@ them stands in the PNG's text chunks, or beside the arrays, and guidance in the 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 
 from genfw.noise import mix
 from genfw.train.errors import ConfigError, GenfwError
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
     from genfw.types import Image
 
 USAGE = """python -m genfw.sample run=<folder> [n=64] [label=7] [seed=0] [sampler=...]
-  [guidance=...] [format=grid|png|npz] [trajectory=true] [checkpoint=best|last] [out=<path>]
-  [device=cpu]
+  [guidance=...] [temperature=1] [format=grid|png|npz] [trajectory=true] [checkpoint=best|last]
+  [out=<path>] [device=cpu]
 Example: python -m genfw.sample run=outputs/2026-11-23_10-15-42_k3f9ab n=100 seed=1"""
 
 DEFAULTS = {
@@ -45,6 +47,7 @@ DEFAULTS = {
     "label": None,
     "format": "grid",
     "trajectory": False,
+    "temperature": None,
     "device": None,
 }
 
@@ -69,6 +72,10 @@ def sample(arguments: Sequence[str]) -> None:
             "diffusion models do"
         )
     chosen = labels(options.label, config)
+    if options.temperature is not None and config.model._target_ != "genfw.HVAE":
+        raise ConfigError(
+            f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
+        )
 
     from genfw.train.callbacks import slug, steered, watched
     from genfw.train.job import prepare, restore
@@ -80,12 +87,16 @@ def sample(arguments: Sequence[str]) -> None:
     given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
     with module.evaluating() as model:
         seed = mix(options.seed, "sample")
+        warmed = _warmed(model, options.temperature)
         with watched(model, -(-options.n // options.chunk)):
-            images = draw_samples(model, range(options.n), seed, options.chunk, given)
+            images = draw_samples(model, range(options.n), seed, options.chunk, given, warmed)
         facts, guided = about(folder, config, options, model, chosen), steered(model)
         anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
         named = "" if options.label is None else slug(f"label_{options.label}")
         named += "" if options.checkpoint == "best" else slug(options.checkpoint)
+        if options.temperature is not None:
+            facts["temperature"] = str(options.temperature)
+            named += slug("temperature_" + str(options.temperature).strip("[]"))
         name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
         columns = (
             max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
@@ -100,6 +111,28 @@ def sample(arguments: Sequence[str]) -> None:
             raise GenfwError(
                 f"{error.filename or out}: {error.strerror}; give out=<path>"
             ) from error
+
+
+def _warmed(model: LatentModel, temperature: Any) -> Callable[..., Image]:
+    """`model.sample` at a temperature, or at one for each level.
+
+    Raises:
+        ConfigError: a negative one, another number of them than levels, or none at all.
+    """
+    from genfw.models.hvae import HVAE
+
+    if temperature is None or not isinstance(model, HVAE):
+        return model.sample
+    several = isinstance(temperature, ListConfig)
+    try:
+        numbers = [float(each) for each in (temperature if several else [temperature])]
+        given = model.temperatures(numbers if several else numbers[0])
+        return partial(model.sample, temperature=given)
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"temperature={temperature}: expected a number of at least 0, or one for each of "
+            f"{model.levels} levels, z_1's first: temperature=[1,0.8,...]"
+        ) from None
 
 
 def _device(name: str | None) -> torch.device:

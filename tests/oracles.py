@@ -69,3 +69,14 @@ class LinearGaussianChain(MarkovianHierarchy):
 
     def log_prob(self, x):
         return gaussian_log_prob(x, 0.0, self.var[0] ** 0.5)
+
+
+class LabelledChain(LinearGaussianChain):
+    """The same, x moved by its label: log p(x | y) is `log_prob(x - y)`."""
+
+    def encode(self, z, t, y=None):
+        return super().encode(z - y[:, None] if t == 1 else z, t)
+
+    def decode(self, z, t, y=None):
+        p = super().decode(z, t)
+        return Normal(p.mean + y[:, None], p.std) if t == 1 else p

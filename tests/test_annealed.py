@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from oracles import LinearGaussianChain
+from oracles import LabelledChain, LinearGaussianChain
 from test_vae import random_vae
 
-from genfw import Annealed, BernoulliLikelihood, Noise
+from genfw import Annealed, BernoulliLikelihood, Elbo, Noise
 from genfw.estimators.annealed import _Bridge
 from genfw.estimators.importance import ImportanceWeighted
+from genfw.evaluate import looseness
+from genfw.noise import mix
+from genfw.train.module import LatentModule
 
 
 def oracle():
@@ -30,13 +33,69 @@ def test_the_exact_evidence_lies_between_the_two_bounds(from_encoder, double):
 def test_the_weights_have_the_evidence_as_their_mean(double):
     """E[w] = p(x) however few the temperatures; and E[1/w] = 1/p(x) on the way back."""
     n, chain = 3000, LinearGaussianChain(1, dims=1, a=1.0, s=1.2)
-    ais = Annealed(2, chains=1, leapfrog=3, chunk=10_000)
+    ais = Annealed(2, chains=3, leapfrog=3, chunk=10_000)
     x = torch.full((n, 1), 1.2)
     w = (-ais(chain, x, noise=Noise(0, torch.arange(n))).nats - chain.log_prob(x)).exp()
     assert abs(w.mean() - 1) < 4 * w.std() / n**0.5 and w.std() > 0.1
     both = ais.bidirectional(chain, n, noise=Noise(1, torch.arange(n)))
     back = (chain.log_prob(both.x) - both.upper).exp()
     assert abs(back.mean() - 1) < 4 * back.std() / n**0.5 and back.std() > 0.1
+
+
+def test_few_temperatures_far_from_the_prior_are_unbiased_both_ways(double):
+    """At one image: E[w] = p(x) by chains from the prior, E[1/w] = 1/p(x) by chains from exact
+    draws of the posterior. A move at another temperature than its weight's, or a weight from the
+    other side of the move, is off by many standard errors."""
+    n, chain = 4000, LinearGaussianChain(1, dims=1, a=1.0, s=0.6)
+    ais, noise = Annealed(4, chains=1, leapfrog=3, step=0.3), Noise(0, torch.arange(n))
+    x = torch.full((n, 1), 2.0)
+    bridge, steps, log_p = _Bridge(chain, x, None, chain.prior(n)), None, chain.log_prob(x)
+    steps = ais._pilot(bridge, noise)
+    up = (ais._up(bridge, steps, noise, 0, 1)[0][:, 0] - log_p).exp()
+    z = chain.encode(x, 1).sample(noise.fold("exact"))
+    down = (log_p - ais._down(bridge, z, steps, noise, 0, 1)[:, 0]).exp()
+    for w in (up, down):
+        assert abs(w.mean() - 1) < 4 * w.std() / n**0.5
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_a_move_leaves_its_temperature_alone(beta, double):
+    n, chain, ais = 20_000, LinearGaussianChain(1, dims=1, a=1.0, s=0.6), Annealed(1, leapfrog=3)
+    precision = 1 + beta / chain.s**2  # of N(0, 1) times N(x; z, s^2)^beta
+    mean, std = 2.0 * beta / chain.s**2 / precision, precision**-0.5
+    noise, x = Noise(0, torch.arange(n)), torch.full((n, 1), 2.0)
+    z = mean + std * torch.randn(n, 1)
+    bridge = _Bridge(chain, x, None, chain.prior(n))
+    for t in range(3):
+        z, chance = ais._move(bridge, z, beta, torch.full((n,), std), noise.fold("step", t))
+        assert 0.5 < chance.mean() < 0.99
+    assert abs(z.mean() - mean) < 4 * std / n**0.5
+    assert abs(z.var() / std**2 - 1) < 4 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_labels_follow_their_images_into_every_chunk(chunk, double):
+    """From the true posterior of each label every chain says log p(x | y) exactly, both ways."""
+    x, y, noise = torch.randn(9, 2), torch.randint(10, (9,)), Noise(0, torch.arange(9))
+    chain, ais = LabelledChain(1), Annealed(2, 3, 1, from_encoder=True, chunk=chunk)
+    found = ais(chain, x, y, noise=noise)
+    torch.testing.assert_close(found.nats, -chain.log_prob(x - y[:, None]))
+    both = ais.bidirectional(chain, 9, y, noise=noise)
+    exact = chain.log_prob(both.x - y[:, None])
+    torch.testing.assert_close(both.lower, exact)
+    torch.testing.assert_close(both.upper, exact)
+
+
+def test_a_run_is_told_how_loose_the_number_is(double):
+    """The mean distance of the two bounds, of images with labels in turn."""
+    n, chain = 30, LabelledChain(1, dims=1, s=0.4)
+    chain.classes, ais = 3, Annealed(6, chains=2, leapfrog=3)
+    told = looseness(LatentModule(chain, Elbo(), torch.optim.SGD, estimator=ais, seed=5), n)
+    noise = Noise(mix(5, "simulated"), torch.arange(n))
+    both = ais.bidirectional(chain, n, torch.arange(n) % 3, noise=noise)
+    gap = both.upper - both.lower
+    assert told["test/looseness"] == pytest.approx(float(gap.mean()), rel=1e-12) and gap.mean() > 0
+    assert told["test/looseness_stderr"] == pytest.approx(float(gap.std()) / n**0.5, rel=1e-12)
 
 
 def test_more_temperatures_are_tighter_and_acceptance_is_steered(double):
@@ -82,6 +141,17 @@ def test_no_number_depends_on_chunk_or_batch_or_inference_mode(double):
             )
         assert torch.allclose(part.nats, whole.nats[rows], rtol=1e-10)
         assert torch.allclose(part.variance, whole.variance[rows], rtol=1e-6)
+
+
+def test_no_bound_of_a_simulated_image_depends_on_the_chunk(double):
+    chain, noise = oracle(), Noise(0, torch.arange(5))
+    one, *others = (
+        Annealed(3, chains=2, leapfrog=1, chunk=each).bidirectional(chain, 5, noise=noise)
+        for each in (1, 5, 100)
+    )
+    for other in others:
+        for name in ("x", "lower", "upper"):
+            torch.testing.assert_close(getattr(other, name), getattr(one, name))
 
 
 def test_gradients_reach_through_networks_in_inference_mode():

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from genfw.__main__ import main
@@ -198,8 +199,28 @@ WRONG = [
     ("model=mhvae objective=free_bits objective.per=batch_dimension", ["per=batch_level"]),
     ("model=mhvae model.latents=16", ["model.latents=16", "each of 2 levels", "[16,8]"]),
     ("model=mhvae model.latents=[16]", ["model.latents=[16]", "each of 2 levels", "encoders"]),
-    ("model=mhvae model.latents=[16,8,4]", ["model.latents=[16, 8, 4]", "each of 2", "encoders"]),
-    ("model=hvae objective=dreg", ["dreg", "hvae", "objective=elbo"]),
+    ("model=mhvae model.latents=[16,a]", ["model.latents[1]", "int or list", "'a'"]),
+    ("model=mhvae model.latents=[[4,4.5,4],8]", ["model.latents[0][1]", "int", "4.5"]),
+    ("model=mhvae model.latents=[[4,0,4],8]", ["model.latents[0][1]=0", "at least 1"]),
+    ("model=vae model.latents=[4,a,4]", ["model.latents[1]", "expected int", "'a'"]),
+    # networks that do not fit their neighbours
+    ("model=vae encoder.latents=8", ["encoder.latents=8", "z_1 has the size 16", "alone"]),
+    ("model=vae decoder.latents=[8]", ["decoder.latents=[8]", "z_1 has the size 16", "alone"]),
+    ("model=vae decoder.outputs=3", ["decoder.outputs=3", "likelihood reads 17"]),
+    ("model=vae encoder.shape=[1,4,4]", ["encoder.shape=[1, 4, 4]", "[1, 8, 8] (data.shape)"]),
+    ("model=mhvae decoder.latents=5", ["decoder.latents=5", "z_1 has the size 16"]),
+    (
+        "model=mhvae model.decoders.1.latents=5",
+        ["decoders[1].latents=5", "z_2 has the size 8"],
+    ),
+    ("model=mhvae model.encoders.1.shape=5", ["model.encoders[1].shape=5", "z_1 has the size 16"]),
+    ("model=mhvae model.decoders.1.outputs=3", ["model.decoders[1].outputs=3", "2 numbers"]),
+    ("model=hvae model.ladder.outputs=2", ["model.ladder.outputs=2", "likelihood reads 17"]),
+    ("model=hvae model.ladder.shape=[1,4,4]", ["model.ladder.shape=[1, 4, 4]", "[1, 8, 8]"]),
+    ("model=mhvae model.decoders=[]", ["model.latents=[16, 8]", "these are 2 and 0"]),
+    ("model=hvae objective=dreg", ["objective=dreg", "top down", "use objective=iwae"]),
+    ("model=hvae objective=stl", ["objective=stl", "top down", "use objective=elbo"]),
+    ("model=hvae objective=l2", ["objective=l2", "likelihood=discretized_gaussian"]),
     ("model=vae objective=iwae objective.k=many", ["objective.k", "int"]),
     ("model=vae estimator=ode", ["estimator=ode", "vae", "importance_weighted"]),
     ("estimator=ode estimator.k=4 data=cifar10", ["estimator.k=4", "D=3072", "exact_dims=1024"]),
@@ -278,6 +299,9 @@ RIGHT = [
     "model=vae data.binarize=static likelihood=bernoulli",
     "model=vae net@encoder=mlp_encoder net@decoder=mlp_decoder model.latents=4",
     "model=vae objective=free_bits objective.per=example_level objective.nats=1",
+    "model=vae model.latents=[4,4,4]",
+    "model=mhvae model.latents=[[4,4,4],16]",
+    "model=mhvae model.latents=[[4,4,4],[8,2,2],4]",
     "model=hvae posterior=full",
     "model=hvae objective=free_bits objective.per=batch_dimension",
     "model=vdm model.steps=4 objective=iwae objective.k=2",
@@ -301,6 +325,16 @@ RIGHT = [
 def test_right_command(command):
     with session():
         compose(command.split())
+
+
+@pytest.mark.parametrize("latents", ["[8,4]", "[8,6,4]", "[[2,4,4],8,6,4]"])
+def test_a_chain_has_a_level_for_each_of_its_latents(latents):
+    with session():
+        config = compose(["model=mhvae", f"model.latents={latents}", "model.encoders.1.hidden=[5]"])
+    model, x = build(config.model), torch.zeros(2, 1, 8, 8).long()
+    assert model.levels == latents.count(",") + 1 - 2 * latents.count("[2")
+    assert len(model.elbo(x).levels) == model.levels - 1
+    assert all(each.layers[0].out_features == 5 for each in model.encoders[1:])
 
 
 def test_help_is_quick_and_complete():

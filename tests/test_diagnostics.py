@@ -15,6 +15,7 @@ from genfw.train.diagnostics import (
     ACTIVE,
     Diagnostics,
     Findings,
+    by_level,
     interpolation,
     look,
     spread,
@@ -245,6 +246,24 @@ def test_collapse_needs_activity_and_cost():
         1,
         2,
     ]
+
+
+def test_a_unit_is_active_above_a_hundredth():
+    """As Burda et al. count them: by Var_x of the posterior mean."""
+    for variance, collapsed in ((0.0099, [1]), (0.0101, [])):
+        found = Findings([3.0], [torch.tensor([0.0, variance])], 0.0)
+        assert found.collapsed() == collapsed
+
+
+def test_levels_are_reported_from_the_data_up():
+    terms = [torch.full((2,), float(n)) for n in range(4)]
+    elbo = genfw.ELBO(reconstruction=-terms[3], levels=(terms[0], terms[1]), prior=terms[2])
+    assert torch.equal(by_level(elbo), torch.stack(terms).double())
+    model, x = oracles.LinearGaussianChain(3, bias=0.3), torch.randn(5, 2)
+    bound, rungs = (each(x, noise=noise(5)) for each in (model.elbo, model.climb))
+    for t in (0, 1):
+        cost = rungs[t].q.log_prob(rungs[t].z) - rungs[t + 1].log_below
+        torch.testing.assert_close(by_level(bound)[t], cost.double())
 
 
 def shown(picture, columns, side=2, zoom=16):

@@ -225,6 +225,64 @@ def test_the_variance_on_the_way_down_does_not_grow_with_depth():
     assert power(64) < 2 * power(1)
 
 
+@pytest.mark.parametrize("depth", [1, 4])
+def test_what_a_block_adds_begins_at_one_over_the_root_of_their_number(depth):
+    """The last convolution and the projection of z: uniform within 1/sqrt(inputs), before."""
+    for block in Ladder((1, 8, 8), 1, latents=16, blocks=(depth,)).down:
+        for layer in (block.residual.layers[-1], block.project):
+            inputs = layer.weight[0].numel()
+            for each in (layer.weight, layer.bias):
+                assert 0.8 < each.abs().max() * (depth * inputs) ** 0.5 <= 1.0001
+
+
+@torch.no_grad()
+def test_latents_and_data_are_reached_by_additions_only(double):
+    """Without what blocks add, h is the starts and the projections of all z; on the way up it is
+    the data through the halvings alone."""
+    ladder, zs = random_hvae().ladder, []
+    for block in ladder.down:
+        block.residual.layers[-1].weight.zero_(), block.residual.layers[-1].bias.zero_()
+        block.prior.last.weight.zero_(), block.prior.last.bias.zero_()
+    for layers in ladder.up:
+        layers[1].layers[-1].weight.zero_(), layers[1].layers[-1].bias.zero_()
+    seen = ladder.read(IMAGES.double())
+    torch.testing.assert_close(seen[0], ladder.enter(IMAGES.double()))
+    torch.testing.assert_close(seen[1], ladder.up[1][0](seen[0]))
+
+    def draw(prior, _):
+        zs.append(torch.randn_like(prior.chunk(2, 1)[0]))
+        return zs[-1]
+
+    left = []
+    ladder.leave.register_forward_hook(lambda module, given, out: left.append(given[0]))
+    ladder(draw, 16)
+    top, *others = (block.project(z) for block, z in zip(ladder.down, zs, strict=True))
+    expected = ladder.starts[0] + (ladder.starts[1] + top) + sum(others)
+    torch.testing.assert_close(left[0], expected)
+
+
+@torch.no_grad()
+def test_a_posterior_is_told_of_the_data_and_of_the_latents_above(double):
+    """Its own two numbers are: q depends on z above by more than its prior."""
+    ladder = random_hvae().ladder
+    seen = ladder.read(IMAGES.double())
+
+    def told(z, seen):
+        heads = []
+
+        def draw(prior, posterior):
+            heads.append(posterior)
+            return torch.full_like(prior.chunk(2, 1)[0], z)
+
+        ladder(draw, 16, seen=seen)
+        return heads
+
+    first, above, data = told(0.0, seen), told(1.0, seen), told(0.0, [-each for each in seen])
+    assert torch.equal(first[0], above[0])  # that of z_T, above which there is none
+    for before, after in (*zip(first[1:], above[1:]), *zip(first, data)):
+        assert not torch.isclose(before, after).all(0).any()
+
+
 def test_variances_stay_bounded_and_numbers_finite_when_weights_diverge():
     model = random_hvae()
     with torch.no_grad():
@@ -278,6 +336,8 @@ def test_temperature_scales_each_level(double):
         (lambda: Ladder((64,), 1), r"shape: expected positive sizes \(C, H, W\)"),
         (lambda: random_hvae().sample(2, temperature=[1.0]), "one for each of 3 levels, got"),
         (lambda: random_hvae().sample(2, temperature=-1.0), "expected one number >= 0"),
+        (lambda: random_hvae().sample(2, temperature=math.nan), "expected one number >= 0"),
+        (lambda: random_hvae().sample(2, temperature=[1.0, math.nan, 1.0]), "one for each of 3"),
         (lambda: random_hvae().elbo(IMAGES[:, :, :1]), "Ladder reads 1x2x2 per example, got 1x1x2"),
     ],
 )

@@ -5,11 +5,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracles import GaussianDenoiser, LinearGaussianChain
+from oracles import GaussianDenoiser, LabelledChain, LinearGaussianChain
 from scipy import stats
 from test_vae import random_vae
 
 from genfw import (
+    HVAE,
+    VAE,
     VDM,
     BernoulliLikelihood,
     Bound,
@@ -20,6 +22,7 @@ from genfw import (
     LogLinear,
     Noise,
 )
+from genfw.estimators import importance
 from genfw.estimators.weights import (
     effective_sample_size,
     generalized_pareto,
@@ -28,6 +31,8 @@ from genfw.estimators.weights import (
     pareto_khat,
     tail,
 )
+from genfw.nets import ConvDecoder, ConvEncoder, Ladder
+from genfw.testing.memory import Live
 from genfw.train.metrics import NLL
 
 DEPTHS = pytest.mark.parametrize("levels", [1, 2, 5])
@@ -83,6 +88,51 @@ def test_no_number_depends_on_chunk_or_batch(chunk, double):
         assert torch.allclose(part.variance, whole.variance[rows], rtol=1e-8)
         for name, value in whole.diagnostics.items():
             assert torch.allclose(part.diagnostics[name], value[rows], rtol=1e-8)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 15, None])
+def test_labels_follow_their_images_into_every_chunk(chunk, double):
+    """With the true posterior of each label every draw says log p(x | y) exactly."""
+    x, y, noise = torch.randn(9, 2), torch.randint(10, (9,)), Noise(0, torch.arange(9))
+    chain = LabelledChain(2)
+    found = ImportanceWeighted(6, chunk)(chain, x, y, noise=noise)
+    torch.testing.assert_close(found.nats, -chain.log_prob(x - y[:, None]))
+
+
+def conv_vae(bins=2):
+    likelihood = BernoulliLikelihood() if bins == 2 else CategoricalLikelihood(bins)
+    encoder = ConvEncoder((1, 8, 8), 4, channels=(8, 8))
+    decoder = ConvDecoder((1, 8, 8), 4, likelihood.outputs, channels=(8, 8))
+    return VAE(encoder, decoder, likelihood, 4)
+
+
+def ladder_vae(bins=2):
+    return HVAE(Ladder((1, 8, 8), 1, width=8, latents=2), BernoulliLikelihood()).eval()
+
+
+@pytest.mark.parametrize("k", [1, 3, 200])
+@pytest.mark.parametrize("make", [conv_vae, lambda: conv_vae(256), ladder_vae])
+def test_a_chunk_keeps_within_its_memory_and_changes_no_number(make, k, double, monkeypatch):
+    """Whatever the decoder makes of a draw; of labels, images and weights nothing is counted."""
+    monkeypatch.setattr(importance, "MEMORY", 2**22)
+    model, n = make(), 200 // k + 1
+    x = torch.randint(2, (n, 1, 8, 8))
+    with torch.inference_mode(), Live(but=[x, *model.parameters()]) as memory:
+        found = evaluate(k, model, x, chunk=None)
+    assert 2**20 < memory.peak < 1.3 * 2**22
+    torch.testing.assert_close(found.nats, evaluate(k, model, x, chunk=7).nats, rtol=1e-12, atol=0)
+
+
+def test_no_chunk_is_larger_than_is_quick(double):
+    seen = []
+
+    class Watched(LinearGaussianChain):
+        def decode(self, z, t, y=None):
+            seen.append(len(z))
+            return super().decode(z, t, y)
+
+    evaluate(6000, Watched(1), torch.randn(1, 2), chunk=None)
+    assert seen == [importance.PROBE, 2500, 2500, 1000]
 
 
 def test_never_more_than_chunk_pairs_at_once(double):
@@ -253,5 +303,8 @@ def test_means_of_diagnostics_are_reported():
         nll.update(Estimate(b, b, diagnostics={"ess": torch.tensor([first, 3.0]).double()}), dims=4)
     values = nll.compute()
     assert values["ess"] == 3.0 and "khat" not in values
+    hopeless = torch.tensor([math.inf, 0.1]).double()
+    nll.update(Estimate(b, b, diagnostics={"khat": hopeless}), dims=4)
+    assert nll.compute()["khat"] == math.inf  # of one image: no mean makes it harmless
     with pytest.raises(ValueError, match="diagnostic other: not among"):
         nll.update(Estimate(b, b, diagnostics={"other": b}), dims=4)

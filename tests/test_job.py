@@ -19,7 +19,7 @@ from genfw.train.compose import compose, session
 from genfw.train.config import build
 from genfw.train.errors import GenfwError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import restore, run, table, validation_interval
+from genfw.train.job import assemble, restore, run, table, validation_interval
 from genfw.train.runs import command
 
 SMALL = (
@@ -198,6 +198,7 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
         (["estimator=importance_weighted", "estimator.strata=3"], "estimator has k, chunk"),
         (["estimator=importance_weighted"], "model.steps=1000"),
         (["estimator=annealed"], "moves one latent"),
+        (["simulated=10"], "simulated=10: only estimator=annealed"),
         (["data=mnist"], "keeps its data"),
         (["estimator=importance_weighted", "model.steps=2", "estimator.k=0"], "at least 1"),
     ):
@@ -288,6 +289,38 @@ def test_samples_of_a_run_are_its_own(vdm, tmp_path):
     out = tmp_path / "nine.png"
     assert command(sample.sample, [f"run={folder}", "n=9", "chunk=2", f"out={out}"]) == 0
     assert PIL.open(out).tobytes() == PIL.open(folder / "samples.png").tobytes()
+
+
+def test_a_top_down_hierarchy_is_sampled_at_a_temperature(tmp_path, monkeypatch, capsys):
+    """One for all levels, or one for each, z_1's first; the name and the picture tell it."""
+    config = composed("model=hvae", "model.ladder.width=8")
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    module, data = assemble(config)
+    monkeypatch.setattr("genfw.train.job.restore", lambda *_: (module, data))
+    asked, draw = [], module.model.sample
+    monkeypatch.setattr(
+        module.model, "sample", lambda *a, **k: asked.append(k.get("temperature")) or draw(*a, **k)
+    )
+
+    def said(*given):
+        code = command(sample.sample, [f"run={tmp_path}", "n=1", "device=cpu", *given])
+        return code, capsys.readouterr().err
+
+    for given in ([], ["temperature=0.5"], ["temperature=[1,1,0,1,0.5]"]):
+        assert said(*given)[0] == 0
+    assert asked == [None, [0.5] * 5, [1.0, 1.0, 0.0, 1.0, 0.5]]
+    names = {f"samples_1_seed0{each}.png" for each in ("", "_temperature_0.5")}
+    assert {*names, "samples_1_seed0_temperature_1_1_0_1_0.5.png"} == {
+        each.name for each in tmp_path.glob("*.png")
+    }
+    picture = PIL.open(tmp_path / "samples_1_seed0_temperature_0.5.png")
+    assert picture.text["temperature"] == "0.5"
+    for wrong in ("-1", "nan", "[1,1]", "[1,1,1,1,nan]", "warm"):
+        code, answer = said(f"temperature={wrong}")
+        assert code == 2 and "one for each of 5 levels" in answer
+    OmegaConf.save(composed("model=vae"), tmp_path / "config.yaml", resolve=True)
+    code, answer = said("temperature=0.5")
+    assert code == 2 and "temperature=0.5: genfw.VAE has none" in answer
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from genfw import (
     BinsLikelihood,
     CategoricalLikelihood,
     DiscretizedGaussianLikelihood,
+    DiscretizedLogistic,
     DiscretizedLogisticLikelihood,
     GaussianLikelihood,
     Likelihood,
@@ -58,6 +59,16 @@ def test_images_and_flat_data_are_read_alike(cls, double):
     assert torch.allclose(image, flat)
 
 
+def test_discretized_logistic_reads_means_then_log_scales(double):
+    """Log scales end at -9 and 3."""
+    likelihood, x = DiscretizedLogisticLikelihood(bins=5), torch.randint(5, (6, 2))
+    where = torch.randn(6, 2)
+    for log_scale, read in ((-1.0, -1.0), (0.5, 0.5), (-8.9, -8.9), (-50.0, -9.0), (50.0, 3.0)):
+        h = torch.cat([where, torch.full((6, 2), log_scale)], 1)
+        expected = DiscretizedLogistic(where, torch.tensor(read).exp(), 5)
+        torch.testing.assert_close(likelihood(h).log_prob(x), expected.log_prob(x))
+
+
 def test_every_channel_has_its_own_outputs(double):
     likelihood = CategoricalLikelihood(bins=5)
     h, x = torch.randn(1, 10, 1, 1), torch.tensor([[[[4]], [[1]]]])
@@ -105,6 +116,11 @@ def test_wrong_bins_and_wrong_heads_are_refused():
         CategoricalLikelihood(bins=1)
     with pytest.raises(ValueError, match="17 channels per data channel, got 18"):
         CategoricalLikelihood(bins=17)(torch.zeros(2, 18))
+    for cls in (DiscretizedGaussianLikelihood, DiscretizedLogisticLikelihood):
+        with pytest.raises(ValueError, match=f"likelihood {cls.name} needs 2 channels .* got 3"):
+            cls(bins=17)(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="likelihood gaussian needs 2 channels"):
+        GaussianLikelihood()(torch.zeros(2, 3))
     pair = torch.zeros(2, 1), torch.ones(2, 1)
     for cls in (CategoricalLikelihood, DiscretizedLogisticLikelihood, LogisticMixtureLikelihood):
         with pytest.raises(TypeError, match="use bins or discretized_gaussian"):

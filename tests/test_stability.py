@@ -197,3 +197,10 @@ def test_the_quantile_is_no_maximum():
     outlier = Outliers(factor=2.0, quantile=0.5, window=10, max_consecutive=9)
     assert not any(outlier(norm) for norm in (1.0, 9.0, 1.0, 1.0, 8.0, 1.0, 1.0, 9.0, 1.0, 1.0))
     assert outlier(3.0) and not outlier(1.9)
+
+
+def test_what_was_skipped_is_not_usual():
+    """Or a few long gradients would make the next ones pass."""
+    outlier = Outliers(factor=2.0, quantile=0.5, window=4, max_consecutive=9)
+    assert [outlier(norm) for norm in [1.0] * 4 + [5.0] * 9] == [False] * 4 + [True] * 9
+    assert list(outlier.norms) == [1.0] * 4

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from genfw.check import at_least_one
 from genfw.estimators.estimator import Estimate, Estimator, keyed
+from genfw.estimators.memory import Live
 from genfw.estimators.weights import (
     effective_sample_size,
     log_mean,
@@ -21,6 +22,15 @@ from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
+MEMORY = 2**28
+"""Bytes that the tensors of a chunk may take; what operators need within comes on top."""
+
+MOST = 2500
+"""Pairs of a chunk: more are no quicker on a CPU."""
+
+PROBE = 8
+"""Pairs that a chunk's size is found on."""
+
 
 class ImportanceWeighted(Estimator, name="importance_weighted"):
     r"""The k-sample bound, :math:`-\log \frac1k \sum_i w_i`: in the mean above -log p(x), falling
@@ -28,8 +38,8 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
 
     Args:
         k: draws per example.
-        chunk: (example, draw) pairs computed at once. It sets memory and speed, never the number:
-            draws are keyed by example and draw.
+        chunk: (example, draw) pairs computed at once; None: as many as keep within 256 MB, 2500 at
+            most. It sets memory and speed, never the number: draws are keyed by example and draw.
 
     Diagnostics: `ess`, the effective sample size of the k draws; `khat`, the shape of the weights'
     tail, and `khat_over_0.7`, whether it is too heavy for this k (from k = 21 on). Variance by the
@@ -47,10 +57,10 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
     kind = "upper bound on -log p(x)"
     diagnostics = ("ess", "khat", "khat_over_0.7")
 
-    def __init__(self, k: int = 5000, chunk: int = 2500):
+    def __init__(self, k: int = 5000, chunk: int | None = None):
         super().__init__()
-        self.k, self.chunk = at_least_one("k", k), at_least_one("chunk", chunk)
-        self.draws = self.k
+        self.k = self.draws = at_least_one("k", k)
+        self.chunk = None if chunk is None else at_least_one("chunk", chunk)
 
     @torch.no_grad()
     def forward(
@@ -67,7 +77,8 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
                 "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
             )
         noise, parts = keyed(noise, x), []
-        for rows, ranges in chunks(len(x), self.k, self.chunk):
+        chunk = self.chunk or within_memory(model, x, y, noise, self.k)
+        for rows, ranges in chunks(len(x), self.k, chunk):
             given, of = None if y is None else y[rows], noise.of(rows)
             log_w = [
                 model.log_weight(x[rows], given, noise=of.each(i, j), k=j - i).view(-1, j - i)
@@ -94,6 +105,19 @@ def weighed(log_w: Tensor) -> Estimate:
         diagnostics["khat"] = khat = pareto_khat(log_w)
         diagnostics["khat_over_0.7"] = (~(khat <= 0.7)).double()
     return Estimate(-log_mean(log_w), log_mean_variance(log_w), diagnostics=diagnostics)
+
+
+def within_memory(model: LatentModel, x: Image, y: Labels | None, noise: Noise, k: int) -> int:
+    """How many (example, draw) pairs take `MEMORY` together, by what `PROBE` of them take; at most
+    `MOST`."""
+    assert isinstance(model, Weighs)
+    draws = min(k, PROBE)
+    rows = slice(0, -(-PROBE // draws))
+    given = None if y is None else y[rows]
+    held = [*model.parameters(), *model.buffers(), x, *([] if y is None else [y])]
+    with Live(but=held) as memory:
+        log_w = model.log_weight(x[rows], given, noise=noise.of(rows).each(0, draws), k=draws)
+    return max(1, min(MOST, MEMORY * len(log_w) // memory.peak))
 
 
 def chunks(n: int, k: int, chunk: int) -> Iterator[tuple[slice, list[tuple[int, int]]]]:

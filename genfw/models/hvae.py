@@ -23,6 +23,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -144,15 +145,9 @@ class HVAE(LatentModel, name="hvae"):
                 z_T; 0 takes the means. x itself is drawn from p(x | z) as it is.
 
         Raises:
-            ValueError: another number of temperatures than levels, or a negative one.
+            ValueError: another number of temperatures than levels, a negative one, or nan.
         """
-        given = [temperature] if isinstance(temperature, (int, float)) else list(temperature)
-        factors = given * self.levels if isinstance(temperature, (int, float)) else given
-        if len(factors) != self.levels or min(factors) < 0:
-            raise ValueError(
-                f"temperature: expected one number >= 0, or one for each of {self.levels} levels, "
-                f"got {temperature}"
-            )
+        factors = self.temperatures(temperature)
         noise = draws(noise, torch.empty(n, device=self.device))
         t = self.levels
 
@@ -164,6 +159,21 @@ class HVAE(LatentModel, name="hvae"):
             return z
 
         return self.likelihood(self.ladder(draw, n, y).to(self.dtype)).sample(noise.fold("z0"))
+
+    def temperatures(self, given: float | Sequence[float]) -> list[float]:
+        """One for each of z_1 .. z_T.
+
+        Raises:
+            ValueError: another number of them than levels, a negative one, or nan.
+        """
+        several = [given] * self.levels if isinstance(given, (int, float)) else given
+        factors = [float(each) for each in several]
+        if len(factors) != self.levels or not all(0 <= each < math.inf for each in factors):
+            raise ValueError(
+                f"temperature: expected one number >= 0, or one for each of {self.levels} levels, "
+                f"got {given}"
+            )
+        return factors
 
     def posteriors(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None

@@ -219,6 +219,6 @@ def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
     if not isinstance(model, MarkovianHierarchy):
         raise TypeError(
             f"objective={objective.name} follows a chain of latents from x up, which "
-            f"{type(model).__name__} is not: use objective=elbo, or a VAE or MHVAE"
+            f"{type(model).__name__} is not: use objective=elbo or iwae, or a VAE or MHVAE"
         )
     return model

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
 from genfw.train.config import (
+    as_many_levels,
     check,
     conf_folder,
     keys,
@@ -65,6 +66,7 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
         ConfigError: it is wrong, and how.
     """
     config = unchecked(overrides, name)
+    as_many_levels(config)
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
     named = typed(parse(overrides))
     check_hydra(config.hydra, trusted_by(config, named))

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import genfw
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.resolvers import out_channels
+from genfw.train.resolvers import out_channels, outputs
 from genfw.train.schema import (
     RESERVED,
     Argument,
@@ -209,11 +209,10 @@ def _fit(path: str, value: Any, argument: Argument) -> None:
         hint = f" Did you mean {match}?" if match else ""
         expected = ", ".join(argument.choices)
         raise ConfigError(f"{path}: expected one of {expected}, got {_shown(value)}.{hint}")
-    if argument.elements and isinstance(value, ListConfig):
-        for i, each in enumerate(value):
-            if not fits(each, argument.elements):
-                expected = Argument(argument.elements).expected()
-                raise ConfigError(f"{path}[{i}]: expected {expected}, got {_shown(each)}")
+    for at, each in _elements(path, value) if argument.elements else ():
+        if not fits(each, argument.elements):
+            expected = Argument(argument.elements).expected()
+            raise ConfigError(f"{at}: expected {expected}, got {_shown(each)}")
     for at, number in _numbers(path, value):
         if argument.range is not None and number not in argument.range:
             types = argument.elements or argument.types or frozenset()
@@ -221,6 +220,13 @@ def _fit(path: str, value: Any, argument: Argument) -> None:
             raise ConfigError(f"{at}={number}: expected {kind} {argument.range}")
         if math.isnan(number):
             raise ConfigError(f"{at}=nan: expected a number")
+
+
+def _elements(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What is in a list, and in the lists in it."""
+    for i, each in enumerate(value if isinstance(value, ListConfig) else ()):
+        yield f"{path}[{i}]", each
+        yield from _elements(f"{path}[{i}]", each)
 
 
 def _numbers(path: str, value: Any) -> Iterator[tuple[str, int | float]]:
@@ -563,17 +569,81 @@ def _networks_fit_their_place(config: DictConfig) -> None:
             )
 
 
+def as_many_levels(config: DictConfig) -> None:
+    """More sizes in model.latents than networks: the last network of either list is copied for each
+    of them, reading the sizes one place further on. Where it names no sizes, nothing is done."""
+    model = config.get("model")
+    latents = _select(model, "latents")
+    for name in ("encoders", "decoders"):
+        networks = _select(model, name)
+        if isinstance(networks, ListConfig) and networks and isinstance(latents, ListConfig):
+            for t in range(len(networks), len(latents)):
+                last = networks._get_node(t - 1)
+                text = OmegaConf.to_yaml(last) if isinstance(last, DictConfig) else ""
+                if f"${{model.latents[{t - 1}]}}" in text:
+                    networks.append(OmegaConf.create(_SIZE.sub(_next_size, text)))
+
+
+_SIZE = re.compile(r"\$\{model\.latents\[(\d+)\]\}")
+
+
+def _next_size(found: re.Match[str]) -> str:
+    return f"${{model.latents[{int(found[1]) + 1}]}}"
+
+
 def _latents_are_levels(config: DictConfig) -> None:
     model = config.get("model")
-    encoders, latents = (_select(model, each) for each in ("encoders", "latents"))
-    if not isinstance(encoders, ListConfig):
+    encoders, decoders, latents = (_select(model, k) for k in ("encoders", "decoders", "latents"))
+    if not isinstance(encoders, ListConfig) or not isinstance(decoders, ListConfig):
         return
-    if not isinstance(latents, ListConfig) or len(latents) != len(encoders):
+    levels = len(encoders)
+    if not isinstance(latents, ListConfig) or not len(latents) == levels == len(decoders):
         raise ConfigError(
-            f"model.latents={_shown(latents)}: expected a size for each of {len(encoders)} levels, "
-            "z_1 first, like model.latents=[16,8]; more levels need more networks in "
-            "model.encoders and model.decoders"
+            f"model.latents={_shown(latents)}: expected a size for each of {levels} levels, z_1 "
+            "first, like model.latents=[16,8], and as many networks in model.encoders and in "
+            f"model.decoders; these are {levels} and {len(decoders)}"
         )
+
+
+def _networks_fit_their_neighbours(config: DictConfig) -> None:
+    for place, key, expected, why in _neighbours(config):
+        node = OmegaConf.select(config, place)
+        own = isinstance(node, DictConfig) and str(node.get("_target_")).startswith("genfw.nets.")
+        if own and key in node and _sizes(node[key]) != _sizes(expected):
+            raise ConfigError(
+                f"{place}.{key}={_shown(node[key])}, but {why}: leave {place}.{key} alone"
+            )
+
+
+def _neighbours(config: DictConfig) -> Iterator[tuple[str, str, Any, str]]:
+    """What every network must read and give: where it stands, the argument, its value, why."""
+    target, shape = _target(config, "model"), OmegaConf.select(config, "data.shape")
+    if target not in ("genfw.VAE", "genfw.MHVAE", "genfw.HVAE"):
+        return
+    reads = outputs(config.model.likelihood)
+    data = f"the data have the shape {_shown(shape)} (data.shape)"
+    decoded = f"the likelihood reads {reads} numbers per channel of the data"
+    if target == "genfw.HVAE":
+        yield "model.ladder", "shape", shape, data
+        yield "model.ladder", "outputs", reads, decoded
+        return
+    alone = target == "genfw.VAE"
+    below, numbers = shape, reads
+    for t, z in enumerate([config.model.latents] if alone else config.model.latents):
+        size = f"z_{t + 1} has the size {_shown(z)} (model.latents)"
+        for name in ("encoder", "decoder"):
+            holder, at = (config.model, name) if alone else (config.model[f"{name}s"], t)
+            group = t == 0 and OmegaConf.is_interpolation(holder, at)  # ${encoder}
+            place = name if group else str(holder._get_full_key(at))
+            yield place, "latents", z, size
+            yield place, "shape", below, data
+        yield place, "outputs", numbers, decoded
+        below, numbers, data = z, 2, size
+        decoded = f"z_{t + 1} is given a mean and a log standard deviation, 2 numbers"
+
+
+def _sizes(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, ListConfig) else [value]
 
 
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
@@ -590,6 +660,7 @@ def _objective_reads_model(config: DictConfig) -> None:
     objective, model = _option(config, "objective"), _option(config, "model")
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
+    upward = "follows a chain of latents from x up, and this one is drawn from the top down"
     apart = str(OmegaConf.select(config, "objective.per")).endswith("dimension")
     several = len(OmegaConf.select(config, "model.encoders") or []) > 1
     for objectives, models, reason in (
@@ -599,7 +670,17 @@ def _objective_reads_model(config: DictConfig) -> None:
             "weighs noise levels, and there are none: use objective=elbo",
         ),
         ("l2 free_bits", "vdm", "is for learned latents, and these are noise: use objective=elbo"),
-        ("l2 stl dreg", "hvae", "needs a chain from x up, and this goes down: use objective=elbo"),
+        ("stl", "hvae", f"{upward}: use objective=elbo"),
+        (
+            "dreg",
+            "hvae",
+            f"{upward}: use objective=iwae, the same bound, plainly differentiated",
+        ),
+        (
+            "l2",
+            "hvae",
+            f"{upward}: use objective=elbo likelihood=discretized_gaussian",
+        ),
         (
             "free_bits",
             "mhvae" if apart and several else "",
@@ -849,6 +930,7 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _shapes_are_the_datas,
     _networks_fit_their_place,
     _latents_are_levels,
+    _networks_fit_their_neighbours,
     _learned_schedule_follows_the_bound,
     _objective_reads_model,
     _estimator_reads_model,

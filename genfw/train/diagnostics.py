@@ -52,7 +52,9 @@ class Diagnostics(L.Callback):
     """Logs, for learned hierarchies, `kl_<t>` and `active_units_<t>` of every level, z_1 next to
     the data, in nats per image, and draws pictures. They are of some `images`; `rate`, what all
     levels cost, and `distortion`, minus the reconstruction, are of all: the terms of the NLL that
-    is reported (absent where its estimator has none). Does nothing for other models, diffusion
+    is reported. They are absent where its estimator has none: an importance-weighted number is no
+    sum of a rate and a distortion, and `genfw.evaluate run=<folder> estimator=bound` gives those of
+    the bound, as `levels` + `prior` and `reconstruction`. Does nothing for other models, diffusion
     models among them.
 
     `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a

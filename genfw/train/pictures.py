@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -67,19 +67,22 @@ def draw_samples(
     seed: int,
     chunk: int = 128,
     labels: Sequence[int] | None = None,
+    sample: Callable[..., Image] | None = None,
 ) -> Image:
     """Samples number `indices` of this seed: the same images whatever the chunks and ranks.
 
     Args:
         labels: of these samples; None: see `in_turn`.
+        sample: `model.sample`, or the same at another temperature.
     """
     device, parts = model.device, []
+    sample = sample or model.sample
     for start in range(0, len(indices), chunk):
         index = torch.tensor(indices[start : start + chunk], device=device)
         y = in_turn(model, index)
         if labels is not None:
             y = torch.tensor(labels[start : start + chunk], device=device)
-        parts.append(model.sample(len(index), y, noise=Noise(seed, index)).cpu())
+        parts.append(sample(len(index), y, noise=Noise(seed, index)).cpu())
     return torch.cat(parts)
 
 

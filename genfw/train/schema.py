@@ -15,6 +15,10 @@ and so does one that begins with where a number lies (of a list, each), after it
     decay: 0.999                       # [0, 1)
     steps: null                        # int | None, >= 1
 
+A list's elements are of the types of those in its default, or of those in the comment:
+
+    latents: [16, 8]                   # list[int | list], >= 1
+
 A null or an interpolation without such a comment takes anything. A class without a conf file is
 imported, and its signature read in the same way.
 """
@@ -44,7 +48,8 @@ _ALIASES = {
     "NoneType": "None",
 }
 _KEY = re.compile(r"( *)(- )?(\w+):(.*)")
-_TYPE, _NUMBER = "|".join(TYPES), r"-?[\d.]+"
+_NAME, _NUMBER = "|".join(TYPES), r"-?[\d.]+"
+_TYPE = rf"list\[[^\]]*\]|{_NAME}"
 _COMMENT = re.compile(
     rf".*?\s#\s*((?:{_TYPE})(?:\s*\|\s*(?:{_TYPE}))*)?,?\s*"
     rf"(>=?\s*{_NUMBER}|[\[(]{_NUMBER},\s*{_NUMBER}[\])])?\s*(?::|$)"
@@ -233,12 +238,15 @@ class _Comments:
 
     def __init__(self, text: str):
         self.types: dict[str, frozenset[str] | None] = {}
+        self.elements: dict[str, frozenset[str] | None] = {}
         self.choices: dict[str, tuple[str, ...]] = {}
         self.ranges: dict[str, Range] = {}
         for key, line in _lines(text):
             if said := _COMMENT.match(line):
                 if said[1]:
                     self.types[key] = _parse(said[1])
+                    if within := re.search(r"list\[(.*?)\]", said[1]):
+                        self.elements[key] = _parse(within[1])
                 if said[2]:
                     self.ranges[key] = Range.parse(said[2])
             if listed := _CHOICES.match(line):
@@ -268,13 +276,13 @@ def _lines(text: str) -> Iterator[tuple[str, str]]:
 def _argument(node: DictConfig, key: str, comments: _Comments) -> Argument:
     at = str(node._get_full_key(key))
     types, within = comments.types.get(at), comments.ranges.get(at)
+    elements = comments.elements.get(at)
     if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
         required = types is None or "None" not in types
-        return Argument(types, range=within, required=required)
+        return Argument(types, elements, range=within, required=required)
     default = node[key]
     if types or default is None:
-        return Argument(types, range=within, default=default)
-    elements = None
+        return Argument(types, elements, range=within, default=default)
     if isinstance(default, ListConfig) and len(default):
         kinds = [type_of(each) for each in default]
         if None not in kinds:
