@@ -7,6 +7,8 @@ estimator, checkpoint and other change:
 {"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
+How samples are drawn (sampler, grid, guidance) is refused: an NLL is of the bare model.
+
 `verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
 every entry holds, 1 and a line for each that does not.
 """
@@ -19,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.runs import command, read
 
 if TYPE_CHECKING:
@@ -32,6 +34,12 @@ Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimat
 
 def evaluate(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, {"checkpoint": "best", "verify": False}, USAGE)
+    for each in arguments:
+        if each.split("=")[0].split(".")[0] in ("sampler", "grid", "guidance"):
+            raise ConfigError(
+                f"{each}: says how samples are drawn, and an NLL is of the bare model: leave it to "
+                "python -m genfw.sample"
+            )
     claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console

@@ -133,6 +133,14 @@ def test_scale_one_is_plain_and_scale_zero_has_no_label(batch):
     near(ClassifierGuidance(denoiser, Bayes(), 0.0)(z, t, y), denoiser(z, t))
 
 
+def test_a_scale_is_not_rounded():
+    """In float64, whatever torch's default is: 0.1 in float32 is another number."""
+    denoiser, t = GaussianDenoiser(SCHEDULE, 0.3, 0.4), torch.tensor(0.4)
+    z, y = torch.randn(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.int64)
+    expected = 0.1 * denoiser(z, t, y).x + 0.9 * denoiser(z, t).x
+    torch.testing.assert_close(ClassifierFree(denoiser, 0.1)(z, t, y).x, expected, rtol=1e-12, atol=0)
+
+
 def test_outside_its_interval_guidance_is_plain(batch):
     z, t, y = batch
     denoiser = labelled(genfw.Eps)
@@ -213,6 +221,16 @@ def test_through_x_hat_the_gradient_is_that_of_the_composition(batch):
     z_0 = SCHEDULE.alpha(start)[:, None] * torch.randn(6, 3)
     exact = ClassifierGuidance(mixture, Bayes(), 1.0).gradient(z_0, start, y)
     torch.testing.assert_close(guided.gradient(z_0, start, y), exact, rtol=0.05, atol=1e-3)
+
+
+def test_of_x_hat_the_classifier_is_asked_as_of_a_clean_image(batch):
+    """log p(y | alpha_0 x_hat) at the data's end, whatever the noise of z."""
+    z, t, y = batch
+    x = Mixture()(z, t).x
+    clean = (torch.tensor(9.0).sigmoid().sqrt() * x, torch.full((6,), 9.0))
+    expected = Bayes()(*clean).log_softmax(1)[torch.arange(6), y]
+    found = DenoisedClassifierGuidance(Mixture(), Bayes(), 1.0).evidence(z, t, y)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
