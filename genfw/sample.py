@@ -131,7 +131,9 @@ def _out_fits(options: DictConfig) -> None:
         ConfigError: it has the ending of another format, or holds such images.
     """
     held = [] if options.format != "png" or not options.out else Path(options.out).glob("*.png")
-    stale = sorted(each.name for each in held if each.stem.isdigit() and int(each.stem) >= options.n)
+    stale = sorted(
+        each.name for each in held if each.stem.isdigit() and int(each.stem) >= options.n
+    )
     if stale:
         raise ConfigError(
             f"out={options.out}: {stale[0]} to {stale[-1]} are there already, and n={options.n} "
@@ -191,7 +193,7 @@ def _guide(config: DictConfig) -> str:
 
 
 def _other_run(config: DictConfig) -> str:
-    """The folder of the run that guides, and the checkpoint where one was named; "" if none does."""
+    """The folder of the run that guides, and the checkpoint where one was named; else nothing."""
     guidance = config.get("guidance") or {}
     place = guidance.get("classifier") or guidance.get("weaker")
     if place is None:

@@ -115,7 +115,7 @@ class Recorder(TwoImages):
 
 
 def test_it_learns_from_z_t_at_the_noise_level_it_is_told():
-    r"""(z - alpha x) / sigma is standard normal, alpha and sigma those of the log SNR that came with
+    """(z - alpha x) / sigma is standard normal, alpha and sigma those of the log SNR that came with
     z, at every level; levels are drawn by `times`; and the loss is the NLL of the image's label."""
     schedule, recorder = genfw.Cosine(4.0, -8.0), Recorder()
     module = ClassifierModule(recorder, schedule, genfw.UniformTime(), 5, torch.optim.SGD)

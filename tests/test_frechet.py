@@ -323,7 +323,9 @@ def test_shipped_weights_say_what_they_are(extractor, count, least):
 
 
 @pytest.mark.parametrize(
-    ("extractor", "read"), [(DigitsFeatures, digits), (MNISTFeatures, mnist)], ids=["digits", "mnist"]
+    ("extractor", "read"),
+    [(DigitsFeatures, digits), (MNISTFeatures, mnist)],
+    ids=["digits", "mnist"],
 )
 def test_a_shipped_classifier_is_as_good_as_it_says(extractor, read):
     path = MNIST if extractor is MNISTFeatures else None

@@ -138,7 +138,9 @@ def test_a_scale_is_not_rounded():
     denoiser, t = GaussianDenoiser(SCHEDULE, 0.3, 0.4), torch.tensor(0.4)
     z, y = torch.randn(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.int64)
     expected = 0.1 * denoiser(z, t, y).x + 0.9 * denoiser(z, t).x
-    torch.testing.assert_close(ClassifierFree(denoiser, 0.1)(z, t, y).x, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        ClassifierFree(denoiser, 0.1)(z, t, y).x, expected, rtol=1e-12, atol=0
+    )
 
 
 def test_outside_its_interval_guidance_is_plain(batch):
