@@ -239,7 +239,7 @@ class DigitsFeatures(ClassifierFeatures, name="digits"):
 
 
 class MNISTFeatures(ClassifierFeatures, name="mnist"):
-    """MNIST: trained on 50,000, ACCURACY % of the 10,000 test images recognised."""
+    """MNIST: trained on 50,000, 99.4 % of the 10,000 test images recognised."""
 
     key = "fd_mnist"
     takes = "grey digits (1, 28, 28)"

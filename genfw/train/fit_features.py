@@ -3,7 +3,7 @@
 python -m genfw.train.fit_features digits
 python -m genfw.train.fit_features mnist --path <folder of parquet files>     (or from the hub)
 
-Half a minute, and MINUTES, on one core. Deterministic: one thread, fixed seed. Training images are
+Half a minute, and three minutes, of one core. Deterministic: one thread, fixed seed. Training images are
 bent by random affine maps, so that the features speak of the digit and not of its examples.
 """
 
