@@ -3,8 +3,9 @@
 python -m genfw.train.fit_features digits
 python -m genfw.train.fit_features mnist --path <folder of parquet files>     (or from the hub)
 
-Half a minute, and three minutes, of one core. Deterministic: one thread, fixed seed. Training images are
-bent by random affine maps, so that the features speak of the digit and not of its examples.
+Half a minute, and three minutes, of one core. Deterministic: one thread, fixed seed. Training
+images are bent by random affine maps, so that the features speak of the digit and not of its
+examples.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from genfw.train.data import Digits, HubImages
-from genfw.train.data.images import Splits
+from genfw.train.data import Digits, HubImages, Split
 from genfw.train.errors import GenfwError
 from genfw.train.features import (
     Bytes,
@@ -42,22 +42,19 @@ class Labelled(NamedTuple):
 
 def digits(path: Path | None = None) -> tuple[Labelled, Labelled]:
     """The 1000 training and the 447 test images of `genfw.train.data.Digits`."""
-    return labelled(Digits().read(DigitsFeatures.shape, path), bins=17)
+    splits = Digits().read(DigitsFeatures.shape, path)
+    return labelled(splits.train, 17), labelled(splits.test, 17)
 
 
 def mnist(path: Path | None = None) -> tuple[Labelled, Labelled]:
     """The 50,000 training and the 10,000 test images of conf/data/mnist.yaml."""
-    source = HubImages("ylecun/mnist", validation=10_000)
-    return labelled(source.read(MNISTFeatures.shape, path), bins=256)
+    splits = HubImages("ylecun/mnist", validation=10_000).read(MNISTFeatures.shape, path)
+    return labelled(splits.train, 256), labelled(splits.test, 256)
 
 
-def labelled(splits: Splits, bins: int) -> tuple[Labelled, Labelled]:
-    """Training and test images, as bytes."""
-    train, test = (
-        Labelled(to_bytes(torch.tensor(split.images), bins), torch.tensor(split.labels))
-        for split in (splits.train, splits.test)
-    )
-    return train, test
+def labelled(split: Split, bins: int) -> Labelled:
+    """A split whose images are integers 0..bins-1."""
+    return Labelled(to_bytes(torch.tensor(split.images), bins), torch.tensor(split.labels))
 
 
 DATA: dict[str, Callable[[Path | None], tuple[Labelled, Labelled]]] = {
