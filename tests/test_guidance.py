@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianDenoiser
+from oracles import FiniteDenoiser, GaussianDenoiser
 from torch import nn
 
 import genfw
@@ -154,6 +154,9 @@ def test_outside_its_interval_guidance_is_plain(batch):
         full = ClassifierFree(denoiser, 4.0, None, rescale)(z, t, y).x
         torch.testing.assert_close(limited[inside], full[inside])
         torch.testing.assert_close(limited[~inside], denoiser(z, t, y).x[~inside])
+    grey = FiniteDenoiser(SCHEDULE, torch.full((1, 3), 0.5))  # which has no contrast to give back
+    limited = ClassifierFree(grey, 4.0, [-2.0, 3.0], 1.0)(z, t, y).x
+    torch.testing.assert_close(limited[~inside], grey(z, t).x[~inside])
     limited = ClassifierGuidance(denoiser, Bayes(), 4.0, [-2.0, 3.0])(z, t, y).x
     torch.testing.assert_close(limited[~inside], denoiser(z, t).x[~inside])
     assert not torch.allclose(limited[inside], denoiser(z, t).x[inside])
@@ -251,8 +254,9 @@ def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
         1e-6,
     )
     near(Autoguidance(Mixture(), Mixture(), 3.0)(z, t, y), Mixture()(z, t, y))
-    with pytest.raises(ValueError, match="9 to -9 at least, got one of 5 to -9"):
-        Autoguidance(Mixture(), Mixture(Cosine(5.0, -9.0)))
+    for most, least in ((5.0, -9.0), (9.0, -5.0)):
+        with pytest.raises(ValueError, match=f"9 to -9 at least, got one of {most:g} to {least:g}"):
+            Autoguidance(Mixture(), Mixture(Cosine(most, least)))
 
 
 def test_a_weaker_model_that_reaches_less_far_guides_where_it_does(batch):
