@@ -25,9 +25,6 @@ from genfw.train.terminal import detach
 
 
 def classify(arguments: Sequence[str]) -> None:
-    if "--help" in arguments or "-h" in arguments:
-        print(__doc__)
-        return
     if flags := [each for each in arguments if each.startswith("-")]:
         raise ConfigError(f"{flags[0]}: expected group=option or key=value: see --help")
     if os.getcwd() not in sys.path:

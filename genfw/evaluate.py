@@ -11,6 +11,8 @@ estimator, checkpoint and other change:
 model made itself, log p(x) is bounded from both sides (bidirectional Monte Carlo), and
 `test/looseness` is how far apart the two are in the mean, in nats.
 
+How samples are drawn (sampler, grid, guidance) is refused: an NLL is of the bare model.
+
 `verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
 every entry holds, 1 and a line for each that does not.
 """
@@ -46,6 +48,12 @@ def evaluate(arguments: Sequence[str]) -> None:
         )
     if options.simulated < 0 or options.simulated == 1:
         raise ConfigError(f"simulated={options.simulated}: expected at least 2 images, or 0")
+    for each in arguments:
+        if each.split("=")[0].split(".")[0] in ("sampler", "grid", "guidance"):
+            raise ConfigError(
+                f"{each}: says how samples are drawn, and an NLL is of the bare model: leave it to "
+                "python -m genfw.sample"
+            )
     claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console

@@ -10,7 +10,8 @@
     device=cpu | cuda:1                  where; else a GPU where there is one
 
 Sample number i of a seed and label is always the same image, however many are asked for. What made
-them stands in the PNG's text chunks, or beside the arrays, and guidance in the name of the file.
+them stands in the PNG's text chunks, or beside the arrays; guidance, and the run that guides, in
+the name of the file too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig
 
-from genfw.noise import mix
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.runs import command, read
 
@@ -65,7 +65,7 @@ def sample(arguments: Sequence[str]) -> None:
             raise ConfigError(f"{key}={options[key]}: expected at least 1")
     if options.format not in ENDINGS:
         raise ConfigError(f"format={options.format}: expected grid, png or npz")
-    _ending_fits(options)
+    _out_fits(options)
     if options.trajectory and "sampler" not in config:
         raise ConfigError(
             f"trajectory=true: {config.model._target_} goes no way from noise to a sample; "
@@ -76,7 +76,10 @@ def sample(arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
         )
+    if options.label == "none" and _guide(config).endswith("ClassifierFree"):
+        config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}  # it goes nowhere
 
+    from genfw.noise import mix
     from genfw.train.callbacks import slug, steered, watched
     from genfw.train.job import prepare, restore
     from genfw.train.pictures import draw_samples
@@ -98,6 +101,7 @@ def sample(arguments: Sequence[str]) -> None:
             facts["temperature"] = str(options.temperature)
             named += slug("temperature_" + str(options.temperature).strip("[]"))
         name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
+        name += slug(_other_run(config))
         columns = (
             max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
         )
@@ -106,7 +110,8 @@ def sample(arguments: Sequence[str]) -> None:
         try:
             write(images, given, facts, options.format, out, bins, columns)
             if options.trajectory:
-                film(model, seed, given, min(options.n, ANIMATED), out, bins, columns, facts)
+                with watched(model, 1):
+                    film(model, seed, given, min(options.n, ANIMATED), out, bins, columns, facts)
         except OSError as error:
             raise GenfwError(
                 f"{error.filename or out}: {error.strerror}; give out=<path>"
@@ -151,12 +156,22 @@ def _device(name: str | None) -> torch.device:
         raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
-def _ending_fits(options: DictConfig) -> None:
-    """Refuses `out=images.npz` for a picture, of which it would make images.npz.png.
+def _out_fits(options: DictConfig) -> None:
+    """Refuses `out=images.npz` for a picture, of which it would make images.npz.png, and a folder
+    in which images of an earlier, larger set would stand among these.
 
     Raises:
-        ConfigError: it has the ending of another format.
+        ConfigError: it has the ending of another format, or holds such images.
     """
+    held = [] if options.format != "png" or not options.out else Path(options.out).glob("*.png")
+    stale = sorted(
+        each.name for each in held if each.stem.isdigit() and int(each.stem) >= options.n
+    )
+    if stale:
+        raise ConfigError(
+            f"out={options.out}: {stale[0]} to {stale[-1]} are there already, and n={options.n} "
+            "would leave them among its own: give another folder, or remove them"
+        )
     ending, own = Path(str(options.out)).suffix, ENDINGS[options.format]
     fits = [name for name, each in ENDINGS.items() if each and each == ending != own]
     if fits:
@@ -173,8 +188,7 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         ConfigError: it knows none, and nothing guides it to any; there is no such class; or none
             is asked for where one is needed.
     """
-    guidance = str((config.get("guidance") or {}).get("_target_"))
-    by_classifier = guidance.endswith("ClassifierGuidance")
+    by_classifier = _guide(config).endswith("ClassifierGuidance")
     classes = config.data.classes if by_classifier else config.model.get("classes")
     if asked == "none":
         if by_classifier:
@@ -206,6 +220,21 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
     return chosen
 
 
+def _guide(config: DictConfig) -> str:
+    """The class of what guides."""
+    return str((config.get("guidance") or {}).get("_target_"))
+
+
+def _other_run(config: DictConfig) -> str:
+    """The folder of the run that guides, and the checkpoint where one was named; else nothing."""
+    guidance = config.get("guidance") or {}
+    place = guidance.get("classifier") or guidance.get("weaker")
+    if place is None:
+        return ""
+    file = Path(place).absolute()
+    return f"{file.parent.parent.name}_{file.stem}" if file.suffix == ".ckpt" else file.name
+
+
 def about(
     folder: Path,
     config: DictConfig,
@@ -226,6 +255,8 @@ def about(
     }
     if isinstance(model, VDM):
         facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
+        grid = model.sampler.grid
+        facts["grid"] = f"{grid.name}({grid.extra_repr()})".removesuffix("()")
         facts["guidance"] = model.guided().title or "none"
         guidance = config.get("guidance") or {}
         for by in ("classifier", "weaker"):

@@ -33,8 +33,8 @@ class LinearDenoiser(Denoiser):
 
 
 class LinearGaussianChain(MarkovianHierarchy):
-    """p(z_T) = N(0, 1), p(z_{t-1} | z_t) = N(a z_t, s^2) in every dimension: the evidence is known
-    exactly.
+    """p(z_T) = N(0, 1), p(z_{t-1} | z_t, y) = N(a z_t + y, s^2) in every dimension: the evidence is
+    known exactly. Without labels y is 0.
 
     `bias` and `stretch` bend the encoder away from the true posterior; with the defaults it is
     exact.
@@ -53,13 +53,20 @@ class LinearGaussianChain(MarkovianHierarchy):
     def prior(self, n):
         return Normal(torch.zeros(n, self.dims), torch.ones(()))
 
+    def mean(self, t, y):
+        """E[z_t | y], (b, 1)."""
+        told = sum(self.a**i for i in range(self.levels - t))
+        return 0.0 if y is None else told * y.double()[:, None]
+
     def encode(self, z, t, y=None):
         gain = self.a * self.var[t] / self.var[t - 1]
         std = (self.var[t] - gain**2 * self.var[t - 1]) ** 0.5
-        return Normal(gain * z + self.bias, torch.as_tensor(std * self.stretch))
+        mean = self.mean(t, y) + gain * (z - self.mean(t - 1, y))
+        return Normal(mean + self.bias, torch.as_tensor(std * self.stretch))
 
     def decode(self, z, t, y=None):
-        return Normal(self.a * z, torch.as_tensor(self.s))
+        told = 0.0 if y is None else y.double()[:, None]
+        return Normal(self.a * z + told, torch.as_tensor(self.s))
 
     def elbo(self, x, y=None, *, noise=None):
         return self.ancestral_elbo(x, y, noise=noise)
@@ -67,16 +74,5 @@ class LinearGaussianChain(MarkovianHierarchy):
     def sample(self, n, y=None, *, noise=None):
         return self.ancestral_sample(n, y, noise=noise)
 
-    def log_prob(self, x):
-        return gaussian_log_prob(x, 0.0, self.var[0] ** 0.5)
-
-
-class LabelledChain(LinearGaussianChain):
-    """The same, x moved by its label: log p(x | y) is `log_prob(x - y)`."""
-
-    def encode(self, z, t, y=None):
-        return super().encode(z - y[:, None] if t == 1 else z, t)
-
-    def decode(self, z, t, y=None):
-        p = super().decode(z, t)
-        return Normal(p.mean + y[:, None], p.std) if t == 1 else p
+    def log_prob(self, x, y=None):
+        return gaussian_log_prob(x, self.mean(0, y), self.var[0] ** 0.5)

@@ -106,6 +106,37 @@ def test_an_exact_classifier_is_as_good_as_it_can_be_at_every_level():
         assert abs(nll.mean() - expected) < 5 * nll.std() / n**0.5 + 1e-3
 
 
+class Recorder(TwoImages):
+    """The exact classifier; keeps what it is asked."""
+
+    def forward(self, z, log_snr):
+        self.asked = z, log_snr, super().forward(z, log_snr)
+        return self.asked[-1]
+
+
+def test_it_learns_from_z_t_at_the_noise_level_it_is_told():
+    """(z - alpha x) / sigma is standard normal, alpha and sigma those of the log SNR that came with
+    z, at every level; levels are drawn by `times`; and the loss is the NLL of the image's label."""
+    schedule, recorder = genfw.Cosine(4.0, -8.0), Recorder()
+    module = ClassifierModule(recorder, schedule, genfw.UniformTime(), 5, torch.optim.SGD)
+    trainer = Mock(spec=L.Trainer, global_step=0, world_size=1, global_rank=0)
+    trainer.accumulate_grad_batches, trainer.log_every_n_steps = 1, 10
+    module.trainer = trainer
+    n = 4000
+    y = torch.arange(n) % 2
+    loss = module.training_step(Batch(4 * y.view(n, 1, 1, 1).expand(n, 1, 2, 2), y, y), 0)
+    z, log_snr, logits = recorder.asked
+    alpha, sigma = (each.sigmoid().sqrt().view(n, 1, 1, 1) for each in (log_snr, -log_snr))
+    eps = (z - alpha * (1.6 * y - 0.8).view(n, 1, 1, 1)) / sigma
+    for some in log_snr.argsort().chunk(4):
+        assert abs(eps[some].mean()) < 5 / (4 * len(some)) ** 0.5
+        assert abs(eps[some].std() - 1) < 5 / (8 * len(some)) ** 0.5
+    t = schedule.inverse(log_snr.double()).sort().values  # stratified: one in each n-th
+    assert (t - (torch.arange(n) + 0.5) / n).abs().max() < 1 / n
+    nll = nn.functional.cross_entropy(logits, y)
+    assert torch.isclose(loss, nll) and nll < 0.5 < nn.functional.cross_entropy(logits, 1 - y)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("classifier") / "run"

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from unittest.mock import Mock
 
+import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
@@ -13,10 +15,12 @@ from test_job import FID, VDM, composed
 
 from genfw import Noise, Unguided, evaluate, sample
 from genfw.classifier import classify
+from genfw.export import export
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
-from genfw.train.callbacks import watched
+from genfw.train.callbacks import Frechet, watched
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.frechet import FrechetDistance
 from genfw.train.job import guides, restore, run
 from genfw.train.module import drop_labels, reseed
 from genfw.train.pictures import draw_samples
@@ -109,6 +113,12 @@ def test_an_unconditional_certificate_is_as_before(without):
     assert "given" not in certificate["result"]
 
 
+def test_an_nll_is_not_guided(conditional, capsys):
+    for given in ("guidance=none", "guidance.scale=7.5"):
+        assert command(evaluate.evaluate, [f"run={conditional[0]}", given]) == 2
+        assert f"{given}: says how samples are drawn" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("model", ["vae", "mhvae", "hvae", "vdm"])
 def test_every_model_can_be_conditional(model):
     """Its bound and its samples depend on the label; where it has no classes they do not."""
@@ -141,13 +151,15 @@ def opened(folder, *arguments):
 def test_samples_of_a_class(conditional, tmp_path):
     folder, _ = conditional
     out = tmp_path / "sevens.npz"
-    given = ("label=7", "guidance.scale=3.0", "sampler.steps=6", "format=npz", f"out={out}")
+    grid = ("grid=karras", "grid.rho=3.0")
+    given = ("label=7", "guidance.scale=3.0", "sampler.steps=6", *grid, "format=npz", f"out={out}")
     assert said(folder, "n=5", "chunk=2", "device=cpu", *given) == 0
     held = dict(np.load(out))
     assert held["images"].shape == (5, 1, 8, 8) and held["labels"].tolist() == [7] * 5
     assert str(held["guidance"]) == "classifier_free(scale=3)"
     assert "steps=6" in str(held["sampler"]) and str(held["label"]) == "7"
-    module, y = opened(folder, *given[1:3]), torch.full((7,), 7)
+    assert str(held["grid"]) == "karras(rho=3)"
+    module, y = opened(folder, *given[1:5]), torch.full((7,), 7)
     with module.evaluating() as model:  # whatever the chunk and number
         drawn = model.sample(7, y, noise=Noise(mix(0, "sample"), torch.arange(7)))
         assert (drawn[:5].numpy() == held["images"]).all()
@@ -166,14 +178,29 @@ def test_a_guided_grid_says_so(conditional):
     assert said(folder, "n=20", "label=0,1", "guidance=none", "checkpoint=last") == 0
     plain = PIL.open(folder / "samples_20_seed0_label_0_1_last.png")
     assert plain.text["guidance"] == "none" and plain.text["label"] == "0,1"
-    assert plain.text["checkpoint"] == "last"
+    assert plain.text["checkpoint"] == "last" and plain.text["grid"] == "uniform"
 
 
 def test_a_run_without_labels_is_guided_by_another(without, capsys):
     weaker = f"guidance.weaker={without / 'checkpoints' / 'last.ckpt'}"
     assert said(without, "n=4", "guidance=autoguidance", weaker, "format=png") == 0
-    folder = without / "samples_4_seed0_autoguidance_scale_2"
+    folder = without / f"samples_4_seed0_autoguidance_scale_2_{without.name}_last"
     assert [file.name for file in sorted(folder.iterdir())] == [f"{i:05d}.png" for i in range(4)]
+
+
+def test_a_larger_set_in_the_same_folder_is_not_mixed_with_a_smaller(conditional, tmp_path, capsys):
+    out = ("format=png", f"out={tmp_path}", "label=1")
+    assert said(conditional[0], "n=3", *out) == 0
+    assert said(conditional[0], "n=2", *out) == 2
+    assert "00002.png to 00002.png are there already" in capsys.readouterr().err
+    assert said(conditional[0], "n=3", "seed=1", *out) == 0
+
+
+@pytest.mark.parametrize("act", [sample.sample, evaluate.evaluate, export, classify])
+def test_every_command_says_what_it_is_for(act, capsys):
+    for flag in ("--help", "-h"):
+        assert command(act, [flag]) == 0
+        assert f"python -m {act.__module__} " in capsys.readouterr().out
 
 
 WRONG = [
@@ -250,14 +277,17 @@ def test_labels_go_round_where_nobody_asks(conditional):
     folder, _ = conditional
     with opened(folder).evaluating() as model:
         drawn = draw_samples(model, range(12), 0)
-        y = torch.arange(12) % 10
-        assert torch.equal(drawn, model.sample(12, y, noise=Noise(0, torch.arange(12))))
+        y, noise = torch.arange(12) % 10, Noise(0, torch.arange(12))
+        assert torch.equal(drawn, model.sample(12, y, noise=noise))
+        drawn = draw_samples(model, range(12), 0, 5, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
+        asked = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])  # in chunks too
+        assert torch.equal(drawn, model.sample(12, asked, noise=noise))
 
 
 def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier):
     guided = ("guidance=classifier", f"guidance.classifier={classifier}", "guidance.scale=2.0")
     assert said(without, "n=20", *guided, "label=all") == 0
-    picture = PIL.open(without / "samples_20_seed0_label_all_classifier_scale_2.png")
+    picture = PIL.open(without / "samples_20_seed0_label_all_classifier_scale_2_run.png")
     assert picture.text["guidance"] == "classifier(scale=2)"
     assert picture.text["classifier"] == str(classifier)
     module, noise = opened(without, *guided), Noise(0, torch.arange(20))
@@ -269,13 +299,13 @@ def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier):
         assert (model.sample(20, y, noise=noise) != drawn).any()
 
 
-def test_samples_of_no_label(conditional, tmp_path):
-    """Those of the model when it is told nothing, which no guidance moves."""
+def test_samples_of_no_label(conditional):
+    """Those of the model when it is told nothing, which no guidance moves, nor is said to."""
     folder, _ = conditional
-    out = tmp_path / "all.npz"
-    assert said(folder, "n=6", "label=none", "format=npz", f"out={out}") == 0
-    held = np.load(out)
+    assert said(folder, "n=6", "label=none", "format=npz") == 0
+    held = np.load(folder / "samples_6_seed0_label_none.npz")
     assert held["labels"].tolist() == [-1] * 6 and str(held["label"]) == "none"
+    assert str(held["guidance"]) == "none"
     with opened(folder).evaluating() as model:
         model.guidance = Unguided
         plain = model.sample(6, None, noise=Noise(mix(0, "sample"), torch.arange(6)))
@@ -304,26 +334,59 @@ def test_only_diffusion_models_have_a_way(tmp_path, capsys):
     assert "genfw.VAE goes no way" in capsys.readouterr().err
 
 
-def test_a_bar_counts_every_call_of_the_guided_denoiser(conditional, monkeypatch):
-    """On a terminal; the samples are the same as without it."""
-    folder, _ = conditional
-    module = opened(folder)
-    ticks, totals = [], []
+@pytest.fixture
+def bars(monkeypatch):
+    """A terminal, and the bars that are shown on it: what each counts to, and how far it came."""
+    shown = []
 
     class Bar(progress.Progress):
         def add_task(self, *arguments, total, **more):
-            totals.append(total)
+            shown.append([total, 0])
             return super().add_task(*arguments, total=total, **more)
 
         def advance(self, *arguments):
-            ticks.append(1)
+            shown[-1][1] += 1
 
     monkeypatch.setattr(progress, "Progress", Bar)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    return shown
+
+
+def test_a_bar_counts_every_call_of_the_guided_denoiser(conditional, bars, monkeypatch):
+    """On a terminal; the samples are the same as without it."""
+    module = opened(conditional[0])
     with module.evaluating() as model:
         guide, plain = model.guidance, draw_samples(model, range(6), 0, 4)
         with watched(model, 2):
-            assert model.guidance is guide  # no terminal
-        monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-        with watched(model, 2):
             assert torch.equal(draw_samples(model, range(6), 0, 4), plain)
-        assert model.guidance is guide and totals == [len(ticks)] == [8]
+        assert model.guidance is guide and bars == [[8, 8]]
+        with watched(model, 2, wanted=False):
+            assert model.guidance is guide
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+        with watched(model, 2):
+            assert model.guidance is guide and len(bars) == 1
+
+
+def test_the_way_from_noise_has_a_bar_too(conditional, bars, tmp_path):
+    given = ("n=4", "label=1", "trajectory=true", f"out={tmp_path / 'ones'}")
+    assert said(conditional[0], *given) == 0
+    assert bars == [[4, 4], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("testing", "first", "expected"),
+    [(True, True, [[8, 8]]), (False, True, []), (True, False, [])],
+    ids=["test", "validation", "another rank"],
+)
+def test_samples_of_a_frechet_distance_have_a_bar(conditional, bars, testing, first, expected):
+    """At the test: while a model trains, the bar of training stands there."""
+    module = opened(conditional[0])
+    frechet = Frechet("digits", (1, 8, 8), 17, chunk=4)
+    frechet.referred = True
+    trainer = Mock(spec=L.Trainer, global_rank=0, world_size=1, callbacks=[])
+    trainer.testing, trainer.is_global_zero = testing, first
+    distance = Mock(spec=FrechetDistance)
+    distance.compute.return_value = 1.0
+    frechet._compute(distance, trainer, module, 6)
+    assert bars == expected
+    assert [len(each.args[0]) for each in distance.update.call_args_list] == [4, 2]

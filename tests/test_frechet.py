@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -17,16 +18,17 @@ from safetensors import safe_open
 from torch import nn
 
 from genfw.train import features as features_module
-from genfw.train.data import Split
+from genfw.train.data import Digits, HubImages, Split
 from genfw.train.features import (
     DigitsFeatures,
     FeatureExtractor,
     FeaturesUnavailable,
     InceptionFeatures,
+    MNISTFeatures,
     choose,
     to_bytes,
 )
-from genfw.train.fit_features import digits
+from genfw.train.fit_features import accuracy, digits, labelled
 from genfw.train.frechet import FrechetDistance
 
 BINS = 17
@@ -291,27 +293,53 @@ def test_refusals_say_why():
 
 def test_choice_of_an_extractor():
     assert choose("auto", (1, 8, 8), 17) is DigitsFeatures
+    assert choose("auto", (1, 28, 28), 256) is choose("auto", (1, 28, 28), 2) is MNISTFeatures
     assert choose("auto", (3, 32, 32), 256) is InceptionFeatures
     assert choose("inception", (1, 8, 8), 17) is InceptionFeatures
     with pytest.raises(ValueError, match="fd_digits takes"):
         choose("digits", (3, 32, 32), 256)
-    with pytest.raises(ValueError, match="digits, inception"):
+    with pytest.raises(ValueError, match="digits, mnist, inception"):
         choose("inceptoin", (3, 32, 32), 256)
     with pytest.raises(ValueError, match="no feature extractor takes"):
         choose("auto", (2,), 256)
 
 
-def test_digits_classifier_is_as_good_as_it_says():
-    file = DigitsFeatures.file()
+SHIPPED = [(DigitsFeatures, 447, 0.97), (MNISTFeatures, 10_000, 0.985)]
+MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "mnist"
+
+
+@pytest.mark.parametrize(("extractor", "count", "least"), SHIPPED, ids=["digits", "mnist"])
+def test_shipped_weights_say_what_they_are(extractor, count, least):
+    """How good, on what, trained on what, by which command; and the page says the same."""
+    file = extractor.file()
     with safe_open(file, "pt") as weights:
-        stated = float(weights.metadata()["accuracy"])
-    _, test = digits()
-    assert len(test.labels) == 447
-    found = (DigitsFeatures().logits(test.images).argmax(1) == test.labels).double().mean()
-    assert stated >= 0.97
-    assert found >= stated - 1.5 / 447  # one image may stand on the border
-    assert f"{100 * stated:.1f} %" in DigitsFeatures.__doc__
-    assert file.stat().st_size < 500_000
+        said = weights.metadata()
+    assert float(said["accuracy"]) >= least
+    assert said["accuracy of"] == f"{count} test images of {extractor.name}"
+    assert f"training images of {extractor.name}" in said["trained on"]
+    assert said["made by"] == f"python -m genfw.train.fit_features {extractor.name} --seed 0"
+    assert f"{100 * float(said['accuracy']):.1f} %" in " ".join(extractor.__doc__.split())
+    assert file.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("extractor", "source", "bins"),
+    [(DigitsFeatures, Digits(), 17), (MNISTFeatures, HubImages("ylecun/mnist"), 256)],
+    ids=["digits", "mnist"],
+)
+def test_a_shipped_classifier_is_as_good_as_it_says(extractor, source, bins):
+    """To one image on the border where all are asked, to five standard errors of a thousand."""
+    path = MNIST if extractor is MNISTFeatures else None
+    if path and not path.is_dir():
+        pytest.skip(f"{path} is not there")
+    split = source.read(extractor.shape, path).test
+    with safe_open(extractor.file(), "pt") as weights:
+        said = weights.metadata()
+    assert said["accuracy of"].startswith(f"{len(split)} test images")
+    stated, n = float(said["accuracy"]), min(len(split), 1000)
+    found = accuracy(extractor().classifier, labelled(split.part(None, n), bins))
+    error = 1.5 / n if n == len(split) else 5 * (stated * (1 - stated) / n) ** 0.5
+    assert abs(found - stated) < error
 
 
 def test_digits_features_have_full_rank():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import GaussianDenoiser
+from oracles import FiniteDenoiser, GaussianDenoiser
 from torch import nn
 
 import genfw
@@ -133,6 +133,16 @@ def test_scale_one_is_plain_and_scale_zero_has_no_label(batch):
     near(ClassifierGuidance(denoiser, Bayes(), 0.0)(z, t, y), denoiser(z, t))
 
 
+def test_a_scale_is_not_rounded():
+    """In float64, whatever torch's default is: 0.1 in float32 is another number."""
+    denoiser, t = GaussianDenoiser(SCHEDULE, 0.3, 0.4), torch.tensor(0.4)
+    z, y = torch.randn(4, 3, dtype=torch.float64), torch.ones(4, dtype=torch.int64)
+    expected = 0.1 * denoiser(z, t, y).x + 0.9 * denoiser(z, t).x
+    torch.testing.assert_close(
+        ClassifierFree(denoiser, 0.1)(z, t, y).x, expected, rtol=1e-12, atol=0
+    )
+
+
 def test_outside_its_interval_guidance_is_plain(batch):
     z, t, y = batch
     denoiser = labelled(genfw.Eps)
@@ -144,6 +154,9 @@ def test_outside_its_interval_guidance_is_plain(batch):
         full = ClassifierFree(denoiser, 4.0, None, rescale)(z, t, y).x
         torch.testing.assert_close(limited[inside], full[inside])
         torch.testing.assert_close(limited[~inside], denoiser(z, t, y).x[~inside])
+    grey = FiniteDenoiser(SCHEDULE, torch.full((1, 3), 0.5))  # which has no contrast to give back
+    limited = ClassifierFree(grey, 4.0, [-2.0, 3.0], 1.0)(z, t, y).x
+    torch.testing.assert_close(limited[~inside], grey(z, t).x[~inside])
     limited = ClassifierGuidance(denoiser, Bayes(), 4.0, [-2.0, 3.0])(z, t, y).x
     torch.testing.assert_close(limited[~inside], denoiser(z, t).x[~inside])
     assert not torch.allclose(limited[inside], denoiser(z, t).x[inside])
@@ -215,6 +228,16 @@ def test_through_x_hat_the_gradient_is_that_of_the_composition(batch):
     torch.testing.assert_close(guided.gradient(z_0, start, y), exact, rtol=0.05, atol=1e-3)
 
 
+def test_of_x_hat_the_classifier_is_asked_as_of_a_clean_image(batch):
+    """log p(y | alpha_0 x_hat) at the data's end, whatever the noise of z."""
+    z, t, y = batch
+    x = Mixture()(z, t).x
+    clean = (torch.tensor(9.0).sigmoid().sqrt() * x, torch.full((6,), 9.0))
+    expected = Bayes()(*clean).log_softmax(1)[torch.arange(6), y]
+    found = DenoisedClassifierGuidance(Mixture(), Bayes(), 1.0).evidence(z, t, y)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
     z, t, y = batch
     weaker = Mixture(LogLinear(12.0, -11.0), std=0.5)
@@ -231,8 +254,9 @@ def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
         1e-6,
     )
     near(Autoguidance(Mixture(), Mixture(), 3.0)(z, t, y), Mixture()(z, t, y))
-    with pytest.raises(ValueError, match="9 to -9 at least, got one of 5 to -9"):
-        Autoguidance(Mixture(), Mixture(Cosine(5.0, -9.0)))
+    for most, least in ((5.0, -9.0), (9.0, -5.0)):
+        with pytest.raises(ValueError, match=f"9 to -9 at least, got one of {most:g} to {least:g}"):
+            Autoguidance(Mixture(), Mixture(Cosine(most, least)))
 
 
 def test_a_weaker_model_that_reaches_less_far_guides_where_it_does(batch):

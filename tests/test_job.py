@@ -200,6 +200,8 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
         (["estimator=annealed"], "moves one latent"),
         (["simulated=10"], "simulated=10: only estimator=annealed"),
         (["data=mnist"], "keeps its data"),
+        (["sampler=ddim"], "sampler=ddim: says how samples are drawn"),
+        (["sampler=ddim", "grid=karras"], "an NLL is of the bare model"),
         (["estimator=importance_weighted", "model.steps=2", "estimator.k=0"], "at least 1"),
     ):
         assert command(evaluate.evaluate, [f"run={folder}", *wrong]) == 2

@@ -33,6 +33,7 @@ from genfw.testing import (
     SCHEDULE_LAWS,
     check,
 )
+from genfw.testing.model import a_sample_is_of_its_label
 
 BINS = 5
 
@@ -81,35 +82,37 @@ def test_posteriors(law, cls):
     law(cls)
 
 
-def vae(shape, bins):
-    encoder = MLPEncoder(shape, 2, hidden=[8])
-    decoder = MLPDecoder(shape, 2, outputs=bins, hidden=[8])
-    return genfw.VAE(encoder, decoder, CategoricalLikelihood(bins), 2)
+def vae(shape, bins, classes=None):
+    encoder = MLPEncoder(shape, 2, classes=classes, hidden=[8])
+    decoder = MLPDecoder(shape, 2, outputs=bins, classes=classes, hidden=[8])
+    return genfw.VAE(encoder, decoder, CategoricalLikelihood(bins), 2, classes=classes)
 
 
-def mhvae(shape, bins):
-    encoders = [MLPEncoder(shape, 3, hidden=[8]), MLPEncoder(3, 2, hidden=[8])]
-    decoders = [MLPDecoder(shape, 3, outputs=bins, hidden=[8])]
-    decoders.append(MLPDecoder(3, 2, outputs=2, hidden=[8]))
-    return genfw.MHVAE(encoders, decoders, CategoricalLikelihood(bins), [3, 2])
+def mhvae(shape, bins, classes=None):
+    of = {"classes": classes, "hidden": [8]}
+    encoders = [MLPEncoder(shape, 3, **of), MLPEncoder(3, 2, **of)]
+    decoders = [MLPDecoder(shape, 3, outputs=bins, **of), MLPDecoder(3, 2, outputs=2, **of)]
+    likelihood = CategoricalLikelihood(bins)
+    return genfw.MHVAE(encoders, decoders, likelihood, [3, 2], classes=classes)
 
 
-def hvae(shape, bins):
-    ladder = Ladder(shape, outputs=bins, width=8, latents=2, blocks=(1, 1))
-    return genfw.HVAE(ladder, CategoricalLikelihood(bins))
+def hvae(shape, bins, classes=None):
+    ladder = Ladder(shape, outputs=bins, classes=classes, width=8, latents=2, blocks=(1, 1))
+    return genfw.HVAE(ladder, CategoricalLikelihood(bins), classes=classes)
 
 
-def vdm(shape, bins, param=None, likelihood=None):
+def vdm(shape, bins, classes=None, param=None, likelihood=None):
     param = Eps() if param is None else param
-    net = MLP(shape, param.channels(shape[0], bins), width=8, blocks=1)
+    net = MLP(shape, param.channels(shape[0], bins), classes=classes, width=8, blocks=1)
     denoiser = genfw.NetworkDenoiser(net, param, genfw.Cosine(8.0, -6.0))
     likelihood = genfw.BinsLikelihood(bins) if likelihood is None else likelihood
     sampler = genfw.Ancestral(steps=4)
-    return genfw.VDM(denoiser, likelihood, shape=shape, sampler=sampler)
+    return genfw.VDM(denoiser, likelihood, shape=shape, sampler=sampler, classes=classes)
 
 
-def by_categories(shape, bins):
-    return vdm(shape, bins, genfw.CategoricalParameterization(bins), CategoricalLikelihood(bins))
+def by_categories(shape, bins, classes=None):
+    param = genfw.CategoricalParameterization(bins)
+    return vdm(shape, bins, classes, param, CategoricalLikelihood(bins))
 
 
 MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
@@ -126,6 +129,11 @@ def test_every_model_is_put_through():
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
 def test_models(law, make):
     law(make, shape=(1, 2, 2), bins=3)
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+def test_conditional_models(make):
+    a_sample_is_of_its_label(make, shape=(1, 2, 2), bins=3, classes=3)
 
 
 # Broken classes: each names the words of the law that finds it.
@@ -306,8 +314,8 @@ def test_a_broken_class_is_found(cls, arguments, said):
 def broken(make, **methods):
     """A function that builds `make`'s model with some of its methods replaced."""
 
-    def build(shape, bins):
-        model = make(shape, bins)
+    def build(shape, bins, **more):
+        model = make(shape, bins, **more)
         model.__class__ = type("Broken", (type(model),), methods)
         return model
 
@@ -331,6 +339,29 @@ def doubled(self, x, y=None, *, noise=None, k=1):
 
 def global_noise(self, n, y=None, *, noise=None):
     return super(type(self), self).sample(n, y)
+
+
+def unlabelled(self, n, y=None, *, noise=None):
+    return super(type(self), self).sample(n, None, noise=noise)
+
+
+def neighbours(self, n, y=None, *, noise=None):
+    return super(type(self), self).sample(n, y.roll(1), noise=noise)
+
+
+@pytest.mark.parametrize(
+    ("method", "replacement", "said"),
+    [
+        ("sample", unlabelled, "sample: samples are the same whatever the label"),
+        ("sample", neighbours, "sample: a sample is not of its label"),
+    ],
+)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_lost_label_is_found(make, method, replacement, said):
+    with pytest.raises(AssertionError, match=said):
+        a_sample_is_of_its_label(
+            broken(make, **{method: replacement}), shape=(1, 2, 2), bins=3, classes=3
+        )
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ def data(n=64):
 
 @DEPTHS
 def test_with_the_true_posterior_every_weight_is_the_evidence(levels, double):
+    """Of the label too, where there is one."""
     chain, x = LinearGaussianChain(levels), data()
-    assert torch.allclose(chain.log_weight(x), chain.log_prob(x), atol=1e-10)
+    for y in (None, torch.arange(64) % 3):
+        assert torch.allclose(chain.log_weight(x, y), chain.log_prob(x, y), atol=1e-10)
 
 
 @DEPTHS
@@ -83,10 +85,12 @@ def test_terms_add_up_and_count_levels(levels, double):
 
 @DEPTHS
 def test_ancestral_samples_follow_the_model(levels, double):
-    chain = LinearGaussianChain(levels)
-    x = chain.ancestral_sample(20_000, noise=Noise(0, torch.arange(20_000)))
-    for column in x.T:
-        assert stats.kstest(column.numpy(), stats.norm(0, chain.var[0] ** 0.5).cdf).pvalue > 1e-3
+    """Each given its label: y moves every level, so it must reach them all."""
+    chain, n, std = LinearGaussianChain(levels), 20_000, LinearGaussianChain(levels).var[0] ** 0.5
+    for y in (None, torch.arange(n) % 3):
+        x = chain.ancestral_sample(n, y, noise=Noise(0, torch.arange(n))) - chain.mean(0, y)
+        for column in x.T:
+            assert stats.kstest(column.numpy(), stats.norm(0, std).cdf).pvalue > 1e-3
 
 
 @DEPTHS
@@ -103,7 +107,8 @@ def test_an_example_keeps_its_number_whatever_its_batch(levels, double):
 @pytest.mark.parametrize("levels", [1, 3])
 def test_k_weights_of_an_example_are_those_of_k_rows(double, levels):
     chain, x = LinearGaussianChain(levels, bias=0.3, stretch=1.2), torch.randn(4, 2)
-    noise = Noise(0, torch.arange(4)).each(0, 5)
-    together = chain.log_weight(x, noise=noise, k=5)
-    apart = chain.log_weight(x.repeat_interleave(5, 0), noise=noise)
+    y, noise = torch.tensor([2, 0, 1, 1]), Noise(0, torch.arange(4)).each(0, 5)
+    together = chain.log_weight(x, y, noise=noise, k=5)
+    rows, labels = x.repeat_interleave(5, 0), y.repeat_interleave(5, 0)
+    apart = chain.log_weight(rows, labels, noise=noise)
     assert together.shape == (20,) and torch.allclose(together, apart, rtol=1e-12)

@@ -33,7 +33,7 @@ from genfw import (
     posterior,
 )
 from genfw.diffusion.sampler.langevin import walk
-from genfw.diffusion.sampler.multistep import polynomial_weights
+from genfw.diffusion.sampler.multistep import in_the_middle, polynomial_weights
 from genfw.nets import MLP
 from genfw.noise import Draws
 from genfw.parameterization import DiscreteParameterization
@@ -84,21 +84,24 @@ def test_the_first_step_of_a_multistep_solver_is_of_order_one():
 def test_edm_without_churn_is_heun():
     assert equal(Churn(5, churn=0.0), Heun(5))
     assert equal(Churn(5, churn=9.0, low=1e4, high=1e5), Heun(5))
+    assert equal(Churn(5, churn=9.0, low=0.0, high=1e-5), Heun(5))
     assert not equal(Churn(5, churn=1.0), Heun(5))
 
 
-def test_churn_adds_what_it_says(double):
-    """n^ = (1 + gamma) n: by the moments of the latent that the denoiser is shown first."""
+@pytest.mark.parametrize(("churn", "factor"), [(2.0, 1.2), (30.0, 2**0.5)], ids=["2", "most"])
+def test_churn_adds_what_it_says(churn, factor, double):
+    """n^ = (1 + gamma) n, gamma at most sqrt 2 - 1: by the moments of the latent that the denoiser
+    is shown first."""
     schedule, shown = Cosine(7.0, -7.0), []
     denoiser, n, t = GaussianDenoiser(schedule, MEAN, STD), 50_000, torch.tensor(0.5)
     z = torch.full((n, 1), 0.7)
     with denoiser.register_forward_pre_hook(lambda _, given: shown.append(given)):
-        Churn(10, churn=2.0, inflation=1.5).step(
+        Churn(10, churn=churn, inflation=1.5).step(
             denoiser, z, t, torch.tensor(0.4), None, noise=keys(n)
         )
     z_hat, t_hat, _ = shown[0]
     before, after = (schedule.sigma(each) / schedule.alpha(each) for each in (t, t_hat))
-    assert torch.isclose(after, 1.2 * before)
+    assert torch.isclose(after, factor * before)
     u = z_hat / schedule.alpha(t_hat)
     std = 1.5 * (after**2 - before**2).sqrt()
     assert abs(u.mean() - 0.7 / schedule.alpha(t)) < 5 * std / n**0.5
@@ -205,6 +208,36 @@ def test_annealed_langevin_is_as_much_too_wide_as_its_page_says(double):
         assert wrong(better, schedule)[1] == pytest.approx(0.024, abs=2e-3)
     settled = Langevin(100, 40, size=0.3, grid=grid)
     assert wrong(settled, schedule, std=0.0)[1] == pytest.approx((1 - 0.15) ** -0.5 - 1, abs=2e-3)
+
+
+@pytest.mark.parametrize("corrections", [1, 3])
+def test_a_corrector_walks_at_the_level_it_arrived_at(corrections, double):
+    """Of a point of data an ancestral step has no error, whatever its length: what is wrong is the
+    walk's law, whose variance goes from v to (1 - size)^2 v + 2 size sigma_s^2 with each step."""
+    size, v = 0.1, 1.0
+    for _ in range(corrections):
+        v = (1 - size) ** 2 * v + 2 * size
+    sampler = PredictorCorrector(1, corrections, size)
+    mean, wider = wrong(sampler, Cosine(5.0, -5.0), std=0.0)
+    assert abs(mean) < 1e-12 and wider == pytest.approx(v**0.5 - 1, abs=1e-9)
+
+
+def test_the_middle_of_a_step_lies_on_the_line_through_the_last_two_guesses(double):
+    """A guess that is linear in l = log SNR / 2 is extrapolated exactly, however uneven steps
+    are."""
+    schedule, like = Cosine(7.0, -7.0), torch.randn(4, 3)
+
+    def guess(t):
+        log_snr, slope = schedule.log_snr(t), torch.arange(3.0)
+        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+        x = like + slope * log_snr / 2
+        return genfw.Prediction(x, 0 * like, alpha.expand(4, 1), sigma.expand(4, 1))
+
+    for r, t, s in ((0.9, 0.8, 0.4), (0.9, 0.3, 0.2), (0.7, 0.69, 0.0)):
+        r, t, s = (torch.tensor(each) for each in (r, t, s))
+        middle = schedule.inverse((schedule.log_snr(t) + schedule.log_snr(s)) / 2)
+        found = in_the_middle(guess(t), (guess(r),), s, t, schedule)
+        torch.testing.assert_close(found, guess(middle).x, rtol=1e-7, atol=1e-7)
 
 
 def test_weights_integrate_polynomials_against_the_exponential():

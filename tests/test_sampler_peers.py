@@ -4,13 +4,13 @@ Its schedulers hold the levels of T = 1000 discrete times in float32; a grid giv
 levels. What its last step does (to no noise at all) has no counterpart here and is left out.
 """
 
+import diffusers as peers
 import pytest
 import torch
 
 from genfw import DDIM, Ancestral, DPMSolver, DPMSolverSDE, LogLinear, Noise, TimeGrid
 from genfw.testing.oracles import MixtureDenoiser
 
-peers = pytest.importorskip("diffusers", reason="needs the extra `peers`: pip install -e .[peers]")
 SETTINGS = {"beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading", "steps_offset": 1}
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from oracles import FiniteDenoiser, GaussianDenoiser, LinearDenoiser, gaussian_log_prob
 
+import genfw
 from genfw import (
     VDM,
     BinsLikelihood,
@@ -19,6 +20,7 @@ from genfw import (
     NoiseSchedule,
     Parameterization,
 )
+from genfw.nets import MLP
 
 SCHEDULES = pytest.mark.parametrize("schedule", NoiseSchedule.registry.values())
 LINEAR = [c for c in Parameterization.registry.values() if issubclass(c, LinearParameterization)]
@@ -194,6 +196,26 @@ def test_probabilities_of_all_binary_images_sum_to_at_most_one(steps, double):
 def test_sampling_at_t_steps_is_the_hierarchys_own(double):
     vdm, noise = network_vdm(Cosine(7.9, -10.0)).at(steps=9), Noise(1, torch.arange(6))
     assert torch.equal(vdm.sample(6, noise=noise), vdm.ancestral_sample(6, noise=noise))
+
+
+def test_the_last_step_is_told_the_label_too(double):
+    """p(x | z_0, y) of a network that decodes: with no step before it, all that y changes."""
+    param = genfw.CategoricalParameterization(17)
+    net = MLP((4,), param.channels(4, 17), classes=2, width=16, blocks=1)
+    for p in net.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    denoiser = NetworkDenoiser(net, param, Cosine(2.0, -10.0))
+
+    class Blind(genfw.Ancestral):
+        def step(self, denoiser, z, t, s, y, *, noise, past=()):
+            return super().step(denoiser, z, t, s, None, noise=noise, past=past)
+
+    likelihood, n = genfw.CategoricalLikelihood(17), 50
+    vdm = VDM(denoiser, likelihood, shape=(4,), sampler=Blind(2), classes=2)
+    y, noise = torch.arange(n) % 2, Noise(1, torch.arange(n))
+    mixed, zeros, ones = (vdm.sample(n, each, noise=noise) for each in (y, 0 * y, 0 * y + 1))
+    assert torch.equal(mixed, torch.where(y[:, None] == 0, zeros, ones))
+    assert (zeros != ones).any()
 
 
 def test_samples_with_the_exact_denoiser_follow_the_data(double):

@@ -97,7 +97,7 @@ class Scaled(Guidance):
         log_snr = self.schedule.log_snr(t).to(like.device).expand(len(like))
         lowest, highest = self.interval or (-math.inf, math.inf)
         inside = (log_snr >= lowest) & (log_snr <= highest)
-        return broadcast(torch.where(inside, self.scale, plain), like)
+        return broadcast(torch.where(inside, log_snr.new_tensor(self.scale), plain), like)
 
     def extra_repr(self) -> str:
         interval = self.interval and ", interval=[{:g}, {:g}]".format(*self.interval)

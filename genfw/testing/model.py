@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genfw.model import LatentModel, Weighs
+from genfw.model import LatentModel, MarkovianHierarchy, Weighs
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
 
@@ -54,6 +54,28 @@ def samples_are_integers_of_their_own(make: Make, shape: Any, bins: int, **argum
     assert not drawn.is_floating_point(), f"samples are {drawn.dtype}, not integers"
     assert drawn.min() >= 0 and drawn.max() < bins, f"samples outside 0..{bins - 1}"
     assert (alone == drawn[3:4]).all(), "a sample depends on its batch"
+
+
+def a_sample_is_of_its_label(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+    """Of models with `classes`: sample i is drawn given y[i], as beside none but its like; and the
+    label matters. Down the chain too, where there is one."""
+    model = _model(make, shape, bins, arguments).eval()
+    if model.classes is None:
+        return
+    ways = {"sample": model.sample}
+    if isinstance(model, MarkovianHierarchy):
+        chain = model.at(steps=3) if isinstance(model, VDM) and model.steps is None else model
+        ways["ancestral_sample"] = chain.ancestral_sample
+    n = 40
+    y, noise = torch.arange(n) % model.classes, Noise(1, torch.arange(n))
+    for name, draw in ways.items():
+        with torch.no_grad():
+            mixed = draw(n, y, noise=noise)
+            alike = [draw(n, torch.full_like(y, k), noise=noise) for k in range(model.classes)]
+        for k, of_one in enumerate(alike):
+            assert (mixed == of_one)[y == k].all(), f"{name}: a sample is not of its label"
+        moved = any((each != alike[0]).any() for each in alike[1:])
+        assert moved or model.classes == 1, f"{name}: samples are the same whatever the label"
 
 
 def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
@@ -117,6 +139,7 @@ MODEL_LAWS = (
     bound_is_one_number_per_image,
     an_image_keeps_its_number,
     samples_are_integers_of_their_own,
+    a_sample_is_of_its_label,
     no_more_than_one_in_all,
     weights_average_to_one_in_all,
 )

@@ -341,15 +341,16 @@ class Frechet(L.Callback):
                 self._refer(distance, trainer, module)
             except Exception as error:
                 failed = error
-            for start in range(0, chunks * self.chunk, self.chunk):
-                part = mine[start : start + self.chunk]
-                try:
-                    if failed is None and part:
-                        seed = mix(module.seed, "sample")
-                        distance.update(draw_samples(model, part, seed, self.chunk))
-                except Exception as error:
-                    failed = error
-                obey(trainer)
+            with watched(model, chunks, trainer.testing and trainer.is_global_zero):
+                for start in range(0, chunks * self.chunk, self.chunk):
+                    part = mine[start : start + self.chunk]
+                    try:
+                        if failed is None and part:
+                            seed = mix(module.seed, "sample")
+                            distance.update(draw_samples(model, part, seed, self.chunk))
+                    except Exception as error:
+                        failed = error
+                    obey(trainer)
         if not trainer.strategy.reduce_boolean_decision(failed is None, all=True):
             raise failed or GenfwError("another rank failed")
         return distance.compute()
@@ -374,12 +375,13 @@ def steered(model: LatentModel) -> str:
 
 
 @contextmanager
-def watched(model: LatentModel, batches: int) -> Iterator[None]:
-    """A bar while a diffusion model draws so many batches of samples, where there is a terminal.
+def watched(model: LatentModel, batches: int, wanted: bool = True) -> Iterator[None]:
+    """A bar while a diffusion model draws so many batches of samples, where there is a terminal and
+    it is wanted (that of training may still stand there).
 
     It counts calls of the guided denoiser, of which `Sampler.evaluations` make a batch.
     """
-    if not (isinstance(model, VDM) and sys.stderr.isatty()):
+    if not (wanted and isinstance(model, VDM) and sys.stderr.isatty()):
         yield
         return
     guide = model.guidance

@@ -134,8 +134,8 @@ def choose(name: str, shape: Sequence[int], bins: int | None) -> type[FeatureExt
         ValueError: no such extractor, or one that cannot take the images.
 
     Example:
-        >>> choose("auto", (1, 8, 8), 17).key, choose("auto", (3, 32, 32), 256).key
-        ('fd_digits', 'fid_inception')
+        >>> [choose("auto", shape, 256).key for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32))]
+        ['fd_digits', 'fd_mnist', 'fid_inception']
     """
     registry = FeatureExtractor.registry
     if name == "auto":
@@ -236,6 +236,14 @@ class DigitsFeatures(ClassifierFeatures, name="digits"):
     key = "fd_digits"
     takes = "grey digits (1, 8, 8)"
     shape = (1, 8, 8)
+
+
+class MNISTFeatures(ClassifierFeatures, name="mnist"):
+    """MNIST: trained on 50,000, 99.4 % of the 10,000 test images recognised."""
+
+    key = "fd_mnist"
+    takes = "grey digits (1, 28, 28)"
+    shape = (1, 28, 28)
 
 
 class InceptionFeatures(FeatureExtractor, name="inception"):

@@ -1,7 +1,11 @@
-"""Trains the small classifier behind a Frechet distance: python -m genfw.train.fit_features digits
+"""Trains the small classifier behind a Frechet distance.
 
-Half a minute on one core. Deterministic: one thread, fixed seed. Training images are bent by random
-affine maps, so that the features speak of the digit and not of its thousand examples.
+python -m genfw.train.fit_features digits
+python -m genfw.train.fit_features mnist --path <folder of parquet files>     (or from the hub)
+
+Half a minute, and three minutes, of one core. Deterministic: one thread, fixed seed. Training
+images are bent by random affine maps, so that the features speak of the digit and not of its
+examples.
 """
 
 from __future__ import annotations
@@ -16,13 +20,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from genfw.train.data import Digits
+from genfw.train.data import Digits, HubImages, Split
+from genfw.train.errors import GenfwError
 from genfw.train.features import (
     Bytes,
     Classifier,
     ClassifierFeatures,
     DigitsFeatures,
     FeatureExtractor,
+    MNISTFeatures,
     to_bytes,
 )
 
@@ -34,20 +40,31 @@ class Labelled(NamedTuple):
     labels: Tensor
 
 
-def digits() -> tuple[Labelled, Labelled]:
+def digits(path: Path | None = None) -> tuple[Labelled, Labelled]:
     """The 1000 training and the 447 test images of `genfw.train.data.Digits`."""
-    splits = Digits().read(DigitsFeatures.shape)
-    train, test = (
-        Labelled(to_bytes(torch.tensor(split.images), bins=17), torch.tensor(split.labels))
-        for split in (splits.train, splits.test)
-    )
-    return train, test
+    splits = Digits().read(DigitsFeatures.shape, path)
+    return labelled(splits.train, 17), labelled(splits.test, 17)
 
 
-DATA: dict[str, Callable[[], tuple[Labelled, Labelled]]] = {"digits": digits}
+def mnist(path: Path | None = None) -> tuple[Labelled, Labelled]:
+    """The 50,000 training and the 10,000 test images of conf/data/mnist.yaml."""
+    splits = HubImages("ylecun/mnist", validation=10_000).read(MNISTFeatures.shape, path)
+    return labelled(splits.train, 256), labelled(splits.test, 256)
 
 
-def fit(train: Labelled, classifier: Classifier, steps: int = 2500) -> Classifier:
+def labelled(split: Split, bins: int) -> Labelled:
+    """A split whose images are integers 0..bins-1."""
+    return Labelled(to_bytes(torch.tensor(split.images), bins), torch.tensor(split.labels))
+
+
+DATA: dict[str, Callable[[Path | None], tuple[Labelled, Labelled]]] = {
+    "digits": digits,
+    "mnist": mnist,
+}
+STEPS = {"digits": 2500, "mnist": 1500}  # 320 epochs of few images, four of many
+
+
+def fit(train: Labelled, classifier: Classifier, steps: int) -> Classifier:
     """Cross-entropy with smoothed labels, AdamW, one cycle of the learning rate."""
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
@@ -78,14 +95,17 @@ def bend(x: Tensor, linear: float = 0.1, shift: float = 0.12) -> Tensor:
 
 
 def accuracy(classifier: Classifier, data: Labelled) -> float:
+    """The share of images that it recognises."""
     with torch.no_grad():
-        logits = classifier(classifier.normalize(data.images))
-    return (logits.argmax(1) == data.labels).double().mean().item()
+        found = [classifier(classifier.normalize(x)).argmax(1) for x in data.images.split(1000)]
+    return (torch.cat(found) == data.labels).double().mean().item()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("data", choices=sorted(DATA))
+    parser.add_argument("--path", type=Path, help="folder of parquet files; default: the hub")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="default: the file that genfw ships")
     args = parser.parse_args()
@@ -93,8 +113,11 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     extractor: type[ClassifierFeatures] = FeatureExtractor.registry[args.data]
-    train, test = DATA[args.data]()
-    classifier = fit(train, Classifier(extractor.shape, extractor.dim))
+    try:
+        train, test = DATA[args.data](args.path)
+    except GenfwError as error:
+        parser.error(str(error))
+    classifier = fit(train, Classifier(extractor.shape, extractor.dim), STEPS[args.data])
     metadata = {
         "accuracy": f"{accuracy(classifier, test):.4f}",
         "accuracy of": f"{len(test.labels)} test images of {args.data}",

@@ -21,9 +21,14 @@ CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
 
 
 def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs `act` on a command line; returns the exit code, as `python -m genfw` does."""
+    """Runs `act` on a command line; returns the exit code, as `python -m genfw` does. Of --help it
+    says what its module's docstring says."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print((sys.modules[act.__module__].__doc__ or "").strip())
+        return 0
     try:
-        act(sys.argv[1:] if arguments is None else arguments)
+        act(arguments)
     except GenfwError as error:
         return tell(error, lines=40)
     except KeyboardInterrupt:

@@ -34,7 +34,8 @@ from genfw.types import Data, Labels
 
 
 class DPMSolver(Sampler, name="dpm_solver"):
-    """DPM-Solver++ (2M): deterministic, order 2, one call a step.
+    """DPM-Solver++ (2M): deterministic, order 2, one call a step, the last step too: it ends at a
+    finite log SNR (diffusers' `lower_order_final=False`).
 
     References:
         DPM-Solver++, Lu, Zhou, Bao, Chen, Li, Zhu, 2022, https://arxiv.org/abs/2211.01095.
