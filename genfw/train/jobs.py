@@ -14,6 +14,7 @@ jobs/<n>.lock      held by the job's process for as long as it lives
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -40,6 +41,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import write_json
 
 RANK_VARIABLES = (
     "LOCAL_RANK",
@@ -57,6 +59,9 @@ OF_THE_SWEEP = (
     *("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.sweeper.", "hydra.launcher."),
     *("hydra/sweeper", "hydra/launcher"),
 )
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system says that knows no locks, as Lustre mounted without `flock`."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a person, a terminal that closes or a scheduler says to a sweep."""
@@ -110,14 +115,14 @@ def named_anew(config: DictConfig, key: str) -> bool:
 
 def own_folder(config: DictConfig, key: str) -> Path:
     """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist, and
-    where SLURM starts a job again it may hold this very run."""
+    where SLURM or torchrun starts a job again it may hold this very run."""
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
             alone = named_anew(config, key) and not further_rank
             folder.mkdir(parents=True, exist_ok=not alone)
-            known = further_rank or not slurm.first_rank() or slurm.restarted()
+            known = not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known:
                 raise ConfigError(
                     f"{key}: {folder} holds a run already; name another, or none for a new one"
@@ -410,29 +415,30 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with (folder / "run.lock").open("a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+        file = (folder / "run.lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 file.seek(0)
                 raise ConfigError(
                     f"{folder}: this run is running already, in process {file.read().strip()}; "
                     "wait for its end, or end it: kill saves and ends it"
                 ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # somebody may have removed the folder, or filled the disk
-                    file.truncate(0)
-    except OSError as error:
-        if error.filename != str(folder / "run.lock"):
-            raise
-        raise ConfigError(
-            f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
-        ) from error
+            print(f"{folder}: this file system has no locks; start a run there once only")
+        with suppress(OSError):  # a full disk
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # somebody may have removed the folder, or filled the disk
+                os.ftruncate(file.fileno(), 0)
 
 
 @contextmanager
@@ -456,29 +462,6 @@ def noted(folder: Path, resumed: bool = False) -> Iterator[None]:
         raise
     else:
         said.unlink(missing_ok=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """As JSON, whole or not at all."""
-    replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file beside its place, to the disk, and moves it there in one motion.
-
-    Raises:
-        OSError: it could not be written; what was there before still is.
-    """
-    beside = file.with_name(f"{file.name}.tmp")
-    try:
-        with beside.open("w") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        beside.replace(file)
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def ended(code: int) -> str:
@@ -514,11 +497,15 @@ def living(sweep: Path) -> dict[int, str]:
 
 
 def _take(file: TextIO) -> bool:
-    """Whether its lock was free; it is held until all who have the file open have ended."""
+    """Whether its lock was free; it is held until all who have the file open have ended. A file
+    system without locks has free ones."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

@@ -63,6 +63,7 @@ class Keeper(Checkpoint):
         self.best = math.inf
         """The best validation NLL so far, nats."""
         self.step, self.saved, self.failed = 0, 0, 0
+        self.validated = -1
         self.validation_due = False
         self._loops: dict[str, Any] | None = None
         self._exit_code = 0
@@ -162,8 +163,15 @@ class Keeper(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.signals.idle = trainer.state.fn != TrainerFn.FITTING
-            self.validation_due = False
+            self.validation_due, self.validated = False, trainer.global_step
             self.consider(trainer, trainer.callback_metrics.get("val/nll"))
+
+    def look_at_the_last(
+        self, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """After training: steps since the last validation count too."""
+        if self.validated != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
 
     def consider(self, trainer: L.Trainer, nll: torch.Tensor | None) -> None:
         """Keeps the weights last saved as the best ones, if this is their NLL and it is less."""
