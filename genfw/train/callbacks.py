@@ -344,13 +344,10 @@ class Frechet(L.Callback):
         failed: Exception | None = None
         mine = range(trainer.global_rank, samples, trainer.world_size)
         distance.reset()
-        try:
-            self._refer(distance, trainer, module)  # not `heard`: ranks wait for one that builds it
-        except Exception as error:
-            failed = error
         with heard(trainer), module.evaluating() as model:
             try:
-                for start in range(0, len(mine) if failed is None else 0, self.chunk):
+                self._refer(distance, trainer, module)
+                for start in range(0, len(mine), self.chunk):
                     seed, part = mix(module.seed, "sample"), mine[start : start + self.chunk]
                     distance.update(draw_samples(model, part, seed, self.chunk))
             except Stopped:

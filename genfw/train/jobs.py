@@ -317,19 +317,20 @@ class Fresh:
                 )
         return job.results.get(config.optimized)
 
-    def start(self, job: Job, at_once: int) -> subprocess.Popen[bytes]:
+    def start(self, job: Job, at_once: int, place: int | None = None) -> subprocess.Popen[bytes]:
         """Its process, in a process group of its own, so that Ctrl-C reaches it once: by us.
 
         Args:
-            at_once: jobs side by side, which share the cores, and then write to output.txt; -1: as
-                many as there are cores.
+            at_once: jobs side by side, which share cores and GPUs, and then write to output.txt;
+                -1: as many as there are cores.
+            place: which of them, from 0; None: by its number.
         """
         with job.lock() as lock:
             command = self.command(job)
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "error.txt").unlink(missing_ok=True)
             job.record(None)
-            process = self._start(command, job, at_once, lock)
+            process = self._start(command, job, at_once, lock, place)
             os.write(lock, f"{process.pid}\n".encode())
         return process
 
@@ -338,7 +339,7 @@ class Fresh:
         return [sys.executable, "-m", "genfw", *job.arguments(self.flags)]
 
     def _start(
-        self, command: Sequence[str], job: Job, at_once: int, lock: int
+        self, command: Sequence[str], job: Job, at_once: int, lock: int, place: int | None
     ) -> subprocess.Popen[bytes]:
         cores = len(os.sched_getaffinity(0))
         at_once = cores if at_once < 0 else at_once
@@ -348,6 +349,9 @@ class Fresh:
         if at_once == 1:
             return subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+        mine = part(gpus(), job.number % at_once if place is None else place, at_once)
+        if mine:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         with (job.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(
                 command,
@@ -363,6 +367,27 @@ class Fresh:
         """What sets it apart: `param=eps seed=0`."""
         chosen = [each for each in job.overrides if each.partition("=")[0] in self.axes]
         return " ".join(chosen or job.overrides)
+
+
+def gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [each for each in given.split(",") if each]
+    found = [each.name.removeprefix("nvidia") for each in Path("/dev").glob("nvidia[0-9]*")]
+    return sorted(found, key=int)
+
+
+def part(things: Sequence[str], place: int, at_once: int) -> Sequence[str]:
+    """An equal share of them; of fewer things than shares one, which has others too.
+
+    Example:
+        >>> [part("abcd", place, 2) for place in (0, 1)], [part("ab", i, 3) for i in range(3)]
+        (['ab', 'cd'], ['a', 'b', 'a'])
+    """
+    size = max(1, len(things) // at_once)
+    start = place * size % max(1, len(things))
+    return things[start : start + size]
 
 
 @contextmanager

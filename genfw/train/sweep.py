@@ -55,7 +55,7 @@ class Local(Launcher):
     Hydra's own local launcher runs one after the other, in its own process.
 
     Args:
-        n_jobs: so many side by side; the cores are divided among them.
+        n_jobs: so many side by side; the cores and the GPUs are divided among them.
     """
 
     def __init__(self, n_jobs: int = 1):
@@ -101,16 +101,20 @@ class Local(Launcher):
             print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are finished already")
         running: dict[subprocess.Popen[bytes], Job] = {}
         started: dict[int, float] = {}
+        free = list(range(self.n_jobs))
+        places: dict[int, int] = {}
         with passed_on(running.keys()) as signals:
             while running or (waiting and not signals):
                 while waiting and len(running) < self.n_jobs and not signals:
                     job = waiting.popleft()
                     print(f"job {job.number} starts: {self.task.name(job)}", flush=True)
                     started[job.number] = time.monotonic()
-                    running[self.task.start(job, self.n_jobs)] = job
+                    places[job.number] = place = free.pop(0)
+                    running[self.task.start(job, self.n_jobs, place)] = job
                 time.sleep(0.05)
                 for process in [each for each in running if each.poll() is not None]:
                     job = running.pop(process)
+                    free.append(places[job.number])
                     job.record(process.returncode)
                     seconds = time.monotonic() - started[job.number]
                     how = "failed" if process.returncode else "finished"
