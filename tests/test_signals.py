@@ -287,11 +287,10 @@ def pictures_of_the_first_rank(folder):
 def test_ranks_that_wait_for_pictures_do_not_wait_with_a_signal(tmp_path, every):
     given = [each for each in COMMAND if each != "~callbacks.pictures"]
     given += [f"callbacks.pictures.every={every}", f"hydra.run.dir={tmp_path}/run"]
-    ended = ranks.run(*given, world=2, prepare=pictures_of_the_first_rank)
+    ended = ranks.run(*given, "trainer.max_steps=3", world=2, prepare=pictures_of_the_first_rank)
     assert ended.codes == [143, 143], ended.said
     assert ended.seconds < 10 and "to go on: python -m genfw resume=" in ended.said
-    last = read(tmp_path / "run" / "checkpoints" / "last.ckpt")
-    assert last["global_step"] == (3 if every else 14)
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
 def slow_data(folder):
