@@ -1,6 +1,6 @@
 """python benchmarks/long_run.py [key=value ...]: what a long run holds on to.
 
-A small diffusion model on the digits, 10000 steps (667 epochs, eight minutes of one core) with a W&B
+A small diffusion model on the digits, 10000 steps (667 epochs, some minutes of one core) with a W&B
 run offline, and after each epoch what the process holds, resident memory, open files, threads, and
 what a step costs, its share of validations included. A validation with all that belongs to it
 (pictures, distances, bits) comes in every second epoch.

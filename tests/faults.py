@@ -22,7 +22,7 @@ from ranks import MODELS, SMALL, Fault
 
 from genfw.train.loggers import git_commit
 
-STEPS = 40
+STEPS = 39
 MOMENTS = ("train", "validation", "write")
 SIGNALS = ((1, (0,)), (2, (0, 1)), (2, (0,)), (2, (1,)))
 """World sizes, and the ranks that get the signal."""
@@ -40,7 +40,7 @@ def kills(model, world, moment, count, folder):
     ended = ranks.run(*command(model, world), f"hydra.run.dir={whole}", world=world)
     assert ended.codes == [0] * world, ended.said
     draw = random.Random(f"{model} {world} {moment}")
-    possible = range(1, STEPS) if moment == "train" else range(3, STEPS, 3)
+    possible = range(1, STEPS) if moment == "train" else range(3, STEPS + 1, 3)
     steps = sorted(draw.sample(possible, min(count, len(possible))))
     arguments = (*command(model, world), f"hydra.run.dir={killed}")
     for step in steps:

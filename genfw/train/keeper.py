@@ -64,6 +64,7 @@ class Keeper(Checkpoint):
         """The best validation NLL so far, nats."""
         self.step, self.saved, self.failed = 0, 0, 0
         self.validated = -1
+        self._trains = False
         self.validation_due = False
         self._loops: dict[str, Any] | None = None
         self._exit_code = 0
@@ -119,7 +120,20 @@ class Keeper(Checkpoint):
             ) from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trains = True
         _go_on(trainer, self.validation_due)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that was killed after its last step has nothing to train; its last validation may
+        be due, and what Lightning counts after a step and at the end."""
+        if not self._trains and self.begin is not None:
+            fit: Any = trainer.fit_loop
+            if self.validation_due:
+                pl_module.to(trainer.strategy.root_device)  # Lightning has taken it to the CPU
+                _validate(trainer)
+            fit.epoch_loop._batches_that_stepped += 1
+            fit.epoch_progress.increment_processed()
+            fit.epoch_progress.increment_completed()
 
     def on_train_batch_end(
         self,
