@@ -35,7 +35,7 @@ MOMENTS = {  # what a killed run goes on from: in mid-epoch, between two epochs,
 
 LAST = {("vae", 2): 12}
 """Steps of a run whose last validation is the one at its end."""
-WORKERS = {("vae", 1), ("vdm", 2)}
+WORKERS = {("vae", 1)}
 """Where the run that is killed has its batches made by two processes, and the whole one has not."""
 
 
