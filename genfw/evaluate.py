@@ -38,6 +38,12 @@ USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
 
+class Differs(GenfwError):
+    """A certificate does not hold."""
+
+    on_all_ranks = True
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
     folder, config, options = read(arguments, defaults, USAGE)
@@ -80,7 +86,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     if options.simulated:
         results |= looseness(module, options.simulated)
     if claimed is not None:
-        compare(claimed, found, tested, folder)
+        said = compare(claimed, found, tested, folder)
+        if trainer.is_global_zero:
+            print(said)
     elif trainer.is_global_zero:
         estimator = module.estimator
         changed = [each for each in arguments if not each.startswith("run=")]
@@ -148,22 +156,22 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def compare(
     claimed: Certificate, found: Certificate, tested: Mapping[str, Any], folder: Path
-) -> None:
-    """Says that the certificate holds, and what results.json tells of the test.
+) -> str:
+    """A line that says that the certificate holds, and what results.json tells of the test.
 
     Raises:
-        GenfwError: one of them does not; a line for each difference.
+        Differs: one of them does not; a line for each difference.
     """
     from genfw.estimators.report import differences
 
     wrong = differences(claimed, found)
     if wrong:
-        raise GenfwError("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
+        raise Differs("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
     file = folder / "results.json"
     if file.is_file() and (wrong := differences(told(read_json(file)), told(tested))):
-        raise GenfwError("\n".join([f"{file} does not hold:", *wrong]))
+        raise Differs("\n".join([f"{file} does not hold:", *wrong]))
     nll, bpd = found["result"]["nll"], found["result"]["bpd"]
-    print(f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again")
+    return f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again"
 
 
 def told(results: Mapping[str, Any]) -> Certificate:
@@ -194,7 +202,7 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name."""
     from genfw.estimators.report import plain
-    from genfw.train.jobs import write_json
+    from genfw.train.files import write_json
 
     file = folder / "evaluation.json"
     entries = json.loads(file.read_text()) if file.exists() else {}

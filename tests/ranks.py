@@ -50,14 +50,17 @@ class Fault:
 
     Attributes:
         moment: train (in the step after), validation (in its second batch), write (half way); nan:
-            no signal, the weights are no numbers in the step after; error: an exception there.
+            no signal, the weights are no numbers in the step after; error: an exception there; any:
+            a signal from outside, wherever the ranks may be.
         ranks: those it happens to.
+        after: seconds from the end of the first rank's first step, of `any`.
     """
 
     moment: str
     step: int
     number: int = signal.SIGKILL
     ranks: tuple[int, ...] = (0, 1)
+    after: float = 0.0
 
 
 @dataclass
@@ -91,6 +94,8 @@ def run(
     logs = [place.parent / f"{place.name}.{rank}.log" for rank in range(world)]
     mark = place.parent / f"{place.name}.mark"
     mark.unlink(missing_ok=True)
+    up = mark.with_suffix(".up")
+    up.unlink(missing_ok=True)
     ranks = []
     for rank in range(world):
         torchrun = {
@@ -109,6 +114,13 @@ def run(
     for process in ranks:
         process.start()
     deadline = time.monotonic() + timeout
+    if fault is not None and fault.moment == "any":
+        while not up.exists() and any(each.is_alive() for each in ranks):
+            time.sleep(0.01)
+        time.sleep(fault.after)
+        mark.write_text(str(time.time()))
+        for rank in fault.ranks:
+            os.kill(ranks[rank].pid, fault.number)
     for process in ranks:
         process.join(max(0.1, deadline - time.monotonic()))
         if process.exitcode and process.exitcode == -signal.SIGKILL:
@@ -221,6 +233,9 @@ def _inject(fault, mark):
             return step(self, batch, batch_idx)
 
         LatentModule.training_step = poisoned
+    elif fault.moment == "any":
+        mark = mark.with_suffix(".up")
+        before("training_step", lambda batch_idx: batch_idx == 1 and mark.touch())
     elif fault.moment == "train":
         before("training_step")
     elif fault.moment == "validation":

@@ -12,6 +12,7 @@ import torch
 from genfw.train import checkpoint
 from genfw.train.checkpoint import AtomicIO, CheckpointError, check, newest, read, same, write
 from genfw.train.errors import ConfigError, Stopped
+from genfw.train.files import replace_text
 from genfw.train.keeper import Keeper
 from genfw.train.signals import Signals
 
@@ -99,6 +100,42 @@ def test_a_full_disk_leaves_what_was_there(file):
     assert os.listdir(file.parent) == ["last.ckpt"]
 
 
+def test_what_is_moved_to_its_place_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut after the move finds all of it: first the file is synced, then moved, then its
+    name is synced too."""
+    done, sync, replace = [], os.fsync, Path.replace
+
+    def synced(handle):
+        size = os.fstat(handle).st_size
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name, size))
+        sync(handle)
+
+    def moved(path, target):
+        done.append(("move", path.name, path.stat().st_size))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", moved)
+    for act, name in ((lambda path: write(HELD, path), "last.ckpt"), (text, "results.json")):
+        done.clear()
+        act(tmp_path / name)
+        size = (tmp_path / name).stat().st_size
+        assert done[:2] == [("sync", f"{name}.tmp", size), ("move", f"{name}.tmp", size)]
+    done.clear()
+    write(HELD, tmp_path / "last.ckpt", tmp_path / "previous.ckpt")
+    names = [name for act, name, _ in done if act == "sync"]
+    assert names == ["last.ckpt.tmp", tmp_path.name, tmp_path.name]
+    moves = [name for act, name, _ in done if act == "move"]
+    assert moves == ["previous.ckpt.tmp", "last.ckpt.tmp"] and done[-1][:2] == (
+        "sync",
+        tmp_path.name,
+    )
+
+
+def text(path):
+    replace_text(path, "whole")
+
+
 def test_a_file_under_two_names_is_replaced_under_one(file):
     best = file.with_name("best.ckpt")
     same(file, best)
@@ -183,10 +220,19 @@ def test_unsaved_last_weights_are_an_error(tmp_path):
         trained(tmp_path, steps=4, files=Disk(full=(2,)))
 
 
-def test_a_folder_that_takes_nothing_is_found_before_the_first_step(tmp_path):
-    (tmp_path / "checkpoints").write_text("a file")
-    with pytest.raises(ConfigError, match="cannot be written"):
-        trained(tmp_path / "checkpoints")
+@pytest.mark.parametrize("limit", [None, 0])
+def test_a_folder_that_takes_nothing_is_found_before_the_first_step(tmp_path, limit):
+    """A file in its place; one that can be made, but takes not a byte."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit is None:
+        (tmp_path / "checkpoints").write_text("a file")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"checkpoints cannot be written to .*/checkpoints: "):
+            trained(tmp_path / "checkpoints", steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path):

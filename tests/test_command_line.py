@@ -229,6 +229,8 @@ WRONG = [
     ("model=vae likelihood=gaussian", ["17", "likelihood=discretized_gaussian"]),
     ("times=importance model.steps=5", ["times=importance", "model.steps=5", "times=uniform"]),
     ("times=log_snr model.steps=5", ["times=log_snr", "model.steps=5", "times=uniform"]),
+    ("--multirun seed=0,1 hydra/launcher=ray", ["pip install hydra-ray-launcher"]),
+    ("--multirun seed=0,1 hydra/launcher=loocal", ["loocal", "local"]),
 ]
 
 
@@ -497,16 +499,32 @@ def test_twenty_starts_in_a_second_have_twenty_folders(tmp_path, monkeypatch):
     assert [own_folder(each, "run.dir").name for each in configs] == ["a", "b"]
     from genfw.train.jobs import start_name
 
-    OmegaConf.register_new_resolver("start", start_name, use_cache=True, replace=True)
-    configs = [OmegaConf.create({"run": {"dir": "outputs/${start:}"}}) for _ in range(20)]
-    with ThreadPoolExecutor(20) as pool:
-        folders = list(pool.map(lambda each: own_folder(each, "run.dir"), configs))
-    assert len(set(folders)) == 20
+    twice = iter([f"{n // 2}" for n in range(60)])  # two at a time that want the same
+    for names in (lambda: next(twice), start_name):
+        OmegaConf.register_new_resolver("start", names, use_cache=True, replace=True)
+        configs = [OmegaConf.create({"run": {"dir": "outputs/${start:}"}}) for _ in range(20)]
+        with ThreadPoolExecutor(20) as pool:
+            folders = list(pool.map(lambda each: own_folder(each, "run.dir"), configs))
+        assert len(set(folders)) == 20
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-7]{6}", f.name) for f in folders)
 
 
-def test_named_folder_may_exist_but_not_be_a_file(tmp_path):
+def test_named_folder_may_exist_but_not_be_a_file_nor_hold_a_run(tmp_path, monkeypatch):
     config = OmegaConf.create({"run": {"dir": str(tmp_path)}})
+    assert own_folder(config, "run.dir") == tmp_path
+    (tmp_path / "config.yaml").touch()
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "RANK": "0"}
+    for name, value in torchrun.items():  # of whose ranks the first one looks
+        with pytest.raises(GenfwError, match="holds a run already"):
+            own_folder(config, "run.dir")
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GenfwError, match="holds a run already"):
+        own_folder(config, "run.dir")
+    with monkeypatch.context() as patch:
+        patch.setenv("RANK", "1")
+        patch.setenv("LOCAL_RANK", "1")
+        assert own_folder(config, "run.dir") == tmp_path
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # it starts the command again
     assert own_folder(config, "run.dir") == tmp_path
     (tmp_path / "file").touch()
     config.run.dir = str(tmp_path / "file")

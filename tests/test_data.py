@@ -4,6 +4,7 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -561,7 +562,9 @@ def test_batches_are_the_images_of_their_indices(num_workers):
     data = given(train, num_workers=num_workers, eval_batch_size=3)
     loader = data.train_dataloader()
     assert len(loader) == 5
-    for batch in loader:
+    for batch in (batches := iter(loader)):
+        for worker in getattr(batches, "_workers", []):  # a signal to the run's group is the run's
+            assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
         assert isinstance(batch, Batch)
         assert (batch.image.dtype, batch.label.dtype, batch.index.dtype) == (
             torch.uint8,

@@ -5,6 +5,9 @@ import logging
 import pickle
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +53,7 @@ class Projection(FeatureExtractor):
         return shape == (1, 4, 4)
 
     def features(self, images):
+        time.sleep(0.001)  # others may come in between
         self.seen.append(images)
         return 100 + torch.tanh((images.double().flatten(1) / 127.5 - 1) @ self.weight)
 
@@ -248,12 +252,25 @@ def test_cache_is_asked_for_these_images_only(open_distance):
     assert not computed(changed, content_hash="given")
 
 
+def test_of_many_runs_one_makes_the_statistics(open_distance):
+    real, ready = random_images(50, 1), threading.Barrier(4)
+
+    def run(_):
+        distance = open_distance()
+        ready.wait()
+        refer(distance, real)
+        return len(distance.extractor.seen)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(map(bool, pool.map(run, range(4)))) == [False, False, False, True]
+
+
 def test_damaged_cache_is_made_anew(open_distance, tmp_path, caplog):
     real, generated = random_images(300, 1), random_images(200, 2)
     distance = open_distance()
     refer(distance, real)
     expected = value(distance, generated)
-    (file,) = (tmp_path / "cache").iterdir()
+    (file,) = (tmp_path / "cache").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     again = open_distance()
     refer(again, real)

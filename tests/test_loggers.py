@@ -215,7 +215,7 @@ def test_online_is_a_wish_and_no_reason_to_ask(account, monkeypatch):
 def test_environment_is_obeyed_by_auto_only(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode("auto") == ("disabled", "WANDB_MODE=disabled")
-    assert choose_mode("offline")[0] == "offline"
+    assert choose_mode("offline") == ("offline", "logger.wandb.mode=offline")
     monkeypatch.setenv("WANDB_MODE", "dryrun")
     assert choose_mode("auto")[0] == "offline"
 
@@ -264,6 +264,7 @@ def test_refusal_of_a_run_costs_only_the_run(tmp_path, monkeypatch, capsys):
     logger.finish()
     assert "disk full" in capsys.readouterr().err
     assert "disk full" in logger.where
+    assert not Wandb(tmp_path, mode="offline").where  # of which nobody has asked for a run
 
 
 def test_online_refusal_continues_offline(tmp_path, monkeypatch):
@@ -352,11 +353,14 @@ def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):
     assert rows[2]["val/nll"] == "3.5" and log.rows == 4
 
 
-def test_a_run_goes_on_in_its_own_wandb_run(tmp_path):
-    ids = []
+def test_a_run_goes_on_in_its_own_wandb_run(tmp_path, monkeypatch):
+    ids, written = [], []
+    write = loggers.replace_text
+    monkeypatch.setattr(loggers, "replace_text", lambda *a: (written.append(a[0].name), write(*a)))
     for _ in range(2):
         log = Wandb(tmp_path, mode="offline")
         log.log_hyperparams({})
         ids.append(log.version)
         log.finish()
     assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
+    assert written == ["wandb_id.txt"] * 2  # a killed run leaves no half of an id

@@ -1,5 +1,8 @@
 """Pictures show what they say: the very samples, and the way that led to them."""
 
+from unittest.mock import Mock
+
+import lightning.pytorch as L
 import pytest
 import tiny
 import torch
@@ -89,7 +92,8 @@ def test_reconstructions_of_every_level(made):
         for t in range(2):
             expected = latents.expected(z[t:])[:, 0] * 127.5
             assert (rows[t + 1] - expected).abs().max() < 1.01
-    drawn = Pictures(bins=3, samples=4).draw(module(model), x)
+    trainer = Mock(spec=L.Trainer, callbacks=[], is_global_zero=True)
+    drawn = Pictures(bins=3, samples=4).draw(trainer, module(model), x)
     assert drawn.keys() == {"samples", "reconstructions"}
 
 

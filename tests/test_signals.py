@@ -2,8 +2,11 @@
 
 import itertools
 import os
+import random
 import signal
+import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,7 +18,7 @@ import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from ranks import MODELS, SMALL, Fault
 
-from genfw.train import callbacks
+from genfw.train import callbacks, signals
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.errors import Stopped
 from genfw.train.frechet import FrechetDistance
@@ -31,17 +34,20 @@ COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")
     "fault",
     [
         Fault("train", 4, signal.SIGTERM, ranks=(0, 1)),
-        Fault("train", 4, signal.SIGUSR1, ranks=(1,)),
+        Fault("any", 0, signal.SIGUSR1, ranks=(1,), after=random.uniform(0, 0.5)),
         Fault("validation", 3, signal.SIGTERM, ranks=(1,)),
     ],
+    ids=["in a step", "at any moment", "in a validation"],
 )
 def test_two_ranks(tmp_path, fault):
     place = f"hydra.run.dir={tmp_path}/${{start:}}"  # which both ranks must name alike
-    ended = ranks.run(*COMMAND, place, world=2, fault=fault)
-    assert ended.codes == [143, 143], ended.said
+    ended = ranks.run(*COMMAND, "trainer.max_steps=100000", place, world=2, fault=fault)
+    assert ended.codes == [143, 143], f"{fault}\n{ended.said}"
+    assert ended.seconds < 10, fault
     (folder,) = (each.parent for each in tmp_path.glob("*/config.yaml"))
-    step = 5 if fault.moment == "train" else 3  # the step is finished; a validation is not
-    assert read(folder / "checkpoints" / "last.ckpt")["global_step"] == step
+    step = read(folder / "checkpoints" / "last.ckpt")["global_step"]
+    # the step is finished; a validation is not
+    assert step == {"train": 5, "validation": 3}.get(fault.moment, step)
     assert ended.said.count(f"interrupted at step {step}; to go on: python -m genfw resume=") == 1
     assert not (folder / "results.json").exists()
 
@@ -101,9 +107,9 @@ class Measured:
 
     def __init__(self, monkeypatch, draw, others=True, received=0):
         self.drawn, self.distance = [], Mock(spec=FrechetDistance, key="fd")
-        signals = Signals()
-        signals.received = received
-        trainer = Mock(spec=L.Trainer, global_rank=0, world_size=2, callbacks=[signals])
+        heard = Signals()
+        heard.received = received
+        trainer = Mock(spec=L.Trainer, global_rank=0, world_size=2, callbacks=[heard])
         trainer.global_step, trainer.default_root_dir = 5, "here"
         trainer.strategy.reduce_boolean_decision = lambda mine, all: mine and others
         frechet = callbacks.Frechet("auto", (1, 8, 8), 17, chunk=2)
@@ -135,11 +141,32 @@ def test_a_distance_that_one_rank_cannot_measure_none_does(monkeypatch, capsys):
         assert each.frechet.distance is None and not each.distance.compute.called
 
 
-def test_ranks_obey_between_chunks_of_samples(monkeypatch):
-    rank = Measured(monkeypatch, lambda rank, part: rank.drawn.append(list(part)), received=143)
+def test_ranks_obey_while_they_draw_samples(monkeypatch):
+    """At the next call of a network, about once a second."""
+    finished = []
+
+    def draw(rank, part):
+        rank.drawn.append(list(part))
+        torch.nn.Identity()(torch.zeros(1))
+        finished.append(part)
+
+    rank = Measured(monkeypatch, draw, received=143)
+    monkeypatch.setattr(signals, "PAUSE", 0.0)
     with pytest.raises(Stopped, match="interrupted at step 5"):
         rank.measure()
-    assert rank.drawn == [[0, 2]]
+    assert rank.drawn == [[0, 2]] and not finished
+    torch.nn.Identity()(torch.zeros(1))  # nobody asks any more
+
+
+def test_who_has_nothing_to_draw_waits_and_hears(monkeypatch):
+    """Until no rank is busy; a signal to any of them ends all."""
+    trainer = Mock(spec=L.Trainer, global_step=5, default_root_dir="here")
+    for others, ends in (([(0, 1), (0, 1), (0, 0)], False), ([(0, 1), (143, 1)], True)):
+        rank, answers = Signals(), iter(others)
+        monkeypatch.setattr(rank, "_most", lambda code, busy=0, answers=answers: next(answers))
+        with pytest.raises(Stopped) if ends else nullcontext(), rank.heard(trainer):
+            pass
+        assert not list(answers)
 
 
 class At(L.Callback):
@@ -238,6 +265,34 @@ def test_who_has_nothing_to_save_does_not_wait(monkeypatch):
         assert signals.received == 143
 
 
+def pictures_of_the_first_rank(folder):
+    """Take a minute; the other rank, which waits for them, gets the signal."""
+    from genfw.train.callbacks import Pictures
+
+    draw = Pictures.draw
+
+    def slow(*_):
+        for _ in range(600):
+            torch.nn.Identity()(time.sleep(0.1))
+
+    def drawn(self, *arguments):
+        if os.environ["RANK"] == "1":
+            threading.Timer(0.2, strike_and_sleep(folder, 0)).start()
+        return draw(self, *arguments)
+
+    Pictures._draw, Pictures.draw = slow, drawn
+
+
+@pytest.mark.parametrize("every", [1, 0], ids=["in a validation", "of the test"])
+def test_ranks_that_wait_for_pictures_do_not_wait_with_a_signal(tmp_path, every):
+    given = [each for each in COMMAND if each != "~callbacks.pictures"]
+    given += [f"callbacks.pictures.every={every}", f"hydra.run.dir={tmp_path}/run"]
+    ended = ranks.run(*given, "trainer.max_steps=3", world=2, prepare=pictures_of_the_first_rank)
+    assert ended.codes == [143, 143], ended.said
+    assert ended.seconds < 10 and "to go on: python -m genfw resume=" in ended.said
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
+
+
 def slow_data(folder):
     from genfw.train.data.digits import Digits
 
@@ -250,13 +305,13 @@ def slow_samples(folder):
     callbacks.draw_samples = strike_and_sleep(folder)
 
 
-def strike_and_sleep(folder):
+def strike_and_sleep(folder, seconds=60):
     """What takes a minute, and a signal in the midst."""
 
     def slow(*_, **__):
         (folder.parent / f"{folder.name}.mark").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+        time.sleep(seconds)
 
     return slow
 

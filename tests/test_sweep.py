@@ -1,8 +1,11 @@
 """A sweep: jobs that fail, are skipped, are interrupted, and the table over them."""
 
 import csv
+import errno
+import fcntl
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -19,9 +22,9 @@ from genfw.__main__ import main
 from genfw.train import sweep
 from genfw.train.compose import check_hydra
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, noted, records
+from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, locked, noted, records
 from genfw.train.sweep import Local, close, keep, reopen
-from genfw.train.sweep_table import groups, show
+from genfw.train.sweep_table import groups, plot, show
 
 
 class Script(Fresh):
@@ -72,6 +75,15 @@ def test_so_many_side_by_side(tmp_path):
     assert codes(tmp_path) == [0, 0]
 
 
+def test_side_by_side_is_each_in_its_own_place(tmp_path, monkeypatch):
+    """The third takes the place of the one that ended first, and with it its GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "a,b")
+    said = "echo $CUDA_VISIBLE_DEVICES > gpu; "
+    wait = said + "until [ -e ../2/gpu ]; do sleep 0.02; done"
+    launch(tmp_path, wait, said, said, n_jobs=2)
+    assert [(tmp_path / n / "gpu").read_text().strip() for n in "012"] == ["a", "b", "b"]
+
+
 def test_what_is_finished_is_not_run_again(tmp_path):
     lines = ("echo x >> ran", "echo x >> ran; [ -e ../mended ]")
     launch(tmp_path, *lines)
@@ -111,6 +123,23 @@ def test_a_job_that_outlived_its_sweep_is_left_alone(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     wait_until(lambda: not living(tmp_path))
+
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys):
+    """As Lustre, where it is mounted so."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    launch(tmp_path, "true")
+    assert codes(tmp_path) == [0] and living(tmp_path) == {}
+    with locked(tmp_path):
+        assert "has no locks" in capsys.readouterr().out
+    (tmp_path / "0" / "run.lock").mkdir()
+    with pytest.raises(ConfigError, match="cannot write to this folder"), locked(tmp_path / "0"):
+        pass
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -179,7 +208,8 @@ def test_a_job_that_was_saved_goes_on(tmp_path):
 
 
 def test_threads_group_and_name_of_a_job(tmp_path, monkeypatch):
-    """Two jobs on four cores have two threads each."""
+    """Two jobs on four cores have two threads each, and of three GPUs one."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -191,10 +221,12 @@ def test_threads_group_and_name_of_a_job(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", instead)
     job = Job(3, tmp_path / "sweep", tmp_path / "sweep" / "3", ("model=vae", "seed=7"))
-    for at_once, threads in ((1, None), (2, "2"), (-1, "1")):
-        assert Fresh(axes=("seed",)).start(job, at_once).wait() == 0
+    for at_once, threads, gpu in ((1, None, "0,1,2"), (2, "2", "1"), (-1, "1", "0")):
+        place = None if at_once == 2 else 0  # job 3 is the second of two
+        assert Fresh(axes=("seed",)).start(job, at_once, place).wait() == 0
         said = json.loads((job.folder / "env.json").read_text())
         assert said.get("OMP_NUM_THREADS") == threads
+        assert said["CUDA_VISIBLE_DEVICES"] == gpu
         assert (said["WANDB_RUN_GROUP"], said["WANDB_NAME"]) == ("sweep", "3 seed=7")
         assert "LOCAL_RANK" not in said
 
@@ -358,6 +390,37 @@ def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "4 of 6 jobs finished" in said
     assert "job 4 (param=x0 seed=1): failed: exit code 1" in said
+
+
+def test_tables_are_whole_or_as_they_were(tmp_path, capsys):
+    """A limit on the size of files stops a write in its midst, as a full disk does."""
+    swept(tmp_path)
+    close(tmp_path)
+    before = {each: each.read_bytes() for each in tmp_path.iterdir() if each.is_file()}
+    assert {"table.csv", "table.md", "table.png", "jobs.csv"} <= {each.name for each in before}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        close(tmp_path)
+        with pytest.raises(OSError):
+            plot(tmp_path / "table.png", groups(records(tmp_path)), "test/bpd")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{tmp_path}: the tables cannot be written" in capsys.readouterr().err
+    assert {each: each.read_bytes() for each in before} == before
+    close(tmp_path)
+    assert {each for each in tmp_path.iterdir() if each.is_file()} == set(before)
+
+
+def test_what_hydras_own_parts_cannot_do_is_a_line(tmp_path, capsys):
+    swept(tmp_path)
+    with pytest.raises(GenfwError, match=r"\(hydra/sweeper=optuna\) failed: KeyError: 'lr'"):
+        sweep.run(Sweeper(KeyError("lr")), "config", Fresh(), ["hydra/sweeper=optuna"], tmp_path)
+    assert "4 of 6 jobs finished" in capsys.readouterr().out
+    (tmp_path / "jobs").rename(tmp_path / "kept")
+    (tmp_path / "jobs").touch()
+    with pytest.raises(ConfigError, match=f"{tmp_path}: cannot write to this folder: .*"):
+        sweep.run(Sweeper(), "config", Fresh(), [], tmp_path)
 
 
 def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):

@@ -31,7 +31,7 @@ from genfw.elbo import bits_per_dim
 from genfw.models.vdm import VDM
 from genfw.train.callbacks import show
 from genfw.train.data.images import Batch
-from genfw.train.loggers import one_line
+from genfw.train.errors import one_line
 from genfw.train.module import LatentModule, logs
 from genfw.train.pictures import save
 

@@ -30,10 +30,10 @@ from genfw.models.vdm import VDM
 from genfw.nets.mlp import MLPDecoder
 from genfw.noise import Noise, mix
 from genfw.train.data.module import ImageData
-from genfw.train.errors import GenfwError, Stopped
+from genfw.train.errors import GenfwError, Stopped, one_line
 from genfw.train.frechet import FrechetDistance, to_bytes
 from genfw.train.latents import latents_of
-from genfw.train.loggers import Wandb, one_line
+from genfw.train.loggers import Wandb
 from genfw.train.module import LatentModule
 from genfw.train.pictures import (
     denoising_strip,
@@ -42,7 +42,7 @@ from genfw.train.pictures import (
     reconstructions,
     save,
 )
-from genfw.train.signals import obey
+from genfw.train.signals import heard
 
 
 class Progress(ProgressBar):
@@ -211,9 +211,9 @@ class Pictures(L.Callback):
         if not _fitting(trainer):
             return
         self.validations += 1
-        if self.every and self.validations % self.every == 0 and trainer.is_global_zero:
+        if self.every and self.validations % self.every == 0:
             assert isinstance(pl_module, LatentModule)
-            for kind, picture in self.draw(pl_module, self.images).items():
+            for kind, picture in self.draw(trainer, pl_module, self.images).items():
                 path = Path(trainer.default_root_dir) / kind / f"{trainer.global_step:06d}.png"
                 save(picture, path)
                 show(trainer, f"val/{kind}", path)
@@ -224,16 +224,25 @@ class Pictures(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.validations = state_dict["validations"]
 
-    def draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
+    def draw(
+        self, trainer: L.Trainer, module: LatentModule, images: Tensor | None
+    ) -> dict[str, PIL.Image]:
         """By kind: samples, and denoising or reconstructions (of `images`), by `evaluated`.
 
-        What cannot be drawn is said, and the run goes on without pictures.
+        The first rank draws, the others wait for it and have nothing. What cannot be drawn is said,
+        and the run goes on without pictures.
+
+        Raises:
+            Stopped: a signal came, on any rank.
         """
-        try:
-            return self._draw(module, images)
-        except Exception as error:
-            print(f"pictures skipped: {one_line(error)}", flush=True)
-            return {}
+        with heard(trainer):
+            try:
+                return self._draw(module, images) if trainer.is_global_zero else {}
+            except Stopped:
+                raise
+            except Exception as error:
+                print(f"pictures skipped: {one_line(error)}", flush=True)
+                return {}
 
     def _draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
         seed = mix(module.seed, "sample")
@@ -334,23 +343,19 @@ class Frechet(L.Callback):
         """Each rank draws every so-many-th sample. What one of them cannot do, none waits for."""
         failed: Exception | None = None
         mine = range(trainer.global_rank, samples, trainer.world_size)
-        chunks = math.ceil(math.ceil(samples / trainer.world_size) / self.chunk)  # of the busiest
         distance.reset()
-        with module.evaluating() as model:
+        with heard(trainer), module.evaluating() as model:
             try:
                 self._refer(distance, trainer, module)
+                chunks = math.ceil(len(mine) / self.chunk)
+                with watched(model, chunks, trainer.testing and trainer.is_global_zero):
+                    for start in range(0, len(mine), self.chunk):
+                        seed, part = mix(module.seed, "sample"), mine[start : start + self.chunk]
+                        distance.update(draw_samples(model, part, seed, self.chunk))
+            except Stopped:
+                raise
             except Exception as error:
                 failed = error
-            with watched(model, chunks, trainer.testing and trainer.is_global_zero):
-                for start in range(0, chunks * self.chunk, self.chunk):
-                    part = mine[start : start + self.chunk]
-                    try:
-                        if failed is None and part:
-                            seed = mix(module.seed, "sample")
-                            distance.update(draw_samples(model, part, seed, self.chunk))
-                    except Exception as error:
-                        failed = error
-                    obey(trainer)
         if not trainer.strategy.reduce_boolean_decision(failed is None, all=True):
             raise failed or GenfwError("another rank failed")
         return distance.compute()

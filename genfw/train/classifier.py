@@ -29,8 +29,7 @@ from genfw.schedule import NoiseSchedule
 from genfw.train.checkpoint import read
 from genfw.train.config import build
 from genfw.train.data.images import Batch
-from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.loggers import one_line
+from genfw.train.errors import ConfigError, GenfwError, one_line
 from genfw.train.module import logs, noise_of_step, on_schedule, optimizers
 from genfw.train.runs import load
 

@@ -16,7 +16,7 @@ from genfw.train import job
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
-from genfw.train.jobs import write_json
+from genfw.train.files import write_json
 from genfw.train.keeper import Keeper
 
 
@@ -52,7 +52,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
             said = module.classifier.extra_repr()
             print(f"classifier of {said}\nrun folder: {folder}", flush=True)
         job.fit(trainer, module, data, keeper)
-        trainer.validate(module, data, verbose=False)  # steps after the last validation count
+        keeper.look_at_the_last(trainer, module, data)
         (tested,) = trainer.test(
             module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
         )

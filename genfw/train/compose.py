@@ -191,6 +191,16 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*axes)]
 
 
+PLUGINS = {
+    "hydra/launcher=joblib": "'genfw[joblib]'",
+    "hydra/launcher=submitit_slurm": "'genfw[slurm]'",
+    "hydra/launcher=submitit_local": "'genfw[slurm]'",
+    "hydra/launcher=ray": "hydra-ray-launcher",
+    "hydra/sweeper=optuna": "'genfw[optuna]'",
+}
+"""Hydra's launchers and sweepers, and what brings them; said where one is not there."""
+
+
 def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
     """What was wrong with a command line that Hydra could not compose."""
     groups = _groups()
@@ -206,6 +216,8 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
     for override in overrides:
         key, text = override.key_or_group, override.input_line
         if override.is_hydra_override():
+            if missing := PLUGINS.get(f"{key}={override.value()}"):
+                return ConfigError(f"{text}: its plug-in is not installed: pip install {missing}")
             continue
         if override.is_sweep_override():
             return ConfigError(f"{text}: several values; add --multirun to try each of them")

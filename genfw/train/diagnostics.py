@@ -35,10 +35,11 @@ from genfw.model import LatentModel
 from genfw.noise import Noise, mix
 from genfw.train.callbacks import show
 from genfw.train.data.images import Batch
+from genfw.train.errors import Stopped, one_line
 from genfw.train.latents import Latents, Means, latents_of
-from genfw.train.loggers import one_line
 from genfw.train.module import LatentModule
 from genfw.train.pictures import grid, pixels, save
+from genfw.train.signals import heard
 from genfw.types import Image, Labels
 
 ACTIVE = 0.01
@@ -194,14 +195,16 @@ class Diagnostics(L.Callback):
     def _draw(
         self, trainer: L.Trainer, module: L.LightningModule, split: str, found: Findings
     ) -> None:
-        if not trainer.is_global_zero or self.pair is None:
-            return
+        pictures: dict[str, PIL.Image] = {}
         assert isinstance(module, LatentModule)
-        try:
-            pictures = self._pictures(module, *self.pair, found)
-        except Exception as error:
-            print(f"pictures of latents skipped: {one_line(error)}", flush=True)
-            return
+        with heard(trainer):  # further ranks wait
+            try:
+                if trainer.is_global_zero and self.pair is not None:
+                    pictures = self._pictures(module, *self.pair, found)
+            except Stopped:
+                raise
+            except Exception as error:
+                print(f"pictures of latents skipped: {one_line(error)}", flush=True)
         for name, picture in pictures.items():
             path = save(picture, Path(trainer.default_root_dir) / f"{name}.png")
             show(trainer, f"{split}/{name}", path)

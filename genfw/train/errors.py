@@ -26,3 +26,9 @@ class Stopped(GenfwError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as a line of text."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -22,13 +22,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Integer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -170,15 +172,14 @@ class FrechetDistance:
         if not _first_rank():  # counted once: the ranks' sums are added
             return
         file = self._file(images, split, content_hash)
-        try:
-            self._reference = load_file(file)
-        except FileNotFoundError:
-            self._reference = self._statistics(images)
-            _save(self._reference, file)
-        except Exception as error:
-            log.warning("Statistics in %s are not readable (%s): made anew.", file, error)
-            self._reference = self._statistics(images)
-            _save(self._reference, file)
+        with _built_once(file):
+            try:
+                self._reference = load_file(file)
+            except Exception as error:
+                if file.exists():
+                    log.warning("Statistics in %s are not readable (%s): made anew.", file, error)
+                self._reference = self._statistics(images)
+                _save(self._reference, file)
 
     def update(self, images: Integer[Tensor, "b c h w"]) -> None:
         """Adds generated images, integers 0..bins-1."""
@@ -245,6 +246,17 @@ class FrechetDistance:
 
 def _first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def _built_once(file: Path) -> Iterator[None]:
+    """Of many runs that miss a file one makes it; where there can be no lock, each."""
+    with ExitStack() as held:
+        if not file.exists():
+            with suppress(OSError, NotImplementedError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(f"{file}.lock"))
+        yield
 
 
 def _save(statistics: Statistics, file: Path) -> None:

@@ -50,10 +50,10 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
-from genfw.train.errors import ConfigError, GenfwError, Stopped
-from genfw.train.jobs import replace_text, write_json
+from genfw.train.errors import ConfigError, GenfwError, Stopped, one_line
+from genfw.train.files import replace_text, write_json
 from genfw.train.keeper import Keeper
-from genfw.train.loggers import Wandb, git_commit, one_line
+from genfw.train.loggers import Wandb, git_commit
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
@@ -112,7 +112,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             fitted = time.monotonic()
             fit(trainer, module, data, keeper)
             fitted = time.monotonic() - fitted
-            trainer.validate(module, data, verbose=False)  # steps after the last validation count
+            keeper.look_at_the_last(trainer, module, data)
             best = keeper.path
             tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
             results: Results = {
@@ -126,8 +126,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
                 **versions(),
             }
             certificate = certify(module, data, tested[0], best, versions())
+            finish_pictures(module, trainer, callbacks, folder)
             if trainer.is_global_zero:
-                finish_pictures(module, trainer, callbacks, folder)
                 write_json(folder / "certificate.json", plain(certificate))
                 write_json(
                     folder / "results.json", plain(results)
@@ -149,7 +149,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             for logger in loggers:
                 if isinstance(logger, Wandb):
                     logger.finish(exit_code=failed)
-                    print(logger.where)
+                    if logger.where:
+                        print(logger.where)
 
 
 @contextmanager
@@ -318,9 +319,10 @@ def finish_pictures(
     module: LatentModule, trainer: L.Trainer, callbacks: list[L.Callback], folder: Path
 ) -> None:
     """samples.png and the like, of the weights that were tested."""
+    module.to(trainer.strategy.root_device)  # Lightning has taken it to the CPU
     for pictures in callbacks:
         if isinstance(pictures, Pictures):
-            for kind, picture in pictures.draw(module, pictures.images).items():
+            for kind, picture in pictures.draw(trainer, module, pictures.images).items():
                 show(trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
 
 

@@ -14,6 +14,7 @@ jobs/<n>.lock      held by the job's process for as long as it lives
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import json
 import os
@@ -40,6 +41,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import write_json
 
 RANK_VARIABLES = (
     "LOCAL_RANK",
@@ -57,6 +59,9 @@ OF_THE_SWEEP = (
     *("hydra.mode", "hydra.run.", "hydra.sweep.", "hydra.sweeper.", "hydra.launcher."),
     *("hydra/sweeper", "hydra/launcher"),
 )
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system says that knows no locks, as Lustre mounted without `flock`."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What a person, a terminal that closes or a scheduler says to a sweep."""
@@ -110,14 +115,14 @@ def named_anew(config: DictConfig, key: str) -> bool:
 
 def own_folder(config: DictConfig, key: str) -> Path:
     """Makes the folder that `key` names, for this run alone; without `${start:}` it may exist, and
-    where SLURM starts a job again it may hold this very run."""
+    where SLURM or torchrun starts a job again it may hold this very run."""
     while True:
         folder = Path(str(OmegaConf.select(config, key)))
         try:
             further_rank = any(name in os.environ for name in ("LOCAL_RANK", "RANK"))
             alone = named_anew(config, key) and not further_rank
             folder.mkdir(parents=True, exist_ok=not alone)
-            known = further_rank or not slurm.first_rank() or slurm.restarted()
+            known = not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known:
                 raise ConfigError(
                     f"{key}: {folder} holds a run already; name another, or none for a new one"
@@ -312,19 +317,20 @@ class Fresh:
                 )
         return job.results.get(config.optimized)
 
-    def start(self, job: Job, at_once: int) -> subprocess.Popen[bytes]:
+    def start(self, job: Job, at_once: int, place: int | None = None) -> subprocess.Popen[bytes]:
         """Its process, in a process group of its own, so that Ctrl-C reaches it once: by us.
 
         Args:
-            at_once: jobs side by side, which share the cores, and then write to output.txt; -1: as
-                many as there are cores.
+            at_once: jobs side by side, which share cores and GPUs, and then write to output.txt;
+                -1: as many as there are cores.
+            place: which of them, from 0; None: by its number.
         """
         with job.lock() as lock:
             command = self.command(job)
             job.folder.mkdir(parents=True, exist_ok=True)
             (job.folder / "error.txt").unlink(missing_ok=True)
             job.record(None)
-            process = self._start(command, job, at_once, lock)
+            process = self._start(command, job, at_once, lock, place)
             os.write(lock, f"{process.pid}\n".encode())
         return process
 
@@ -333,7 +339,7 @@ class Fresh:
         return [sys.executable, "-m", "genfw", *job.arguments(self.flags)]
 
     def _start(
-        self, command: Sequence[str], job: Job, at_once: int, lock: int
+        self, command: Sequence[str], job: Job, at_once: int, lock: int, place: int | None
     ) -> subprocess.Popen[bytes]:
         cores = len(os.sched_getaffinity(0))
         at_once = cores if at_once < 0 else at_once
@@ -343,6 +349,9 @@ class Fresh:
         if at_once == 1:
             return subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // at_once)))
+        mine = part(gpus(), job.number % at_once if place is None else place, at_once)
+        if mine:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         with (job.folder / "output.txt").open("ab") as output:
             return subprocess.Popen(
                 command,
@@ -358,6 +367,27 @@ class Fresh:
         """What sets it apart: `param=eps seed=0`."""
         chosen = [each for each in job.overrides if each.partition("=")[0] in self.axes]
         return " ".join(chosen or job.overrides)
+
+
+def gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [each for each in given.split(",") if each]
+    found = [each.name.removeprefix("nvidia") for each in Path("/dev").glob("nvidia[0-9]*")]
+    return sorted(found, key=int)
+
+
+def part(things: Sequence[str], place: int, at_once: int) -> Sequence[str]:
+    """An equal share of them; of fewer things than shares one, which has others too.
+
+    Example:
+        >>> [part("abcd", place, 2) for place in (0, 1)], [part("ab", i, 3) for i in range(3)]
+        (['ab', 'cd'], ['a', 'b', 'a'])
+    """
+    size = max(1, len(things) // at_once)
+    start = place * size % max(1, len(things))
+    return things[start : start + size]
 
 
 @contextmanager
@@ -410,29 +440,30 @@ def locked(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        with (folder / "run.lock").open("a+") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+        file = (folder / "run.lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
+        ) from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
                 file.seek(0)
                 raise ConfigError(
                     f"{folder}: this run is running already, in process {file.read().strip()}; "
                     "wait for its end, or end it: kill saves and ends it"
                 ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # somebody may have removed the folder, or filled the disk
-                    file.truncate(0)
-    except OSError as error:
-        if error.filename != str(folder / "run.lock"):
-            raise
-        raise ConfigError(
-            f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
-        ) from error
+            print(f"{folder}: this file system has no locks; start a run there once only")
+        with suppress(OSError):  # a full disk
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # somebody may have removed the folder, or filled the disk
+                os.ftruncate(file.fileno(), 0)
 
 
 @contextmanager
@@ -456,29 +487,6 @@ def noted(folder: Path, resumed: bool = False) -> Iterator[None]:
         raise
     else:
         said.unlink(missing_ok=True)
-
-
-def write_json(file: Path, value: Any) -> None:
-    """As JSON, whole or not at all."""
-    replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def replace_text(file: Path, text: str) -> None:
-    """Writes a file beside its place, to the disk, and moves it there in one motion.
-
-    Raises:
-        OSError: it could not be written; what was there before still is.
-    """
-    beside = file.with_name(f"{file.name}.tmp")
-    try:
-        with beside.open("w") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        beside.replace(file)
-    finally:
-        with suppress(OSError):
-            beside.unlink()
 
 
 def ended(code: int) -> str:
@@ -514,11 +522,15 @@ def living(sweep: Path) -> dict[int, str]:
 
 
 def _take(file: TextIO) -> bool:
-    """Whether its lock was free; it is held until all who have the file open have ended."""
+    """Whether its lock was free; it is held until all who have the file open have ended. A file
+    system without locks has free ones."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return True
 
 

@@ -63,6 +63,8 @@ class Keeper(Checkpoint):
         self.best = math.inf
         """The best validation NLL so far, nats."""
         self.step, self.saved, self.failed = 0, 0, 0
+        self.validated = -1
+        self._trains = False
         self.validation_due = False
         self._loops: dict[str, Any] | None = None
         self._exit_code = 0
@@ -118,7 +120,20 @@ class Keeper(Checkpoint):
             ) from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trains = True
         _go_on(trainer, self.validation_due)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that was killed after its last step has nothing to train; its last validation may
+        be due, and what Lightning counts after a step and at the end."""
+        if not self._trains and self.begin is not None:
+            fit: Any = trainer.fit_loop
+            if self.validation_due:
+                pl_module.to(trainer.strategy.root_device)  # Lightning has taken it to the CPU
+                _validate(trainer)
+            fit.epoch_loop._batches_that_stepped += 1
+            fit.epoch_progress.increment_processed()
+            fit.epoch_progress.increment_completed()
 
     def on_train_batch_end(
         self,
@@ -162,8 +177,15 @@ class Keeper(Checkpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self.signals.idle = trainer.state.fn != TrainerFn.FITTING
-            self.validation_due = False
+            self.validation_due, self.validated = False, trainer.global_step
             self.consider(trainer, trainer.callback_metrics.get("val/nll"))
+
+    def look_at_the_last(
+        self, trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule
+    ) -> None:
+        """After training: steps since the last validation count too."""
+        if self.validated != trainer.global_step:
+            trainer.validate(module, data, verbose=False)
 
     def consider(self, trainer: L.Trainer, nll: torch.Tensor | None) -> None:
         """Keeps the weights last saved as the best ones, if this is their NLL and it is less."""

@@ -27,6 +27,9 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from genfw.train.errors import one_line
+from genfw.train.files import replace_text
+
 PATIENCE = 1.5
 """Seconds to wait for an answer from the network."""
 
@@ -158,7 +161,7 @@ class Wandb(Logger):
     ):
         super().__init__()
         if mode not in self.MODES:
-            raise ValueError(f"logger.mode={mode!r}: expected one of {', '.join(self.MODES)}")
+            raise ValueError(f"logger.wandb.mode={mode!r}: expected one of {', '.join(self.MODES)}")
         self.folder = Path(folder)
         self.identity = {
             "project": project,
@@ -233,10 +236,10 @@ class Wandb(Logger):
 
     @property
     def where(self) -> str:
-        """One line: how to see the run."""
+        """One line: how to see the run. Nothing where none was asked for, as on further ranks."""
         if self.run is not None:
             return self._where(self.run)
-        return self._last or f"W&B: no run ({self.reason or 'not started'})"
+        return self._last or (self.reason and f"W&B: no run ({self.reason})")
 
     def _where(self, run: Any) -> str:
         if run.disabled:
@@ -277,7 +280,7 @@ class Wandb(Logger):
                 self.reason = f"no run could be opened online: {one_line(error)}"
         self.run.define_metric("trainer/global_step", hidden=True)
         self.run.define_metric("*", step_metric="trainer/global_step")
-        known.write_text(self.run.id + "\n")
+        replace_text(known, self.run.id + "\n")
 
     def _quietly(self, act: Callable[[], Any]) -> None:
         """W&B's troubles are not the run's."""
@@ -291,7 +294,7 @@ class Wandb(Logger):
 def choose_mode(mode: str = "auto") -> tuple[str, str]:
     """(mode, reason) for `wandb.init`; at most about `PATIENCE` seconds, and never a prompt."""
     if mode != "auto":
-        asked, by = mode, f"logger.mode={mode}"
+        asked, by = mode, f"logger.wandb.mode={mode}"
     else:
         asked, by = os.environ.get("WANDB_MODE"), f"WANDB_MODE={os.environ.get('WANDB_MODE')}"
     if asked and asked != "online":  # online is a wish: without credentials W&B would ask for them
@@ -357,9 +360,3 @@ def git_commit() -> str | None:
 def plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Python numbers."""
     return {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as a line of text."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -9,18 +9,25 @@ validation and after its last.
 
 Lightning's own handlers call a collective operation from within the signal, in which ranks that are
 elsewhere at that moment hang; they are replaced whenever a loop begins.
+
+Where ranks do different things, or wait for one that draws pictures, the flags are compared about
+once a second, between two calls of a network (`heard`).
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 import torch.distributed as dist
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from genfw.train.errors import Stopped
 
@@ -32,6 +39,9 @@ EXIT_CODES = {
 }
 """128 + the number of SIGTERM or SIGINT. SIGUSR1 announces a SIGTERM; SIGHUP, of a terminal that
 closes, is one."""
+
+PAUSE = 1.0
+"""Seconds between two comparisons where ranks do different things."""
 
 
 class Interruption(BaseException):
@@ -71,13 +81,35 @@ class Signals(L.Callback):
 
         All ranks must call it equally often.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.received
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")  # does not wait for a GPU
-        asked = torch.tensor(self.received)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self._group)
-        return int(asked)
+        return self._most(self.received)[0]
+
+    @contextmanager
+    def heard(self, trainer: L.Trainer) -> Iterator[None]:
+        """Ranks do different things within, some of them nothing, and a signal to any ends all.
+
+        All ranks enter; who leaves waits for the others. Within there must be no collective
+        operation, and nothing that one rank waits for another with.
+
+        Raises:
+            Stopped: on all ranks, out of a forward pass of any network, or on leaving.
+        """
+        asked = time.monotonic()
+
+        def ask(*_: Any) -> None:
+            nonlocal asked
+            if time.monotonic() - asked >= PAUSE:
+                stop(self._most(self.received, busy=1)[0], trainer)
+                asked = time.monotonic()
+
+        hook = register_module_forward_pre_hook(ask)
+        try:
+            yield
+        finally:
+            hook.remove()
+        busy = 1
+        while busy:
+            code, busy = self._most(self.received, busy=0)
+            stop(code, trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What came while data and model were built is obeyed before the first step."""
@@ -102,6 +134,17 @@ class Signals(L.Callback):
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._catch_up(trainer)
+
+    def _most(self, code: int, busy: int = 0) -> tuple[int, int]:
+        """The largest of all ranks, of each."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return code, busy
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")  # does not wait for a GPU
+        both = torch.tensor([code, busy])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self._group)
+        code, busy = both.tolist()
+        return code, busy
 
     def _begin(self, batches: Any) -> None:
         """Ranks may have one batch more or less; all of them ask as often as the busiest."""
@@ -141,15 +184,11 @@ def _alone() -> bool:
     return int(ranks) == 1 and not (dist.is_available() and dist.is_initialized())
 
 
-def obey(trainer: L.Trainer) -> None:
-    """Stops where a signal asks for it, between parts of what takes long; as often on each rank.
-
-    Raises:
-        Stopped: on all ranks.
-    """
-    for each in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(each, Signals):
-            stop(each.agreed(), trainer)
+def heard(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """`Signals.heard`, of this trainer; nothing where it has none."""
+    known = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    found = [each for each in known if isinstance(each, Signals)]
+    return found[0].heard(trainer) if found else nullcontext()
 
 
 def stop(exit_code: int, trainer: L.Trainer) -> None:

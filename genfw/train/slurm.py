@@ -5,7 +5,10 @@ restart count. So a run folder is named after job and command: the requeued run 
 on. To be put back, and warned in time:
 
     #SBATCH --requeue --signal=SIGUSR1@90
-    srun python -m genfw ... || [ $? -ne 143 ] || scontrol requeue $SLURM_JOB_ID
+    srun --kill-on-bad-exit=1 python -m genfw ... || [ $? -ne 143 ] ||
+        scontrol requeue $SLURM_JOB_ID
+
+torchrun, too, runs a command again whose ranks have failed (`--max-restarts`).
 """
 
 from __future__ import annotations
@@ -70,8 +73,7 @@ def together(name: str) -> str:
         host = mine and os.environ["RANK"] == "0"
         store = TCPStore(*where, is_master=host, wait_for_workers=False, multi_tenant=True)
         _stores.append(store)  # there until the last rank has asked, and torch.distributed joins it
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.compare_set(f"genfw/name/{attempt}", "", name).decode()
+        return store.compare_set("genfw/name", "", name).decode()
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
         return os.environ.get(NAME, name)
     os.environ[NAME] = name
@@ -79,5 +81,6 @@ def together(name: str) -> str:
 
 
 def restarted() -> bool:
-    """Whether SLURM runs this job again."""
-    return job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    """Whether SLURM, or torchrun, runs this job again."""
+    requeued = job() is not None and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+    return requeued or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0

@@ -23,7 +23,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError, GenfwError, one_line
+from genfw.train.files import write_json
 from genfw.train.jobs import (
     Fresh,
     Interrupted,
@@ -34,7 +35,6 @@ from genfw.train.jobs import (
     quoted,
     records,
     typed_line,
-    write_json,
 )
 
 KEPT = (
@@ -55,7 +55,7 @@ class Local(Launcher):
     Hydra's own local launcher runs one after the other, in its own process.
 
     Args:
-        n_jobs: so many side by side; the cores are divided among them.
+        n_jobs: so many side by side; the cores and the GPUs are divided among them.
     """
 
     def __init__(self, n_jobs: int = 1):
@@ -101,16 +101,20 @@ class Local(Launcher):
             print(f"{len(jobs) - len(waiting)} of {len(jobs)} jobs are finished already")
         running: dict[subprocess.Popen[bytes], Job] = {}
         started: dict[int, float] = {}
+        free = list(range(self.n_jobs))
+        places: dict[int, int] = {}
         with passed_on(running.keys()) as signals:
             while running or (waiting and not signals):
                 while waiting and len(running) < self.n_jobs and not signals:
                     job = waiting.popleft()
                     print(f"job {job.number} starts: {self.task.name(job)}", flush=True)
                     started[job.number] = time.monotonic()
-                    running[self.task.start(job, self.n_jobs)] = job
+                    places[job.number] = place = free.pop(0)
+                    running[self.task.start(job, self.n_jobs, place)] = job
                 time.sleep(0.05)
                 for process in [each for each in running if each.poll() is not None]:
                     job = running.pop(process)
+                    free.append(places[job.number])
                     job.record(process.returncode)
                     seconds = time.monotonic() - started[job.number]
                     how = "failed" if process.returncode else "finished"
@@ -215,8 +219,9 @@ def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: P
         The exit code: 0, 1 where a job failed, 130 after Ctrl-C, 143 after another signal.
 
     Raises:
-        GenfwError: jobs of it are running.
+        GenfwError: jobs of it are running, the folder cannot be written, or Hydra's sweeper failed.
     """
+    _writable(sweep / "jobs")
     if running := living(sweep):
         raise GenfwError(
             f"sweep={sweep}: jobs {', '.join(map(str, running))} still run (processes "
@@ -235,12 +240,31 @@ def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: P
         raise
     except GenfwError:
         code = 1  # the table says which, and why
+    except Exception as error:
+        chosen = [each for each in overrides if each.startswith(("hydra/", "hydra."))]
+        raise GenfwError(
+            f"Hydra's sweeper or launcher ({', '.join(chosen) or 'of its own'}) failed: "
+            f"{one_line(error)}; HYDRA_FULL_ERROR=1 shows where"
+        ) from error
     finally:
         finished = close(sweep)
     if code or not finished:
         again = [f"sweep={sweep}", *(each for each in overrides if _again(each))]
         print(f"to go on: {typed_line(task.flags, again)}", file=sys.stderr)
     return code or int(not finished)
+
+
+def _writable(folder: Path) -> None:
+    probe = folder / "probe.tmp"
+    try:
+        folder.mkdir(exist_ok=True)
+        probe.write_text("genfw")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{folder.parent}: cannot write to this folder: {error.strerror}; a sweep keeps its "
+            "records there"
+        ) from error
 
 
 def close(sweep: Path) -> bool:
@@ -251,7 +275,10 @@ def close(sweep: Path) -> bool:
     if not found:
         return False
     planned = json.loads((sweep / "sweep.json").read_text())["jobs"]
-    write(sweep, found)
+    try:
+        write(sweep, found)
+    except OSError as error:
+        print(f"{sweep}: the tables cannot be written: {error.strerror}", file=sys.stderr)
     show(sweep, found, planned)
     done = sum(each["exit"] == 0 for each in found)
     return done == (planned or len(found))

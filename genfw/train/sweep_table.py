@@ -12,6 +12,7 @@ jobs.csv                           a row per job: status, overrides and everythi
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from genfw.train.files import replace_text
 
 Record = Mapping[str, Any]
 
@@ -105,21 +108,26 @@ def status(record: Record) -> str:
 
 
 def write(sweep: Path, records: Sequence[Record]) -> None:
-    """All four files."""
+    """All four files, each whole or as it was before.
+
+    Raises:
+        OSError: one of them could not be written.
+    """
     made, shown = groups(records), metrics(records)
-    with (sweep / "table.csv").open("w", newline="") as file:
-        rows = csv.writer(file)
-        pairs = [each for metric in shown for each in (metric, f"{metric}_stderr")]
-        rows.writerow([*(made[0].choices if made else ()), "jobs", "finished", *pairs])
-        for group in made:
-            numbers = [n for m in shown for n in (group.mean(m), group.stderr(m))]
-            rows.writerow([*group.choices.values(), group.jobs, group.finished, *numbers])
-    _write_jobs(sweep / "jobs.csv", records)
+    table = io.StringIO()
+    rows = csv.writer(table)
+    pairs = [each for metric in shown for each in (metric, f"{metric}_stderr")]
+    rows.writerow([*(made[0].choices if made else ()), "jobs", "finished", *pairs])
+    for group in made:
+        numbers = [n for m in shown for n in (group.mean(m), group.stderr(m))]
+        rows.writerow([*group.choices.values(), group.jobs, group.finished, *numbers])
+    replace_text(sweep / "table.csv", table.getvalue())
+    replace_text(sweep / "jobs.csv", _jobs(records))
     heads, body = _cells(made, shown)
     lines = [heads, ["---"] * len(heads), *body]
     bad = [f"- job {each['number']}: {status(each)}" for each in records if each["exit"] != 0]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    (sweep / "table.md").write_text("\n".join([text, *([""] if bad else []), *bad]) + "\n")
+    replace_text(sweep / "table.md", "\n".join([text, *([""] if bad else []), *bad]) + "\n")
     if shown and any(group.finished for group in made):
         plot(sweep / "table.png", [group for group in made if group.finished], shown[0])
 
@@ -139,7 +147,9 @@ def plot(file: Path, made: Sequence[Group], metric: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric}: mean, standard error over seeds")
     axes.grid(axis="x", color="0.9")
-    figure.savefig(file, dpi=120)
+    beside = file.with_name(f"{file.name}.tmp")
+    figure.savefig(beside, dpi=120, format="png")
+    beside.replace(file)
 
 
 def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
@@ -180,18 +190,18 @@ def _cells(made: Sequence[Group], shown: Sequence[str]) -> tuple[list[str], list
     return heads, body
 
 
-def _write_jobs(file: Path, records: Sequence[Record]) -> None:
+def _jobs(records: Sequence[Record]) -> str:
     choices = [_choices(each) for each in records]
     keys = dict.fromkeys(key for each in choices for key in each)
     known = dict.fromkeys(key for each in records for key in each["results"])
-    with file.open("w", newline="") as opened:
-        rows = csv.DictWriter(
-            opened, ["number", "status", *keys, *(k for k in known if k not in keys)]
-        )
-        rows.writeheader()
-        for each, own in zip(records, choices, strict=True):
-            said = {"number": each["number"], "status": status(each)}
-            rows.writerow({**each["results"], **own, **said})
+    heads = ["number", "status", *keys, *(k for k in known if k not in keys)]
+    table = io.StringIO()
+    rows = csv.DictWriter(table, heads)
+    rows.writeheader()
+    for each, own in zip(records, choices, strict=True):
+        said = {"number": each["number"], "status": status(each)}
+        rows.writerow({**each["results"], **own, **said})
+    return table.getvalue()
 
 
 def _choices(record: Record) -> dict[str, str]:

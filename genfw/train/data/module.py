@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -173,6 +174,7 @@ class ImageData(L.LightningDataModule):
             collate_fn=_identity,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_apart if self.num_workers else None,
         )
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -203,6 +205,12 @@ class _Images(Dataset[Batch]):
         for augmentation in self.augmentations:
             batch = batch._replace(image=augmentation(batch.image, batch.index, chunk.epoch))
         return batch
+
+
+def _apart(worker: int) -> None:
+    """A signal to the process group of a run is not for those that make its batches: a step could
+    not be finished without them. They end with the run."""
+    os.setpgid(0, 0)
 
 
 def _identity(batch: Any) -> Any:

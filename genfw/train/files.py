@@ -1,0 +1,32 @@
+"""Small files that are whole or as they were before, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_json(file: Path, value: Any) -> None:
+    """As JSON, whole or not at all."""
+    replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file beside its place, to the disk, and moves it there in one motion.
+
+    Raises:
+        OSError: it could not be written; what was there before still is.
+    """
+    beside = file.with_name(f"{file.name}.tmp")
+    try:
+        with beside.open("w") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        beside.replace(file)
+    finally:
+        with suppress(OSError):
+            beside.unlink()
