@@ -225,14 +225,17 @@ def test_the_variance_on_the_way_down_does_not_grow_with_depth():
     assert power(64) < 2 * power(1)
 
 
-@pytest.mark.parametrize("depth", [1, 4])
-def test_what_a_block_adds_begins_at_one_over_the_root_of_their_number(depth):
+@pytest.mark.parametrize(("down", "up"), [(1, 2), (4, 3)])
+def test_what_a_block_adds_begins_at_one_over_the_root_of_their_number(down, up):
     """The last convolution and the projection of z: uniform within 1/sqrt(inputs), before."""
-    for block in Ladder((1, 8, 8), 1, latents=16, blocks=(depth,)).down:
-        for layer in (block.residual.layers[-1], block.project):
-            inputs = layer.weight[0].numel()
-            for each in (layer.weight, layer.bias):
-                assert 0.8 < each.abs().max() * (depth * inputs) ** 0.5 <= 1.0001
+    ladder = Ladder((1, 8, 8), 1, latents=16, blocks=(0, down), encoder_blocks=up)
+    layers = [(down, each) for b in ladder.down for each in (b.residual.layers[-1], b.project)]
+    layers += [(2 * up, block.layers[-1]) for way in ladder.up for block in list(way)[1:]]
+    assert len(layers) == 2 * down + 2 * up
+    for depth, layer in layers:
+        inputs = layer.weight[0].numel()
+        for each in (layer.weight, layer.bias):
+            assert 0.8 < each.abs().max() * (depth * inputs) ** 0.5 <= 1.0001
 
 
 @torch.no_grad()

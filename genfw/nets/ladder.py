@@ -7,10 +7,10 @@ r"""The network of a top-down hierarchy: a deterministic way up, a shared way do
                h <- h + step + project(z);  h <- residual(h)
 
 A z is reached from the data and from the output by additions only (skip connections), so that depth
-costs little to train: the last convolution of every residual block on the way down, and every
-projection of z, start at 1/sqrt(N) of their usual size, N blocks in all, which keeps the variance
-of h at any depth. The last layers of priors and posteriors start at zero: p = N(0, I) at first,
-and q = p.
+costs little to train: the last convolution of every residual block and every projection of z start
+at 1/sqrt(N) of their usual size, N blocks in all on the way up or down, which keeps the variance of
+h at any depth. The last layers of priors and posteriors start at zero: p = N(0, I) at first, and
+q = p.
 
 References:
     Very Deep VAEs Generalize Autoregressive Models and Can Outperform Them on Images, Child, 2020,
@@ -92,6 +92,8 @@ class Ladder(nn.Module):
             )
             for i in range(len(blocks))
         )
+        for block in (each for each in self.up.modules() if isinstance(each, PlainBlock)):
+            begin_at(block.layers[-1], (len(blocks) * encoder_blocks) ** -0.5)
         self.label = None if classes is None else LabelEmbedding(classes, width)
         self.starts = nn.ParameterList(torch.zeros(width, *size) for size in sizes)
         self.counts = tuple(blocks)
@@ -164,13 +166,10 @@ class TopDownBlock(nn.Module):
         self.project = nn.Conv2d(latents, width, 1)
         self.residual = PlainBlock(width, dropout)
         self.sizes = (2 * latents, width)
-        with torch.no_grad():
-            for layer in (self.residual.layers[-1], self.project):
-                for parameter in layer.parameters():
-                    parameter *= depth**-0.5
-            for head in (self.prior, self.posterior):
-                for parameter in head.last.parameters():
-                    parameter.zero_()
+        for layer in (self.residual.layers[-1], self.project):
+            begin_at(layer, depth**-0.5)
+        for head in (self.prior, self.posterior):
+            begin_at(head.last, 0.0)
 
     def forward(
         self,
@@ -196,3 +195,10 @@ class Head(nn.Module):
     def forward(self, h: Features) -> Features:
         h = self.conv(nn.functional.silu(self.norm1(h)))
         return self.last(nn.functional.silu(self.norm2(h)))
+
+
+@torch.no_grad()
+def begin_at(layer: nn.Module, part: float) -> None:
+    """Multiplies its weights and biases by `part`."""
+    for parameter in layer.parameters():
+        parameter *= part
