@@ -104,9 +104,9 @@ def compare(
     Raises:
         GenfwError: one of them does not; a line for each difference.
     """
-    from genfw.estimators.report import differences
+    from genfw.estimators.report import differences, plain
 
-    wrong = differences(claimed, found)
+    wrong = differences(claimed, plain(found))
     if wrong:
         raise GenfwError("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
     file = folder / "results.json"

@@ -207,6 +207,30 @@ def test_the_tolerance_is_kept(double):
         before = found.calls.mean()
 
 
+@pytest.mark.parametrize("how", [{"tolerance": 1e-4}, {"steps": 10}])
+def test_a_tolerance_is_per_dimension_and_an_error_in_nats(how, double):
+    """Of two halves that are alike and independent: twice the nats, twice the error, as many
+    calls."""
+    denoiser, z_0 = GaussianDenoiser(Cosine(7.0, -9.0), 0.3, 0.2), torch.randn(5, 3) / 4
+    one, two = density(denoiser, z_0, **how), density(denoiser, z_0.repeat(1, 2), **how)
+    assert torch.allclose(two.log_prob, 2 * one.log_prob, rtol=1e-9)
+    assert torch.allclose(two.error, 2 * one.error, rtol=1e-6) and (one.error > 1e-9).all()
+    assert torch.equal(two.calls, one.calls)
+
+
+@pytest.mark.parametrize("dims", [3, 4, 5])
+def test_up_to_exact_dims_the_trace_is_exact(dims, double):
+    """And above it is probed: it then depends on the keys."""
+    denoiser = NetworkDenoiser(Net(dims), Eps(), Cosine(5.0, -5.0))
+    vdm, z_0 = VDM(denoiser, GaussianLikelihood(), shape=(dims,)), torch.randn(3, dims)
+    flow = ProbabilityFlow(steps=3, exact_dims=4)
+    one, other = (
+        flow.log_density(vdm, z_0, noise=Noise(seed, torch.arange(3))).log_prob for seed in (0, 1)
+    )
+    assert torch.equal(one, other) is (dims <= 4)
+    assert ProbabilityFlow().exact_dims == 1024
+
+
 def test_an_image_alone_and_beside_others(double):
     """An easy row and hard ones, whose steps differ by far."""
     vdm = network_vdm(Cosine(7.9, -10.0))
@@ -504,7 +528,8 @@ def test_other_models_and_bad_numbers_are_refused(double):
     x = torch.zeros(1, 4).long()
     with pytest.raises(TypeError, match=r"ode follows .* VAE has none: use estimator=bound"):
         ProbabilityFlow()(random_vae(BernoulliLikelihood()), x)
-    for wrong in ({"draws": 0}, {"tolerance": 0.0}, {"steps": 0}, {"probe": "x"}, {"k": 0}):
+    unsolved = ({"tolerance": 0.0}, {"tolerance": math.inf}, {"tolerance": math.nan})
+    for wrong in (*unsolved, {"draws": 0}, {"steps": 0}, {"probe": "x"}, {"k": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             ProbabilityFlow(**wrong)
     with pytest.raises(ValueError, match="one of decoder, uniform, truncated_normal, got 'none'"):
