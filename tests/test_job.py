@@ -18,9 +18,9 @@ from genfw.train import certificate, checkpoint
 from genfw.train.compose import compose, session
 from genfw.train.config import build
 from genfw.train.data import Digits
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import restore, run, table, validation_interval
+from genfw.train.job import assemble, restore, run, table, validation_interval
 from genfw.train.runs import command
 
 SMALL = (
@@ -379,6 +379,16 @@ def test_wrong_commands_say_so(vdm, capsys, arguments, said):
     given = [each.format(vdm[0]) for each in arguments]
     assert command(sample.sample, given) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_what_somebody_elses_parameterization_reads_is_asked_of_it():
+    """Only when it has been built; before a step is taken."""
+    given = ("param._target_=test_laws.Sharp", "+param.bins=17", "trusted=[test_laws.Sharp]")
+    config = composed(*given, "net=mlp", "net.width=8")
+    with pytest.raises(ConfigError, match=r"net.out_channels=1, but test_laws.Sharp reads 17"):
+        assemble(config)
+    config.model.denoiser.network.out_channels = config.net.out_channels = 17
+    assemble(config)
 
 
 def test_restore_says_which_file_does_not_fit(vdm, tmp_path):
