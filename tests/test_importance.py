@@ -19,6 +19,7 @@ from genfw import (
     ImportanceWeighted,
     LogLinear,
     Noise,
+    Normal,
 )
 from genfw.estimators.weights import (
     effective_sample_size,
@@ -83,6 +84,25 @@ def test_no_number_depends_on_chunk_or_batch(chunk, double):
         assert torch.allclose(part.variance, whole.variance[rows], rtol=1e-8)
         for name, value in whole.diagnostics.items():
             assert torch.allclose(part.diagnostics[name], value[rows], rtol=1e-8)
+
+
+class Shifted(LinearGaussianChain):
+    """A chain whose decoders know the label."""
+
+    def decode(self, z, t, y=None):
+        p = super().decode(z, t, y)
+        return p if y is None else Normal(p.mean + 0.3 * y[:, None], p.std)
+
+
+@pytest.mark.parametrize("chunk", [4, 12, 100])
+def test_a_label_goes_with_its_image(chunk, double):
+    chain, x, y = Shifted(2), torch.randn(5, 2), torch.tensor([0, 1, 2, 1, 0])
+    estimator = ImportanceWeighted(6, chunk)
+    whole = estimator(chain, x, y, noise=Noise(0, torch.arange(5))).nats
+    one = [estimator(chain, x[i, None], y[i, None], noise=Noise(0, y[:1] + i)) for i in range(5)]
+    assert torch.allclose(torch.cat([each.nats for each in one]), whole, rtol=1e-12)
+    unlabelled = estimator(chain, x, noise=Noise(0, torch.arange(5))).nats
+    assert torch.equal(whole == unlabelled, y == 0)
 
 
 def test_never_more_than_chunk_pairs_at_once(double):
