@@ -553,8 +553,8 @@ def _schedule_falls(config: DictConfig) -> None:
                 raise ConfigError(f"{at}={number}: expected a finite number")
     pairs = {"genfw.Sigmoid": ("start", "end"), "genfw.Linear": ("beta_min", "beta_max")}
     names = pairs.get(str(_target(config, "schedule")), ())
-    ends = [node.get(name) for name in names]
-    if len(ends) == 2 and None not in ends and ends[0] >= ends[1]:
+    ends = [node[name] for name in names if name in node]
+    if len(ends) == 2 and ends[0] >= ends[1]:
         said = ", ".join(f"schedule.{name}={end}" for name, end in zip(names, ends, strict=True))
         raise ConfigError(f"{said}: the first must be the smaller, or log SNR would not fall")
 
