@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from genfw.check import at_least_one
 from genfw.types import Nats
 
 
@@ -47,9 +48,12 @@ class ELBO:
 def bits_per_dim(nats: Tensor, dims: int) -> Tensor:
     """Nats per example as bits per dimension; `dims` = C * H * W. The one place where this is done.
 
+    Raises:
+        ValueError: dims below 1.
+
     Example:
         >>> import torch
         >>> bits_per_dim(torch.tensor(64 * math.log(2.0)), 64)
         tensor(1.)
     """
-    return nats / (dims * math.log(2.0))
+    return nats / (at_least_one("dims", dims) * math.log(2.0))

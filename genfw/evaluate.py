@@ -162,9 +162,9 @@ def compare(
     Raises:
         Differs: one of them does not; a line for each difference.
     """
-    from genfw.estimators.report import differences
+    from genfw.estimators.report import differences, plain
 
-    wrong = differences(claimed, found)
+    wrong = differences(claimed, plain(found))
     if wrong:
         raise Differs("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
     file = folder / "results.json"

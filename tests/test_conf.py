@@ -243,6 +243,14 @@ def test_ranges_are_of_their_own_node():
     assert [0 in each for each in said] == [False, True]
 
 
+@pytest.mark.parametrize("name", GROUPS["schedule"])
+def test_end_points_follow_the_number_of_values(name):
+    with session():
+        config = compose([f"schedule={name}", "data.raw_bins=100"])
+    for schedule in (config.schedule, config.model.denoiser.schedule):
+        assert schedule.log_snr_max == pytest.approx(2 * math.log(3.02 * 100))
+
+
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
 def test_experiment_composes(experiment):
     """And says what it trains on in its name or its comment."""

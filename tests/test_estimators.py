@@ -105,6 +105,11 @@ def test_bits_per_dim():
     assert bits_per_dim(torch.tensor(8 * math.log(2) * 3072.0), 3072).item() == pytest.approx(8)
 
 
+def test_bits_of_no_dimension_are_none():
+    with pytest.raises(ValueError, match="dims: expected an integer of at least 1, got 0"):
+        bits_per_dim(torch.tensor(1.0), 0)
+
+
 def test_one_set_has_no_variance():
     with pytest.raises(ValueError, match="sets: expected an integer of at least 2"):
         Bound(sets=1)

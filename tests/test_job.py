@@ -16,10 +16,11 @@ from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
 
 from genfw import ImportanceWeighted, evaluate, sample
-from genfw.train import certificate
+from genfw.train import certificate, checkpoint
 from genfw.train.compose import compose, session
 from genfw.train.config import build
-from genfw.train.errors import GenfwError
+from genfw.train.data import Digits
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import assemble, restore, run, table, validation_interval
 from genfw.train.runs import command
@@ -159,7 +160,14 @@ def test_wandb_holds_configuration_and_numbers(vdm):
     assert min(logged) == pytest.approx(results["val/nll"])
     assert {"val/reconstruction", "val/levels", "val/prior"} <= set().union(*history)
     assert any("test/samples/path" in row for row in history)
+    assert any("test/bits/path" in row for row in history)
+    for split in ("train", "val", "test"):
+        series = {key for row in history for key in row if key.startswith(f"{split}/bpd_at_")}
+        assert len(series) == 20, split  # of every interval, and its standard error
     assert summary["test/nll"] == pytest.approx(results["test/nll"])
+    logged, held = summary["certificate"], json.loads((folder / "certificate.json").read_text())
+    assert logged["data"]["sha256"] == held["data"]["sha256"]
+    assert logged["result"]["bpd"] == pytest.approx(held["result"]["bpd"])
     assert list(folder.glob("wandb/offline-run-*/files/media/images/test/samples*.png"))
 
 
@@ -222,6 +230,9 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     assert held["model"]["log_snr"] == pytest.approx([2 * math.log(3.02 * 17), -10.0])
     assert held["data"]["count"] == held["data"]["of"] == 447 and len(held["data"]["sha256"]) == 64
     assert held["origin"]["checkpoint"] == "best.ckpt" and held["origin"]["step"] in (3, 6)
+    assert held["origin"]["versions"] == {
+        key.removeprefix("versions/"): each for key, each in results.items() if "versions/" in key
+    }
     assert command(evaluate.evaluate, [f"run={folder}", "verify=true"]) == 0
     assert "certificate holds" in capsys.readouterr().out
 
@@ -239,6 +250,70 @@ def test_a_certificate_says_how_images_were_binarized():
     assert [each["bins"] for each in said] == [17, 2, 2, 2]
     hashes = [each["sha256"] for each in said]
     assert len(set(hashes)) == 3 and hashes[2] == hashes[3]
+
+
+def altered(entry):
+    """The same certificate with every entry another, and where they stand."""
+    if isinstance(entry, dict):
+        return {key: altered(each) for key, each in entry.items()}
+    if isinstance(entry, list):
+        return [altered(each) for each in entry]
+    if isinstance(entry, str):
+        return entry + "x"
+    return not entry if isinstance(entry, bool) else entry + max(1, abs(entry)) / 1000
+
+
+def entries(tree, path=""):
+    for key, value in tree.items():
+        yield from entries(value, f"{path}{key}.") if isinstance(value, dict) else [path + key]
+
+
+def test_no_entry_of_a_certificate_can_be_changed(vdm, capsys):
+    """But for the circumstances: device, commit, versions."""
+    folder, _ = vdm
+    file = folder / "certificate.json"
+    kept = file.read_text()
+    held = json.loads(kept)
+    try:
+        file.write_text(json.dumps(altered(held)))
+        assert command(evaluate.evaluate, [f"run={folder}", "verify=true"]) == 1
+    finally:
+        file.write_text(kept)
+    said = capsys.readouterr().err.splitlines()
+    named = {line.split(":")[0] for line in said if ": claimed" in line}
+    free = {each for each in entries(held) if {"device", "git", "versions"} & set(each.split("."))}
+    assert len(free) == 8 and named == set(entries(held)) - free
+
+
+def test_other_weights_and_other_data_are_found_by_their_hash(vdm, capsys, monkeypatch):
+    """Though no number moves: one weight by its last bits, in a file whose checksum is right; the
+    label of one image."""
+    folder, _ = vdm
+    file, verify = folder / "checkpoints" / "best.ckpt", [f"run={folder}", "verify=true"]
+    kept = file.read_bytes()
+    held = checkpoint.read(file)
+    name = next(key for key in held["state_dict"] if key.startswith("average."))
+    held["state_dict"][name].view(-1)[0] += 1e-6
+    try:
+        file.unlink()  # others may be links to it
+        checkpoint.write(held, file)
+        assert command(evaluate.evaluate, verify) == 1
+    finally:
+        file.write_bytes(kept)
+    lines = capsys.readouterr().err.splitlines()
+    assert [each.split(":")[0] for each in lines[1:]] == ["model.sha256"]
+
+    read = Digits.read
+
+    def relabelled(self, shape, path=None):
+        splits = read(self, shape, path)
+        splits.test.labels[400] = (splits.test.labels[400] + 1) % 10
+        return splits
+
+    monkeypatch.setattr(Digits, "read", relabelled)
+    assert command(evaluate.evaluate, verify) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [each.split(":")[0] for each in lines[1:]] == ["data.sha256"]
 
 
 @pytest.mark.parametrize(
@@ -345,6 +420,16 @@ def test_wrong_commands_say_so(vdm, capsys, arguments, said):
     given = [each.format(vdm[0]) for each in arguments]
     assert command(sample.sample, given) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_what_somebody_elses_parameterization_reads_is_asked_of_it():
+    """Only when it has been built; before a step is taken."""
+    given = ("param._target_=test_laws.Sharp", "+param.bins=17", "trusted=[test_laws.Sharp]")
+    config = composed(*given, "net=mlp", "net.width=8")
+    with pytest.raises(ConfigError, match=r"net.out_channels=1, but test_laws.Sharp reads 17"):
+        assemble(config)
+    config.model.denoiser.network.out_channels = config.net.out_channels = 17
+    assemble(config)
 
 
 def test_restore_says_which_file_does_not_fit(vdm, tmp_path):

@@ -213,6 +213,10 @@ class Edges(CategoricalLikelihood):
         return 2 * x / (self.bins - 1) - 1.0
 
 
+class Claims(CategoricalLikelihood):
+    takes_pair = True
+
+
 class Stops(genfw.UniformGrid):
     def between(self, u, schedule):
         return super().between(u, schedule).round(decimals=2)
@@ -304,11 +308,21 @@ class Unbounded(genfw.Posterior):
         (Leaky, {"bins": 3}, "masses sum to"),
         (Last, {"bins": 3}, "samples do not follow"),
         (Edges, {"bins": 3}, "not the bin centres"),
+        (Claims, {"bins": 3}, "takes_pair=True, and yet: likelihood categorical reads a network's"),
     ],
 )
 def test_a_broken_class_is_found(cls, arguments, said):
     with pytest.raises(AssertionError, match=said):
         check(cls, **arguments)
+
+
+def test_a_likelihood_need_not_know_the_other_kind_of_head():
+    class Bare(genfw.BinsLikelihood):
+        def forward(self, h):
+            where, width = h  # a ValueError for a network's output
+            return genfw.BinSoftmax(where, width, self.bins)
+
+    check(Bare, bins=3)
 
 
 def broken(make, **methods):
@@ -388,3 +402,17 @@ def test_only_interfaces_with_laws_can_be_checked():
     assert NoiseSchedule in LAWS
     with pytest.raises(TypeError, match="Linear: expected a subclass of one of NoiseSchedule"):
         check(nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "said"),
+    [
+        (genfw.Cosine, {"log_snr_max": 8.0}, "the laws choose log_snr_max; leave it out"),
+        (genfw.Cosine, {"log_snr_min": 8.0}, "the laws choose log_snr_min; leave it out"),
+        (genfw.VAE, {"bins": 3}, r"check\(VAE\): give shape=, the smaller the better"),
+        (vae, {"bins": 3}, "expected a class, got <function vae.*one by one"),
+    ],
+)
+def test_a_check_says_which_arguments_it_takes(cls, arguments, said):
+    with pytest.raises(TypeError, match=said):
+        check(cls, **arguments)

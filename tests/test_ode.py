@@ -207,6 +207,30 @@ def test_the_tolerance_is_kept(double):
         before = found.calls.mean()
 
 
+@pytest.mark.parametrize("how", [{"tolerance": 1e-2}, {"steps": 10}])
+def test_a_tolerance_is_per_dimension_and_an_error_in_nats(how, double):
+    """Of two halves that are alike and independent: twice the nats, twice the error, as many
+    calls."""
+    denoiser, z_0 = GaussianDenoiser(Cosine(7.0, -9.0), 0.3, 0.2), torch.randn(5, 3) / 4
+    one, two = density(denoiser, z_0, **how), density(denoiser, z_0.repeat(1, 2), **how)
+    assert torch.allclose(two.log_prob, 2 * one.log_prob, rtol=1e-9)
+    assert torch.allclose(two.error, 2 * one.error, rtol=1e-6) and (one.error > 1e-9).all()
+    assert torch.equal(two.calls, one.calls)
+
+
+@pytest.mark.parametrize("dims", [3, 4, 5])
+def test_up_to_exact_dims_the_trace_is_exact(dims, double):
+    """And above it is probed: it then depends on the keys."""
+    denoiser = NetworkDenoiser(Net(dims), Eps(), Cosine(5.0, -5.0))
+    vdm, z_0 = VDM(denoiser, GaussianLikelihood(), shape=(dims,)), torch.randn(3, dims)
+    flow = ProbabilityFlow(steps=3, exact_dims=4)
+    one, other = (
+        flow.log_density(vdm, z_0, noise=Noise(seed, torch.arange(3))).log_prob for seed in (0, 1)
+    )
+    assert torch.equal(one, other) is (dims <= 4)
+    assert ProbabilityFlow().exact_dims == 1024
+
+
 def test_an_image_alone_and_beside_others(double):
     """An easy row and hard ones, whose steps differ by far."""
     vdm = network_vdm(Cosine(7.9, -10.0))
@@ -439,6 +463,20 @@ def test_labels_count_and_dropout_does_not(double):
     assert torch.allclose(labelled[y == 0], plain[y == 0]) and (labelled != plain)[y > 0].all()
 
 
+def test_a_label_goes_with_its_image(double):
+    """Through several draws, and when rows that have arrived are left out."""
+    denoiser = NetworkDenoiser(Labelled(4), Parameterization.registry["v"](), Cosine(7.9, -10.0))
+    denoiser.network.layers[0].weight.data *= 3
+    vdm, x = VDM(denoiser, BinsLikelihood(17), shape=(4,)), torch.randint(17, (3, 4))
+    flow, y = ProbabilityFlow(draws=2, tolerance=1e-2), torch.tensor([0, 3, 9])
+    alone = [flow(vdm, x[i, None], y[i, None], noise=Noise(0, torch.tensor([i]))) for i in range(3)]
+    calls = torch.cat([each.diagnostics["ode_calls"] for each in alone])
+    assert calls.unique().numel() > 1
+    for rows in (calls.argsort(), calls.argsort(descending=True)):
+        together = flow(vdm, x[rows], y[rows], noise=Noise(0, rows)).nats
+        assert torch.allclose(together, torch.cat([alone[i].nats for i in rows]), rtol=1e-10)
+
+
 def test_it_runs_in_inference_mode_and_autocast_as_outside():
     vdm, x, y = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (5, 4)), torch.zeros(5).long()
     flow, noise = ProbabilityFlow(draws=1), Noise(0, torch.arange(5))
@@ -454,6 +492,7 @@ def test_a_float32_network_gives_the_number_of_a_float64_one():
     flow = ProbabilityFlow(draws=1)
     single = flow(vdm, x, noise=Noise(0, torch.arange(6)))
     assert single.nats.dtype == torch.float64
+    assert flow.log_density(vdm, torch.randn(2, 4)).log_prob.dtype == torch.float64
     torch.set_default_dtype(torch.float64)
     try:
         double = flow(vdm.double(), x, noise=Noise(0, torch.arange(6)))
@@ -504,7 +543,8 @@ def test_other_models_and_bad_numbers_are_refused(double):
     x = torch.zeros(1, 4).long()
     with pytest.raises(TypeError, match=r"ode follows .* VAE has none: use estimator=bound"):
         ProbabilityFlow()(random_vae(BernoulliLikelihood()), x)
-    for wrong in ({"draws": 0}, {"tolerance": 0.0}, {"steps": 0}, {"probe": "x"}, {"k": 0}):
+    unsolved = ({"tolerance": 0.0}, {"tolerance": math.inf}, {"tolerance": math.nan})
+    for wrong in (*unsolved, {"draws": 0}, {"steps": 0}, {"probe": "x"}, {"k": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             ProbabilityFlow(**wrong)
     with pytest.raises(ValueError, match="one of decoder, uniform, truncated_normal, got 'none'"):

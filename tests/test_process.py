@@ -52,6 +52,15 @@ def test_posterior_is_luo_84_written_out(cls, double):
     assert torch.allclose(q.std**2, v_ts * v_s / v_t * torch.ones(4, 2), rtol=0, atol=1e-12)
 
 
+def test_a_step_backwards_is_refused(double):
+    """Of one example among others, and named: its variance would be the root of a negative."""
+    schedule, x = NoiseSchedule.registry["cosine"](7.0, -7.0), torch.randn(3, 2)
+    s, t = torch.tensor([0.1, 0.6, 0.2]), torch.tensor(0.5)
+    for step in (lambda: transition(x, s, t, schedule), lambda: posterior(x, x, s, t, schedule)):
+        with pytest.raises(ValueError, match=r"expected s <= t, got s=0.6, t=0.5"):
+            step()
+
+
 def test_times_may_differ_between_examples(double):
     schedule = next(iter(NoiseSchedule.registry.values()))(7.0, -7.0)
     x, t = torch.randn(3, 2, 2), torch.tensor([0.1, 0.5, 0.9])

@@ -22,7 +22,7 @@ COMMAND = (
     *("validation_estimator.sets=2", "model.classes=10", "label_dropout=0.5"),
     *("metrics.fid.samples=71", "metrics.fid.chunk=10", "metrics.fid.every=0"),
 )
-MODEL = (*MODELS["vdm"], "times=uniform")
+MODEL = (*(each for each in MODELS["vdm"] if "bits" not in each), "times=uniform")
 """Not with `times=importance`: a second micro-batch there knows what the first one of its step
 cost, which no rank knows of another."""
 
@@ -88,6 +88,13 @@ class Run:
         name = "train/objective"
         return torch.tensor([float(r[name]) for r in rows if r[name]], dtype=torch.float64)
 
+    @property
+    def bits(self):
+        """Of every interval of log SNR and split, with their errors, row by row."""
+        with (self.folder / "metrics.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [(k, float(v)) for row in rows for k, v in row.items() if "bpd_at" in k and v]
+
     def read(self, name):
         return json.loads((self.folder / f"{name}.json").read_text())
 
@@ -143,6 +150,14 @@ def test_the_same_loss_curve_and_weights(both):
         for each in both
     )
     torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_the_same_bits_at_every_noise_level(both):
+    one, two = both[0].bits, both[1].bits
+    assert [key for key, _ in one] == [key for key, _ in two]
+    assert {key.split("/")[0] for key, _ in one} == {"train", "val", "test"}
+    for (key, mine), (_, theirs) in zip(one, two, strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-5, abs=1e-9), key
 
 
 def test_evaluation_sees_every_image_once(both):

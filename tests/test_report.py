@@ -2,13 +2,22 @@
 
 import copy
 import json
+import math
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
 
+import genfw
 from genfw.estimators.report import differences, fingerprint, plain
 from genfw.evaluate import certificate, compare
+from genfw.train.certificate import certify
+from genfw.train.data import ImageData, Source, Split, Splits
 from genfw.train.errors import GenfwError
+from genfw.train.loggers import git_commit
+from genfw.train.module import LatentModule
 
 CLAIM = {
     "result": {"nll": 81.3, "bpd": 1.83, "kind": "upper bound", "terms": {"prior": 0.001}},
@@ -77,6 +86,7 @@ def test_what_was_not_measured_is_null_and_agrees():
         "a": [1.5, None],
         "b": {"c": None, "d": "e"},
     }
+    compare(plain(found), found, {}, Path("nowhere"))
     claimed = changed("result.nll_stderr", 0.1)
     assert differences(claimed, plain(found)) == ["result.nll_stderr: claimed 0.1, found None"]
 
@@ -127,3 +137,96 @@ def test_what_is_no_certificate_is_said_to_be_none(content, tmp_path):
     (tmp_path / "certificate.json").write_text(content)
     with pytest.raises(GenfwError, match=r"certificate\.json: expected a JSON object"):
         certificate(tmp_path)
+
+
+class Known(Source):
+    """Seven images to test on."""
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        images = random.integers(0, tiny.BINS, (7, *tiny.SHAPE)).astype(np.uint8)
+        self.test = Split(images, random.integers(0, 4, 7))
+
+    def read(self, shape, path):
+        return Splits(self.test.part(0, 3), self.test.part(3, 5), self.test)
+
+
+def terms(estimate, bits):
+    """What each term of the bound costs, in bits per dimension."""
+    if estimate.elbo is None:
+        return {}
+    bound = estimate.elbo
+    nats = -bound.reconstruction.mean(), sum(bound.levels).mean(), bound.prior.mean()
+    named = zip(("reconstruction", "levels", "prior"), nats, strict=True)
+    return {name: float(value) / bits for name, value in named}
+
+
+@pytest.mark.parametrize(
+    ("averaged", "steps", "estimator", "draws"),
+    [
+        (False, None, genfw.Bound(sets=2, strata=3), 6),
+        (True, 5, genfw.Bound(sets=3, strata=2), 6),
+        (True, 5, genfw.ProbabilityFlow(draws=2, steps=2), 2),
+        (False, 5, genfw.ImportanceWeighted(k=4), 4),
+    ],
+)
+def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp_path):
+    """Found anew, in the words of the certificate: value and error in both units, the terms' share
+    of the bits, whose weights, of which data, at which ends, in what arithmetic, by which draws."""
+    data = ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
+    trained, model = tiny.vdm().at(steps), tiny.vdm().at(steps)
+    module = LatentModule(trained, genfw.Elbo(), torch.optim.SGD, estimator=estimator, seed=3)
+    if averaged:
+        next(model.parameters()).data += 1.0
+        module.average = model
+        assert fingerprint(model) != fingerprint(trained)
+    torch.save({"global_step": 12}, tmp_path / "best.ckpt")
+    (tested,) = tiny.trainer(tmp_path).test(module, data, verbose=False)
+    held = certify(module, data, tested, tmp_path / "best.ckpt", {"versions/torch": "9.9"})
+
+    x, keys = torch.from_numpy(data.split("test").images), genfw.noise.mix(3, "test")
+    found, bits = estimator(model, x, noise=genfw.Noise(keys, torch.arange(7))), 4 * math.log(2)
+    nll, error = float(found.nats.mean()), float(found.variance.sum().sqrt() / 7)
+    result = held.pop("result")
+    assert result.pop("terms") == pytest.approx(terms(found, bits), rel=1e-5)
+    diagnosed = {name: float(value.mean()) for name, value in found.diagnostics.items()}
+    assert result.pop("diagnostics") == pytest.approx(diagnosed, rel=1e-4)
+    assert result.pop("kind") == estimator.kind
+    numbers = {"nll": nll, "nll_stderr": error, "bpd": nll / bits, "bpd_stderr": error / bits}
+    assert result == pytest.approx(numbers, rel=1e-5)
+    assert held == {
+        "estimator": {
+            "name": estimator.name,
+            "arguments": estimator.extra_repr(),
+            "draws": draws,
+            "seed": 3,
+            "dtype": "float32",
+            "tf32": False,
+            "device": "cpu",
+        },
+        "model": {
+            "name": "VDM",
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "weights": "exponential moving average" if averaged else "raw",
+            "sha256": fingerprint(model),
+            "decoder": "BinsLikelihood(bins=3)",
+            "log_snr": [4.0, -6.0],
+            "steps": "continuous time" if steps is None or estimator.name == "ode" else 5,
+        },
+        "data": {
+            "name": "known",
+            "split": "test",
+            "count": 7,
+            "of": 7,
+            "sha256": data.source.test.hash,
+            "shape": [1, 2, 2],
+            "bins": 3,
+            "transform": "none",
+        },
+        "origin": {
+            "checkpoint": "best.ckpt",
+            "step": 12,
+            "git": git_commit(),
+            "versions": {"torch": "9.9"},
+        },
+    }

@@ -115,6 +115,19 @@ def test_a_new_schedule_states_its_curve_and_inherits_the_rest():
         Square(12.0, -9.0)
 
 
+def test_a_new_schedule_that_sets_its_numbers_too_late_is_told():
+    class Power(NoiseSchedule):
+        def __init__(self, log_snr_max, log_snr_min, power=2.0):
+            super().__init__(log_snr_max, log_snr_min)
+            self.power = power
+
+        def log_snr(self, t):
+            return 10 - 30 * t**self.power
+
+    with pytest.raises(TypeError, match=r"no attribute 'power': set it before super\(\).__init__"):
+        Power(8.0, -9.0)
+
+
 @ALL
 def test_bad_ends_are_refused(cls):
     with pytest.raises(ValueError, match="must be finite"):
@@ -125,7 +138,10 @@ def test_bad_ends_are_refused(cls):
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("cosine", "shift"), ("linear", "beta_max"), ("edm", "p_mean"), ("laplace", "mean")],
+    [
+        *(("cosine", "shift"), ("linear", "beta_max"), ("edm", "p_mean"), ("laplace", "mean")),
+        *(("sigmoid", "start"), ("sigmoid", "end"), ("sigmoid", "tau")),
+    ],
 )
 def test_an_argument_that_is_no_number_is_named(name, argument):
     with pytest.raises(ValueError, match=f"{argument}: expected a finite number, got inf"):

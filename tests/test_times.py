@@ -13,11 +13,13 @@ from genfw import (
     GaussianLikelihood,
     ImportanceTime,
     Linear,
+    LogLinear,
     Noise,
     TimeSampler,
     UniformLogSNR,
     UniformTime,
 )
+from genfw.diffusion.denoising import Denoising
 
 ALL = pytest.mark.parametrize("cls", TimeSampler.registry.values())
 
@@ -131,6 +133,22 @@ def test_importance_is_uniform_until_it_has_seen_every_level():
     times.count[3] = 1.0  # all seen, nothing lost there
     expected = 0.9 * torch.tensor([1, 10, 1, 0]).double() / 12 + 0.025
     assert torch.allclose(times.density(), expected)
+
+
+def test_importance_adds_what_a_level_cost_to_what_it_remembers(double):
+    """Counts and squares of 1/2 ||eps - eps_hat||^2, from the data side; both fade by `decay`, or
+    what was costly once would stay so."""
+    times, one = ImportanceTime(bins=4, decay=0.75), torch.ones(5)
+    draws = [
+        ([3.0, 1.5, -0.5, -3.9, -4.0], [2.0, 4.0, 6.0, 8.0, 10.0]),
+        ([4.0, 3.9, 0.5, 4.5, -5.0], [1.0, 1.0, 3.0, 2.0, 4.0]),  # the ends may have moved
+    ]
+    counts, totals = ([1, 1, 1, 2], [3, 1, 0, 1]), ([1, 4, 9, 16 + 25], [1.5, 2.25, 0, 4])
+    for log_snr, error in draws:
+        seen = Denoising(one, torch.tensor(log_snr), torch.tensor(error), one, one)
+        times.observe(seen, LogLinear(4.0, -4.0))
+    for kept, (first, second) in ((times.count, counts), (times.total, totals)):
+        assert torch.allclose(kept, 0.75 * torch.tensor(first) + torch.tensor(second))
 
 
 def test_importance_learns_in_training_only_and_is_in_the_checkpoint(double):

@@ -8,6 +8,7 @@ from oracles import FiniteDenoiser, GaussianDenoiser, LinearDenoiser, gaussian_l
 import genfw
 from genfw import (
     VDM,
+    AntitheticTime,
     BinsLikelihood,
     Bound,
     Cosine,
@@ -19,6 +20,8 @@ from genfw import (
     Noise,
     NoiseSchedule,
     Parameterization,
+    Unguided,
+    UniformLogSNR,
 )
 from genfw.nets import MLP
 
@@ -191,6 +194,18 @@ def test_probabilities_of_all_binary_images_sum_to_at_most_one(steps, double):
         p = (-estimate.nats).exp()
         assert p.sum() <= 1 + 4 * (p**2 * estimate.variance).sum().sqrt()
         assert p.sum() > (0.9 if steps is None else 0.5)
+
+
+def test_the_same_model_is_read_in_steps_in_continuous_time_and_for_evaluation():
+    """All but the steps, the sampler that goes with them and the times is the same."""
+    guide, times = lambda denoiser: Unguided(denoiser), AntitheticTime()
+    vdm = network_vdm(Cosine(7.9, -10.0), times=times, classes=3, guidance=guide)
+    for read, steps in ((vdm.at(5), 5), (vdm.at(5).at(), None), (vdm.for_evaluation(), None)):
+        assert read.steps == steps and vdm.at(5).for_evaluation().steps == 5
+        for name in ("denoiser", "likelihood", "shape", "classes", "guidance"):
+            assert getattr(read, name) is getattr(vdm, name), name
+    assert vdm.at(5).times is times and vdm.at().sampler is vdm.sampler
+    assert isinstance(vdm.for_evaluation().times, UniformLogSNR)
 
 
 def test_sampling_at_t_steps_is_the_hierarchys_own(double):

@@ -7,11 +7,13 @@ r"""The forward process in closed form.
     transition   q(z_t | z_s)      Luo (31), in its variance-preserving form
     posterior    q(z_s | z_t, x)   Luo (84)
 
-Times are scalars or one per example, (b,).
+Times are scalars or one per example, (b,). Of s > t there is no step, and ValueError says so (on
+the CPU: elsewhere looking would stall).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from genfw.distributions import Normal
@@ -53,5 +55,14 @@ def posterior(z_t: Data, x: Data, s: Time, t: Time, schedule: NoiseSchedule) -> 
 
 def lost_snr(s: Time, t: Time, schedule: NoiseSchedule) -> Tensor:
     r"""c, the share of the signal-to-noise ratio lost from s to t, in (0, 1); accurate for short
-    steps."""
+    steps.
+
+    Raises:
+        ValueError: s > t somewhere.
+    """
+    if s.device.type == t.device.type == "cpu" and bool((s > t).any()):
+        first, second = (each[s > t][0] for each in torch.broadcast_tensors(s, t))
+        raise ValueError(
+            f"expected s <= t, got s={first:g}, t={second:g}: noise is added from s to t"
+        )
     return -(schedule.log_snr(t) - schedule.log_snr(s)).expm1()

@@ -79,8 +79,8 @@ class ProbabilityFlow(Estimator, name="ode"):
     error / sigma, cannot do 1e-7.
 
     Raises:
-        ValueError: a number below 1, an unknown name, k > 1 without an exact trace, bins asked of
-            a density.
+        ValueError: a number out of range, an unknown name, k > 1 without an exact trace, bins asked
+            of a density.
         TypeError: the model is no VDM.
     """
 
@@ -101,8 +101,8 @@ class ProbabilityFlow(Estimator, name="ode"):
         super().__init__()
         self.draws, self.k = at_least_one("draws", draws), at_least_one("k", k)
         self.dequantization = _one_of("dequantization", dequantization, DEQUANTIZATIONS)
-        if not tolerance > 0:
-            raise ValueError(f"tolerance: expected a positive number, got {tolerance}")
+        if not 0 < tolerance < math.inf:
+            raise ValueError(f"tolerance: expected a finite positive number, got {tolerance}")
         self.tolerance = tolerance
         self.steps = None if steps is None else at_least_one("steps", steps)
         solved = "to a tolerance" if steps is None else f"in {steps} fixed steps"

@@ -142,9 +142,10 @@ class Sigmoid(NoiseSchedule, name="sigmoid"):
         end: float = 3.0,
         tau: float = 1.0,
     ):
+        self.start, self.end = finite("start", start), finite("end", end)
+        self.tau = finite("tau", tau)
         if not (start < end and tau > 0):
             raise ValueError(f"expected start < end and tau > 0, got {start}, {end} and {tau}")
-        self.start, self.end, self.tau = start, end, tau
         self._width = (end - start) / (2 * tau)
         self._offset = _log_cosh(start / tau / 2) - _log_cosh(end / tau / 2)
         super().__init__(log_snr_max, log_snr_min)

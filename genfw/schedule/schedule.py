@@ -34,10 +34,12 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     Raises:
         ValueError: end points not finite or not falling, or outside the reach of the stated curve.
+        TypeError: the curve reads what is not there yet.
 
     A subclass states `log_snr` before end points are fixed (on u > 0), and may state
     `curve_slope(u)` (minus its derivative) and `curve_inverse(log_snr)` in closed form; without
-    them autograd and bisection serve.
+    them autograd and bisection serve. Numbers of its own it sets before `super().__init__`, which
+    looks for the end points on the curve.
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float):
@@ -52,7 +54,13 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
                 f"log_snr_max must exceed log_snr_min, got {log_snr_max}..{log_snr_min}"
             )
         self._ends = float(log_snr_max), float(log_snr_min)
-        self._start, self._stop = self._piece()
+        try:
+            self._start, self._stop = self._piece()
+        except AttributeError as error:
+            raise TypeError(
+                f"{error}: set it before super().__init__(log_snr_max, log_snr_min), which looks "
+                "for the end points on the curve"
+            ) from error
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -43,15 +43,38 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
 }
 
 
-def check(cls: type, **arguments: Any) -> None:
+CHOSEN = {NoiseSchedule: ("log_snr_max", "log_snr_min")}
+"""What the laws give a class by themselves."""
+
+NEEDED = {LatentModel: ("shape", "bins")}
+"""What they must be told."""
+
+
+def check(cls: Callable[..., Any], **arguments: Any) -> None:
     """Puts a class through all laws of its interface.
+
+    Args:
+        cls: a class; what a function builds goes through the laws one by one, `law(make, ...)`.
+        arguments: for the constructor, but for what the laws choose: the end points of a schedule.
 
     Raises:
         AssertionError: the first law that does not hold.
-        TypeError: a class of no interface that has laws here.
+        TypeError: no class, or one of no interface that has laws here; an argument too many or too
+            few.
     """
+    if not isinstance(cls, type):
+        raise TypeError(
+            f"check: expected a class, got {cls!r}: put what a function builds through the laws "
+            "one by one, `for law in MODEL_LAWS: law(make, shape=(1, 2, 2), bins=3)`"
+        )
     for interface, laws in LAWS.items():
         if issubclass(cls, interface):
+            for name in CHOSEN.get(interface, ()):
+                if name in arguments:
+                    raise TypeError(f"check({cls.__name__}): the laws choose {name}; leave it out")
+            for name in NEEDED.get(interface, ()):
+                if name not in arguments:
+                    raise TypeError(f"check({cls.__name__}): give {name}=, the smaller the better")
             for law in laws:
                 law(cls, **arguments)
             return

@@ -81,10 +81,10 @@ def _asked(
     for head in heads:
         try:
             likelihood(head)
-        except TypeError:  # takes the other kind of head
-            assert not (likelihood.takes_pair and isinstance(head, tuple)), (
-                "takes_pair, but does not"
-            )
+        except Exception as error:
+            if isinstance(head, tuple) == likelihood.takes_pair:  # the kind that it takes
+                said = f"takes_pair={likelihood.takes_pair}, and yet: {error}"
+                raise AssertionError(said) from error
             continue
         taken += 1
         yield _repeat(head, bins), x

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import genfw
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.resolvers import out_channels, outputs
+from genfw.train.resolvers import binarized_bins, out_channels, outputs
 from genfw.train.schema import (
     RESERVED,
     Argument,
@@ -452,6 +452,19 @@ def _complains(error: Exception) -> bool:
 # ---- combinations that cannot be right -----------------------------------------------------------
 
 
+def _bins_are_the_datas(config: DictConfig) -> None:
+    if _target(config, "data") != "genfw.train.data.ImageData":
+        return
+    bins, raw, binarize = (config.data.get(key) for key in ("bins", "raw_bins", "binarize"))
+    if isinstance(raw, int) and isinstance(binarize, str):
+        known = binarized_bins(binarize, raw)
+        if bins != known:
+            raise ConfigError(
+                f"data.bins={bins}, but with data.raw_bins={raw} and data.binarize={binarize} the "
+                f"data have {known} values: leave data.bins alone"
+            )
+
+
 def _bins_agree(config: DictConfig) -> None:
     bins = OmegaConf.select(config, "data.bins")
     for place in ("likelihood", "param"):
@@ -536,6 +549,20 @@ def _signal_at_the_end(config: DictConfig) -> None:
             "cannot say what x is, x_hat = (z - sigma eps) / alpha; use param=v or x0, or "
             "log_snr_min=-10"
         )
+
+
+def _schedule_falls(config: DictConfig) -> None:
+    node = config.get("schedule") or {}
+    for key, value in node.items():
+        for at, number in _numbers(f"schedule.{key}", value):
+            if not math.isfinite(number):
+                raise ConfigError(f"{at}={number}: expected a finite number")
+    pairs = {"genfw.Sigmoid": ("start", "end"), "genfw.Linear": ("beta_min", "beta_max")}
+    names = pairs.get(str(_target(config, "schedule")), ())
+    ends = [node[name] for name in names if name in node]
+    if len(ends) == 2 and ends[0] >= ends[1]:
+        said = ", ".join(f"schedule.{name}={end}" for name, end in zip(names, ends, strict=True))
+        raise ConfigError(f"{said}: the first must be the smaller, or log SNR would not fall")
 
 
 def _shapes_are_the_datas(config: DictConfig) -> None:
@@ -921,12 +948,14 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _labels_agree,
     _guidance_reads_model,
     _weights_are_float32,
+    _bins_are_the_datas,
     _bins_agree,
     _bernoulli_is_binary,
     _data_are_integers,
     _likelihood_reads_model,
     _decoder_is_the_networks,
     _signal_at_the_end,
+    _schedule_falls,
     _shapes_are_the_datas,
     _networks_fit_their_place,
     _latents_are_levels,

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import nn
 
 import genfw
-from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.denoiser import Denoiser, NetworkDenoiser
 from genfw.diffusion.denoising import Denoises
 from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
@@ -193,11 +193,17 @@ def fit(
 
 
 def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
-    """The module and its data."""
+    """The module and its data.
+
+    Raises:
+        ConfigError: a value that a constructor refuses, or a network that gives too little.
+    """
     data = build(config.data)
     torch.manual_seed(config.seed)
+    model = build(config.model, **guides(config))
+    read_alike(model, config)
     module = LatentModule(
-        build(config.model, **guides(config)),
+        model,
         build(config.objective),
         optimizer=build(config.optimizer),
         scheduler=build(config.scheduler),
@@ -207,6 +213,23 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
         label_dropout=config.get("label_dropout", 0.0),
     )
     return module, data
+
+
+def read_alike(model: LatentModel, config: DictConfig) -> None:
+    """Asks a parameterization, which may be somebody else's, how many channels it reads.
+
+    Raises:
+        ConfigError: the network gives another number.
+    """
+    given = OmegaConf.select(config, "net.out_channels")
+    if isinstance(model, VDM) and isinstance(model.denoiser, NetworkDenoiser) and given:
+        param = model.denoiser.parameterization
+        wanted = param.channels(config.data.shape[0], config.data.bins)
+        if given != wanted:
+            raise ConfigError(
+                f"net.out_channels={given}, but {config.param._target_} reads {wanted}: set "
+                f"net.out_channels={wanted}"
+            )
 
 
 def guides(config: DictConfig) -> dict[str, Guide]:
