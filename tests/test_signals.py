@@ -110,7 +110,7 @@ class Measured:
         heard = Signals()
         heard.received = received
         trainer = Mock(spec=L.Trainer, global_rank=0, world_size=2, callbacks=[heard])
-        trainer.global_step, trainer.default_root_dir = 5, "here"
+        trainer.global_step, trainer.default_root_dir, trainer.testing = 5, "here", False
         trainer.strategy.reduce_boolean_decision = lambda mine, all: mine and others
         frechet = callbacks.Frechet("auto", (1, 8, 8), 17, chunk=2)
         frechet.distance, frechet.referred = self.distance, True
