@@ -149,7 +149,7 @@ def origin(folder: Path, config: DictConfig, model: VDM, checkpoint: str) -> str
     weights = fingerprint(model)
     return (
         f"{folder.name}: `python -m genfw {' '.join(map(str, given))}`; {name}({sizes}), "
-        f"{parameters / 1e6:.2f} M parameters; {checkpoint}.ckpt, sha256 of the weights "
+        f"{parameters:,} parameters; {checkpoint}.ckpt, sha256 of the weights "
         f"{weights[:16]}; {_nll(folder, weights)}"
     )
 

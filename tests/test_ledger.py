@@ -16,6 +16,9 @@ from genfw.train.features import DigitsFeatures
 from genfw.train.frechet import FrechetDistance
 
 
+DISTANCE = FrechetDistance(DigitsFeatures(), tiny.BINS)
+
+
 @pytest.fixture
 def ledger(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
@@ -57,13 +60,12 @@ def setting(of, guidance=None, sampler=None, seed=0, samples=4, bins=3, pixel=0,
     model.guidance = free() if guidance is None else guidance
     model.sampler = genfw.DDIM(steps=2) if sampler is None else sampler
     images = np.full((2, *tiny.SHAPE), pixel, dtype=np.uint8)
-    distance = FrechetDistance(DigitsFeatures(), tiny.BINS)
-    return of.setting(model, distance, Split(images, np.zeros(2, int)), seed, samples)
+    return of.setting(model, DISTANCE, Split(images, np.zeros(2, int)), seed, samples)
 
 
 OTHERS = {
-    "interval": {"guidance": free(interval=[-3, 3])},
-    "another interval": {"guidance": free(interval=[-3, 3.0000001])},
+    "interval": {"guidance": free(interval=[-3.0, 3.0])},
+    "another interval": {"guidance": free(interval=[-3.0, 3.0000001])},
     "rescale": {"guidance": free(rescale=0.7)},
     "scale": {"guidance": free(scale=2.0)},
     "unguided": {"guidance": genfw.Unguided},
@@ -77,7 +79,7 @@ OTHERS = {
     "another eta": {"sampler": genfw.DDIM(steps=2, eta=0.3000001)},
     "sampler": {"sampler": genfw.Heun(steps=2)},
     "grid": {"sampler": genfw.DDIM(steps=2, grid=genfw.KarrasGrid())},
-    "rho": {"sampler": genfw.DDIM(steps=2, grid=genfw.KarrasGrid(rho=6))},
+    "rho": {"sampler": genfw.DDIM(steps=2, grid=genfw.KarrasGrid(rho=6.0))},
     "seed": {"seed": 1},
     "samples": {"samples": 5},
     "values": {"bins": 4},
