@@ -213,7 +213,7 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
     """Distance against calls, one panel per grid, with two standard errors; the reference as a
     band, and the bar of 5 % above it."""
     grids = list(dict.fromkeys(row.grid for row in found if row != reference)) or [reference.grid]
-    figure = Figure(figsize=(1 + 4 * len(grids), 3.8), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3 + 4 * len(grids), 3.8), dpi=100, layout="constrained")
     panels = FigureCanvasAgg(figure).figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
     level, error = mean(found[reference].values())
     for axes, grid in zip(panels, grids):
@@ -227,8 +227,11 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
                 calls = [row.calls for row in rows]
                 axes.errorbar(calls, values, [2 * e for e in errors], fmt="o-", ms=3, label=sampler)
         axes.set(xscale="log", yscale="log", xlabel="calls of the network", title=f"grid: {grid}")
+        stops = sorted({row.calls for row in found if row != reference})
+        axes.set_xticks(stops, map(str, stops))
+        axes.xaxis.set_minor_formatter("")
     panels[0].set_ylabel(name)
-    panels[-1].legend(frameon=False, fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     return figure
 
 

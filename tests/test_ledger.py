@@ -15,7 +15,6 @@ from genfw.train.errors import GenfwError
 from genfw.train.features import DigitsFeatures
 from genfw.train.frechet import FrechetDistance
 
-
 DISTANCE = FrechetDistance(DigitsFeatures(), tiny.BINS)
 
 
