@@ -92,6 +92,9 @@ def few_steps(arguments: Sequence[str]) -> None:
         "out": None,
     }
     folder, config, options = read(arguments, defaults, (__doc__ or "").split("\n\n")[1])
+    for each in arguments:
+        if each.partition("=")[0].partition(".")[0] in ("sampler", "grid"):
+            raise ConfigError(f"{each}: here it is samplers=[ddim] and grids=[karras]")
     at_least_one(options, "sets", "samples", "reference", "chunk")
     wanted = listed(options, "samplers", list(SAMPLERS))
     grids = listed(options, "grids", ["uniform"])
