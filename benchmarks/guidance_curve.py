@@ -207,7 +207,8 @@ def plot(found: Curve, name: str) -> Figure:
             scales = [row.scale for row in rows]
             axes.errorbar(scales, values, [2 * e for e in errors], fmt="o-", ms=3, label=label)
         axes.set(xlabel="scale w", title=head.format(name=name))
-    panels[0].legend(frameon=False, fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower left", frameon=False, fontsize=7)
     return figure
 
 
