@@ -14,32 +14,34 @@ are in the run's own features, from its training images: all classes together, a
 classes of the distance of a class from its own images. Distances of few images are too large:
 compare those of equal numbers only.
 
-Every set is written to guidance_curve.csv in `out` (by default <run>/guidance_curve) as it is
-there: a second call goes on where the first stopped. guidance_curve.md and guidance_curve.png are
-made of all that file holds for `samples`: give two runs one `out` to see them side by side.
+Every set is written to guidance_curve.jsonl in `out` (by default <run>/guidance_curve) as it is
+there, with all that it depends on: a second call goes on where the first stopped, and never takes
+what was measured of other weights, guidance, sampler or seed. guidance_curve.md and
+guidance_curve.png are made of all that the file holds for `samples` in these features: give two
+runs one `out` to see them side by side.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from ledger import Ledger, at_least_one, extracted, listed, mean, origin, setting, titled
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from genfw import VDM
+from genfw.diffusion.guidance import Scaled
 from genfw.noise import mix
-from genfw.train.callbacks import Frechet
 from genfw.train.control import Control, Controlled
-from genfw.train.errors import GenfwError
-from genfw.train.frechet import FrechetDistance
-from genfw.train.job import make_callbacks, prepare, restore
+from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.job import prepare, restore
 from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
 
@@ -53,14 +55,25 @@ DEFAULTS = {
     "out": None,
 }
 
+ONE_TABLE = {"samples", "extractor", "reference", "device"}
+"""What all lines of a table have in common; of the rest its columns tell."""
+
 
 class Row(NamedTuple):
-    """What is measured: how a run is guided, and how far."""
+    """What is measured: a run, how it is guided and sampled, and how far."""
 
     run: str
     guidance: str
     sampler: str
     scale: float
+
+    @classmethod
+    def of(cls, line: Mapping[str, Any]) -> Row:
+        """Of a ledger's line; hashes tell apart what has no name of its own."""
+        setting = line["setting"]
+        run = f"{line['run']}, seed {setting['seed']}, {setting['model']}"
+        guidance = titled(setting["guidance"], "scale")
+        return cls(run, guidance, titled(setting["sampler"]), setting["guidance"]["scale"])
 
 
 Curve = dict[Row, dict[int, Controlled]]
@@ -69,27 +82,31 @@ Curve = dict[Row, dict[int, Controlled]]
 
 def guidance_curve(arguments: Sequence[str]) -> None:
     folder, config, options = read(asked(arguments), DEFAULTS, (__doc__ or "").split("\n\n")[1])
+    at_least_one(options, "sets", "samples", "chunk")
+    scales = listed(options, "scales", (1.0, 2.0, 3.0, 5.0, 7.5))
     prepare()
     checkpoint = folder / "checkpoints" / f"{options.checkpoint}.ckpt"
     module, data = restore(config, checkpoint)
     module.to(options.device)
-    control = Control(opened(config).to(module.device), config.data.classes)
+    control = Control(extracted(config).to(module.device), config.data.classes)
     train = data.split("train")  # pyright: ignore
     control.reference(train.images, train.labels, "train", train.hash)
 
     out = Path(options.out or folder / "guidance_curve")
-    out.mkdir(parents=True, exist_ok=True)
-    file, kept = out / "guidance_curve.csv", str(options.samples)
-    found = measured(file, kept)
+    ledger = Ledger(out / "guidance_curve.jsonl")
     with module.evaluating() as model:
         if not isinstance(model, VDM):
             raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
-        unscaled, sampler = model.guidance, f"{model.sampler.name}({model.sampler.extra_repr()})"
-        for scale in map(float, options.scales or (1, 2, 3, 5, 7.5)):
+        print(about := origin(folder, config, model, options.checkpoint), flush=True)
+        unscaled, name = model.guidance, f"{folder.name}, {options.checkpoint}"
+        if not isinstance(model.guided(), Scaled):
+            raise ConfigError(f"guidance={model.guided().name}: it has no scale to measure")
+        for scale in map(float, scales):
             model.guidance = partial(unscaled, scale=scale)  # pyright: ignore[reportCallIssue]
-            row = Row(f"{folder.name} ({options.checkpoint})", model.guided().name, sampler, scale)
+            here = setting(model, control.distance, train, module.seed, options.samples)
+            words = f"{titled(here['guidance'], 'scale')}, scale {scale:g}"
             for i in range(options.sets):
-                if i in found.get(row, {}):
+                if i in ledger.of(here):
                     continue
                 start = time.perf_counter()
                 numbers = range(i * options.samples, (i + 1) * options.samples)
@@ -97,14 +114,15 @@ def guidance_curve(arguments: Sequence[str]) -> None:
                 seed = mix(module.seed, "guidance_curve")
                 images = draw_samples(model, numbers, seed, options.chunk, labels)
                 value = control(images, torch.tensor(labels))
-                found.setdefault(row, {})[i] = value
-                write(file, [*row, i, kept, value.accuracy, value.distance, *value.per_class])
-                seconds = time.perf_counter() - start
-                print(f"{row.guidance} {scale:g}, set {i}: {said([value])}, {seconds:.0f} s")
-            print(f"  {said(found[row].values())}", flush=True)
-    name = f"{control.distance.key} of {options.samples} samples"
-    (out / "guidance_curve.md").write_text(table(found, name))
-    plot(found, name).savefig(out / "guidance_curve.png")
+                seconds = round(time.perf_counter() - start, 1)
+                facts = {"seconds": seconds, "run": name, "about": about}
+                ledger.add(here, i, value=asdict(value), **facts)
+                print(f"{words}, set {i}: {said([value])}, {seconds:.0f} s", flush=True)
+            print(f"{words}: {said(map(controlled, ledger.of(here).values()))}", flush=True)
+            lines = ledger.like(here, *({*here} - ONE_TABLE))
+            found, title = curve(lines), f"{control.distance.key} of {options.samples} samples"
+            (out / "guidance_curve.md").write_text(f"{origins(lines)}\n\n{table(found, title)}")
+            plot(found, title).savefig(out / "guidance_curve.png")
     print((out / "guidance_curve.md").read_text())
     print(f"{torch.get_num_threads()} threads, {module.device}: {out}")
 
@@ -123,42 +141,26 @@ def asked(arguments: Sequence[str]) -> list[str]:
     return [*given, *(f"guidance.classifier={folder}" for folder in folders)]
 
 
-def opened(config: object) -> FrechetDistance:
-    """The distance that the run itself reports."""
-    for one in make_callbacks(config):  # pyright: ignore[reportArgumentType]
-        if isinstance(one, Frechet) and one.distance is not None:
-            return one.distance
-    raise GenfwError("the run measured no Frechet distance: its metrics name no extractor")
-
-
-def write(file: Path, line: list[object]) -> None:
-    with file.open("a", newline="") as lines:
-        csv.writer(lines).writerow(line)
-
-
-def measured(file: Path, kept: str) -> Curve:
-    """What the file holds for this number of samples."""
-    found: Curve = {}
-    if file.is_file():
-        with file.open(newline="") as lines:
-            for *row, scale, i, samples, accuracy, distance, in_all in map(
-                _split, csv.reader(lines)
-            ):
-                if samples == kept:
-                    value = Controlled(float(accuracy), float(distance), tuple(map(float, in_all)))
-                    found.setdefault(Row(*row, float(scale)), {})[int(i)] = value
+def curve(lines: Iterable[Mapping[str, Any]]) -> Curve:
+    """The measurements of a ledger's lines; a run is called as it was called last."""
+    lines, found = list(lines), {}
+    names = {line["setting"]["model"]: line["run"] for line in lines}
+    for line in lines:
+        row = Row.of({**line, "run": names[line["setting"]["model"]]})
+        found.setdefault(row, {})[line["set"]] = controlled(line)
     return found
 
 
-def _split(line: list[str]) -> list:
-    return [*line[:8], line[8:]]
+def controlled(line: Mapping[str, Any]) -> Controlled:
+    value = line["value"]
+    return Controlled(value["accuracy"], value["distance"], tuple(value["per_class"]))
 
 
-def mean(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard error (nan for one)."""
-    drawn = torch.tensor(list(values), dtype=torch.float64)
-    error = drawn.std() / len(drawn) ** 0.5 if len(drawn) > 1 else torch.tensor(float("nan"))
-    return float(drawn.mean()), float(error)
+def origins(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Which models they are of, and which commits measured them."""
+    lines = list(lines)
+    commits = ", ".join(sorted({str(line["git"])[:10] for line in lines}))
+    return "\n".join([*dict.fromkeys(f"* {line['about']}" for line in lines), f"* genfw {commits}"])
 
 
 MEASURES = {
@@ -175,8 +177,8 @@ def cells(values: Iterable[Controlled]) -> list[tuple[float, float]]:
 
 
 def said(values: Iterable[Controlled]) -> str:
-    shown = ["{:.2f} ± {:.2f}".format(*each) for each in cells(values)]
-    return "accuracy {} %, distance {}, of a class {}".format(*shown)
+    written = ["{:.2f} ± {:.2f}".format(*each) for each in cells(values)]
+    return "accuracy {} %, distance {}, of a class {}".format(*written)
 
 
 def table(found: Curve, name: str) -> str:
@@ -187,9 +189,9 @@ def table(found: Curve, name: str) -> str:
         "|---|---|---|---|" + "---|" * len(heads) + "---|",
     ]
     for row in sorted(found):
-        shown = ["{:.2f} ± {:.2f}".format(*each) for each in cells(found[row].values())]
+        written = ["{:.2f} ± {:.2f}".format(*each) for each in cells(found[row].values())]
         first = f"{row.run} | {row.guidance} | {row.sampler} | {row.scale:g}"
-        lines.append(f"| {first} | {' | '.join(shown)} | {len(found[row])} |")
+        lines.append(f"| {first} | {' | '.join(written)} | {len(found[row])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -205,7 +207,8 @@ def plot(found: Curve, name: str) -> Figure:
             scales = [row.scale for row in rows]
             axes.errorbar(scales, values, [2 * e for e in errors], fmt="o-", ms=3, label=label)
         axes.set(xlabel="scale w", title=head.format(name=name))
-    panels[0].legend(frameon=False, fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower left", frameon=False, fontsize=7)
     return figure
 
 

@@ -1,6 +1,6 @@
 """The score of 2-D data, learned and exact.
 
-    python examples/score_field.py [out=docs/images/score_field.png] [steps=1500] [seed=0]
+    python examples/score_field.py [out=docs/images/score_field.png] [steps=6000] [seed=0]
 
 A VDM (param=score, a normal density as its decoder) is trained on samples of a mixture of eight
 normals and on 500 points of two half moons by denoising score matching, objective `simple`. Its
@@ -39,8 +39,9 @@ from genfw.testing.oracles import FiniteDenoiser, MixtureDenoiser
 from genfw.train.data import Batch
 from genfw.train.module import LatentModule, warmup_cosine
 
-BATCH, SHOWN = 256, 4.0
-"""Examples a step; the log SNR at which fields are drawn."""
+BATCH, SHOWN, LONG = 256, 4.0, 0.2
+"""Examples a step; the log SNR at which fields are drawn; and how long the longest arrows are, but
+for one in ten of the exact field."""
 
 
 def circle(schedule: genfw.NoiseSchedule) -> MixtureDenoiser:
@@ -94,11 +95,12 @@ def trained(exact: MixtureDenoiser, steps: int, seed: int) -> genfw.VDM:
 
 
 @torch.no_grad()
-def field_error(model: genfw.VDM, exact: MixtureDenoiser, log_snr: Tensor, n: int = 2000) -> float:
+def field_error(model: genfw.VDM, exact: MixtureDenoiser, log_snr: Tensor, n: int = 10000) -> float:
     """The share of E ||sigma score||^2 that is wrong, over z ~ p_t at these levels."""
     wrong = there = 0.0
     for i, t in enumerate(exact.schedule.inverse(log_snr)):
-        z = genfw.marginal(drawn(exact, n, seed=1000 + i), t, exact.schedule).sample()
+        noise = genfw.Noise(1000 + i, torch.arange(n))
+        z = genfw.marginal(drawn(exact, n, seed=1000 + i), t, exact.schedule).sample(noise)
         truth, found = exact(z, t), model.denoiser(z, t)
         wrong += float((found.sigma * (found.score - truth.score)).square().sum())
         there += float((truth.sigma * truth.score).square().sum())
@@ -106,22 +108,35 @@ def field_error(model: genfw.VDM, exact: MixtureDenoiser, log_snr: Tensor, n: in
 
 
 @torch.no_grad()
-def draw(axes: Axes, denoiser: genfw.Denoiser, data: Tensor, title: str) -> None:
-    """sigma * score at log SNR `SHOWN`, over noisy data."""
-    t = denoiser.schedule.inverse(torch.tensor(SHOWN))
+def field(denoiser: genfw.Denoiser) -> tuple[Tensor, Tensor]:
+    """A grid of z and sigma * score there, at log SNR `SHOWN`, (n, 2) each."""
     at = torch.linspace(-1.2, 1.2, 21)
     z = torch.cartesian_prod(at, at)
-    p = denoiser(z, t)
-    arrows = (p.sigma * p.score).numpy()
+    p = denoiser(z, denoiser.schedule.inverse(torch.tensor(SHOWN)))
+    return z, p.sigma * p.score
+
+
+def draw(axes: Axes, denoiser: genfw.Denoiser, data: Tensor, title: str, scale: float) -> None:
+    """The field over noisy data, arrows of length |sigma * score| / `scale`."""
+    z, arrows = field(denoiser)
+    t = denoiser.schedule.inverse(torch.tensor(SHOWN))
     noisy = genfw.marginal(data, t, denoiser.schedule).sample(
         genfw.Noise(0, torch.arange(len(data)))
     )
     axes.plot(*noisy.T.numpy(), ".", color="0.75", ms=2, zorder=0)
-    axes.quiver(*z.T.numpy(), *arrows.T, angles="xy", color="C0", width=0.004)
+    axes.quiver(
+        *z.T.numpy(),
+        *arrows.T.numpy(),
+        angles="xy",
+        scale_units="xy",
+        scale=scale,
+        color="C0",
+        width=0.004,
+    )
     axes.set(title=title, xticks=[], yticks=[], aspect="equal", xlim=(-1.4, 1.4), ylim=(-1.4, 1.4))
 
 
-def main(out: str = "docs/images/score_field.png", steps: str = "1500", seed: str = "0") -> None:
+def main(out: str = "docs/images/score_field.png", steps: str = "6000", seed: str = "0") -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     figure = Figure(figsize=(7, 7), dpi=65, layout="constrained")
@@ -138,8 +153,15 @@ def main(out: str = "docs/images/score_field.png", steps: str = "1500", seed: st
             f"{100 * everywhere:.2f} % over log SNR -7..5, {100 * shown:.2f} % at {SHOWN:g}"
         )
         sample = drawn(exact, 500, seed=7)
-        draw(axes[0], model.denoiser, sample, f"{data.__name__}, learned")
-        draw(axes[1], exact, sample, f"{data.__name__}, exact")
+        scale = float(field(exact)[1].norm(dim=1).quantile(0.9)) / LONG  # one for both panels
+        draw(
+            axes[0],
+            model.denoiser,
+            sample,
+            f"{data.__name__}, learned: {100 * shown:.1f} % wrong",
+            scale,
+        )
+        draw(axes[1], exact, sample, f"{data.__name__}, exact", scale)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out)
     print(out)
