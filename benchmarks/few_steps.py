@@ -219,20 +219,24 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
     figure = Figure(figsize=(3 + 4 * len(grids), 3.8), dpi=100, layout="constrained")
     panels = FigureCanvasAgg(figure).figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
     level, error = mean(found[reference].values())
+    colors = {each: f"C{i}" for i, each in enumerate(dict.fromkeys(row.sampler for row in found))}
     for axes, grid in zip(panels, grids):
         axes.axhspan(level - 2 * error, level + 2 * error, color="0.85")
         axes.axhline(level, color="black", ls="--", label=f"{reference.calls} ancestral")
         axes.axhline(1.05 * level, color="black", ls=":", label="5 % more")
-        for sampler in dict.fromkeys(row.sampler for row in found):
+        for sampler, color in colors.items():
             rows = sorted(r for r in found if r[:2] == (sampler, grid) and r != reference)
             if rows:
                 values, errors = zip(*(mean(found[row].values()) for row in rows))
                 calls = [row.calls for row in rows]
-                axes.errorbar(calls, values, [2 * e for e in errors], fmt="o-", ms=3, label=sampler)
+                twice = [2 * e for e in errors]
+                axes.errorbar(calls, values, twice, fmt="o-", ms=3, color=color, label=sampler)
         axes.set(xscale="log", yscale="log", xlabel="calls of the network", title=f"grid: {grid}")
         stops = sorted({row.calls for row in found if row != reference})
         axes.set_xticks(stops, map(str, stops))
         axes.xaxis.set_minor_formatter("")
+        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatter("{x:.0f}")
     panels[0].set_ylabel(name)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
     return figure
