@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ledger import Ledger, at_least_one, extracted, listed, mean, origin, setting, titled
+from ledger import Ledger, at_least_one, commits, extracted, listed, mean, origin, setting, titled
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -140,9 +140,8 @@ def few_steps(arguments: Sequence[str]) -> None:
             for line in lines:
                 found.setdefault(Row.of(line["setting"]), {})[line["set"]] = line["value"]
             print(f"{said(row)}: {summary(found[row].values())}", flush=True)
-            commits = ", ".join(sorted({str(line["git"])[:10] for line in lines}))
             text = table(found, base, title)
-            (out / "few_steps.md").write_text(f"{about}. genfw {commits}.\n\n{text}")
+            (out / "few_steps.md").write_text(f"{about}. genfw {commits(lines)}.\n\n{text}")
             plot(found, base, title).savefig(out / "few_steps.png")
     print((out / "few_steps.md").read_text())
     print(f"{torch.get_num_threads()} threads, {module.device}: {out}")
@@ -238,7 +237,8 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:.0f}")
     panels[0].set_ylabel(name)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right", fontsize=7)  # pyright: ignore
     return figure
 
 

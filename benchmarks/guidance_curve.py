@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ledger import Ledger, at_least_one, extracted, listed, mean, origin, setting, titled
+from ledger import Ledger, at_least_one, commits, extracted, listed, mean, origin, setting, titled
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -159,8 +159,9 @@ def controlled(line: Mapping[str, Any]) -> Controlled:
 def origins(lines: Iterable[Mapping[str, Any]]) -> str:
     """Which models they are of, and which commits measured them."""
     lines = list(lines)
-    commits = ", ".join(sorted({str(line["git"])[:10] for line in lines}))
-    return "\n".join([*dict.fromkeys(f"* {line['about']}" for line in lines), f"* genfw {commits}"])
+    return "\n".join(
+        [*dict.fromkeys(f"* {line['about']}" for line in lines), f"* genfw {commits(lines)}"]
+    )
 
 
 MEASURES = {
@@ -208,7 +209,8 @@ def plot(found: Curve, name: str) -> Figure:
             axes.errorbar(scales, values, [2 * e for e in errors], fmt="o-", ms=3, label=label)
         axes.set(xlabel="scale w", title=head.format(name=name))
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower left", frameon=False, fontsize=7)
+    where = "outside lower left"
+    figure.legend(*handles, loc=where, frameon=False, fontsize=7)  # pyright: ignore
     return figure
 
 

@@ -178,6 +178,12 @@ def listed(options: DictConfig, key: str, default: Sequence[Any]) -> list[Any]:
     return values
 
 
+def commits(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Of genfw, that measured these lines; + where there were changes beside."""
+    given = {str(line["git"]) for line in lines}
+    return ", ".join(sorted(each[:10] + "+" * each.endswith("+") for each in given))
+
+
 def mean(values: Iterable[float]) -> tuple[float, float]:
     """Mean and standard error (nan for one)."""
     drawn = torch.tensor(list(values), dtype=torch.float64)
