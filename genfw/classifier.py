@@ -21,7 +21,6 @@ from genfw.train.config import data_are_there
 from genfw.train.errors import ConfigError
 from genfw.train.jobs import locked, noted, own_folder
 from genfw.train.runs import command
-from genfw.train.terminal import detach
 
 
 def classify(arguments: Sequence[str]) -> None:
@@ -47,5 +46,4 @@ def classify(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    detach()
     sys.exit(command(classify))

@@ -64,7 +64,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify, given
+    from genfw.train.certificate import certify, given, kind
     from genfw.train.config import build
     from genfw.train.job import prepare, restore, table, versions
 
@@ -96,7 +96,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         keep(
             folder,
             name,
-            {"kind": estimator.kind, "changed": changed, **results, "certificate": found},
+            {"kind": kind(module), "changed": changed, **results, "certificate": found},
         )
         Console().print(name, table(results, module), sep="\n")
         if options.simulated:

@@ -89,6 +89,7 @@ def test_a_reported_nll_is_given_the_label_and_nothing_is_dropped(conditional):
     certificate = json.loads((folder / "certificate.json").read_text())
     assert certificate["result"]["given"] == results["test/given"]
     assert "-log p(x | y)" in results["test/given"]
+    assert certificate["result"]["kind"] == "upper bound on -log p(x | y)"
     _, config, _ = read([f"run={folder}"], {}, "")
     module, data = restore(config, folder / "checkpoints" / "best.ckpt")
     split = data.split("test")

@@ -2,9 +2,11 @@
 
 import os
 import signal
+from unittest.mock import Mock
 
 import pytest
 
+from genfw.train import runs
 from genfw.train.terminal import Lasting, detach
 
 
@@ -29,3 +31,12 @@ def test_a_signal_before_there_is_a_run(number, ignored):
         os.kill(os.getpid(), number)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if ignored else 143)
+
+
+def test_a_command_that_is_the_process_lets_its_terminal_close(monkeypatch):
+    monkeypatch.setattr(runs, "detach", apart := Mock())
+    monkeypatch.setattr("sys.argv", ["sample", "run=here"])
+    told = []
+    assert runs.command(told.extend, ["n=3"]) == 0 and not apart.called
+    assert runs.command(told.extend) == 0 and apart.called
+    assert told == ["n=3", "run=here"]

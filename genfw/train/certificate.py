@@ -54,7 +54,7 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
         "nll_stderr": plain(stderr),
         "bpd": bpd,
         "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), dims))),
-        "kind": module.estimator.kind,
+        "kind": kind(module),
         "terms": terms,
         "diagnostics": {
             name: plain(float(tested[f"test/{name}"]))
@@ -63,6 +63,12 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
         },
         **given(module),
     }
+
+
+def kind(module: LatentModule) -> str:
+    """What the number is: the estimator's word, of p(x | y) where the model is told y."""
+    said = module.estimator.kind
+    return said if module.model.classes is None else said.replace("p(x)", "p(x | y)")
 
 
 def given(module: LatentModule) -> dict[str, str]:

@@ -45,7 +45,7 @@ from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.train.callbacks import Frechet, Pictures, show, steered
-from genfw.train.certificate import certify, given
+from genfw.train.certificate import certify, given, kind
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
@@ -380,7 +380,7 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     sheet.add_row(
         "", f"{test['bpd']:.4f} ± {test['nll_stderr'] * test['bpd'] / test['nll']:.4f} bits/dim"
     )
-    sheet.add_row("kind", module.estimator.kind)
+    sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
         if test["levels"]:

@@ -15,6 +15,7 @@ from genfw.train.compose import session, unchecked
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.slurm import tell
+from genfw.train.terminal import detach
 
 CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
 """Groups that a finished run does not depend on; those of diffusion models after the first."""
@@ -22,8 +23,10 @@ CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
 
 def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Runs `act` on a command line; returns the exit code, as `python -m genfw` does. Of --help it
-    says what its module's docstring says."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    says what its module's docstring says. Without `arguments` it is the process's own."""
+    if arguments is None:
+        detach()
+        arguments = sys.argv[1:]
     if "--help" in arguments or "-h" in arguments:
         print((sys.modules[act.__module__].__doc__ or "").strip())
         return 0

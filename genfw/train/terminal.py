@@ -52,6 +52,6 @@ def detach() -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     try:
-        os.write(2, b"interrupted before there was a run\n")
+        os.write(2, b"interrupted: there was nothing to save\n")
     finally:
         os._exit(143)
