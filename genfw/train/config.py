@@ -628,7 +628,7 @@ def _latents_are_levels(config: DictConfig) -> None:
         raise ConfigError(
             f"model.latents={_shown(latents)}: expected a size for each of {levels} levels, z_1 "
             "first, like model.latents=[16,8], and as many networks in model.encoders and in "
-            f"model.decoders; these are {levels} and {len(decoders)}"
+            f"model.decoders; these are {levels} and {len(decoders)}; one level is model=vae"
         )
 
 
