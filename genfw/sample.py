@@ -51,6 +51,9 @@ DEFAULTS = {
     "device": None,
 }
 
+CHANGES = ("sampler", "grid", "guidance", "trusted")
+"""Of a run's configuration, what its samples depend on and may be chosen anew."""
+
 ANIMATED = 64
 """Samples in a GIF, at most."""
 
@@ -59,7 +62,7 @@ ENDINGS = {"grid": ".png", "png": "", "npz": ".npz"}
 
 
 def sample(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, DEFAULTS, USAGE)
+    folder, config, options = read(arguments, DEFAULTS, USAGE, changes=CHANGES)
     for key in ("n", "chunk"):
         if options[key] < 1:
             raise ConfigError(f"{key}={options[key]}: expected at least 1")
@@ -201,9 +204,10 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         return None if classes is None else [classes]
     if classes is None:
         if asked is not None:
+            guide = ", or guide it: guidance=classifier" if "sampler" in config else ""
             raise ConfigError(
                 f"label={asked}: this model knows no labels (model.classes=null); train one with "
-                "'model.classes=${data.classes}', or guide it: guidance=classifier"
+                f"'model.classes=${{data.classes}}'{guide}"
             )
         return None
     if asked is None or asked == "all":

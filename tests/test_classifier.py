@@ -230,7 +230,7 @@ def test_one_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys)
     assert results[0] == results[1]
     capsys.readouterr()
     assert command(classify, (f"resume={stopped}",)) == 0
-    assert "is finished, at trainer.max_steps=4" in capsys.readouterr().out
+    assert "is finished, at step 4" in capsys.readouterr().out
     assert command(classify, (f"resume={stopped}", "classifier.dropout=0.5")) == 2
     assert "keeps its classifier.dropout" in capsys.readouterr().err
 

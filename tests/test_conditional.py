@@ -197,6 +197,21 @@ def test_a_larger_set_in_the_same_folder_is_not_mixed_with_a_smaller(conditional
     assert said(conditional[0], "n=3", "seed=1", *out) == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("model.steps=5", "model.steps=5: changes nothing here; sampler, grid, guidance, trusted"),
+        ("label_dropout=0.5", "label_dropout=0.5: changes nothing here"),
+        ("estimator=ode", "estimator=ode: changes nothing here"),
+        ("guidance.scale=3", "guidance has no scale; choose one that has: guidance=<name>"),
+        ("sampler.stepps=3", "Did you mean sampler.steps?"),
+    ],
+)
+def test_what_samples_do_not_depend_on_is_refused(given, answer, without, capsys):
+    assert said(without, given) == 2
+    assert answer in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("act", [sample.sample, evaluate.evaluate, export, classify])
 def test_every_command_says_what_it_is_for(act, capsys):
     for flag in ("--help", "-h"):

@@ -411,7 +411,7 @@ def test_a_top_down_hierarchy_is_sampled_at_a_temperature(tmp_path, monkeypatch,
     [
         ([], "run=<folder>"),
         (["run=nowhere"], "nowhere"),
-        (["run={}", "estimator.stratta=3"], "estimator.strata"),
+        (["run={}", "sampler.stepps=3"], "sampler.steps"),
         (["run={}", "checkpoint=worst"], "worst.ckpt"),
         (["run={}", "n"], "not understood"),
     ],

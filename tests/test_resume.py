@@ -89,7 +89,7 @@ def test_a_run_killed_before_its_first_save_begins_anew(finished, tmp_path):
 def test_a_finished_run_says_so_and_goes_on_with_more_steps(finished, capsys):
     before = (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns
     assert main([f"resume={finished}"]) == 0
-    assert f"is finished, at trainer.max_steps={STEPS}" in capsys.readouterr().out
+    assert f"is finished, at step {STEPS}" in capsys.readouterr().out
     assert (finished / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
     raised = ranks.run(f"resume={finished}", "trainer.max_steps=16")
     assert raised.codes == [0], raised.said

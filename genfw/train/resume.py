@@ -86,5 +86,5 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
     step, steps = read_checkpoint(begin)["global_step"], config.trainer.max_steps
     if not (folder / "results.json").is_file() or step < steps or steps < 0:
         return False
-    print(f"{folder} is finished, at trainer.max_steps={steps}: give a larger one to go on")
+    print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,11 @@ def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
 
 
 def read(
-    arguments: Sequence[str], defaults: Mapping[str, Any], usage: str, word: str = "run"
+    arguments: Sequence[str],
+    defaults: Mapping[str, Any],
+    usage: str,
+    word: str = "run",
+    changes: Collection[str] | None = None,
 ) -> tuple[Path, DictConfig, DictConfig]:
     """A run folder, its configuration with the changes asked for, and the command's own options.
 
@@ -51,9 +55,11 @@ def read(
             group that may be chosen anew, `estimator=importance_weighted`.
         usage: said where the folder is missing.
         word: what names the folder.
+        changes: the parts of config.yaml that matter here; None: all.
 
     Raises:
-        ConfigError: an argument that is not understood, a folder that is no run's, an unknown key.
+        ConfigError: an argument that is not understood, a folder that is no run's, a key that is
+            unknown or of no matter here.
     """
     pairs = [each.partition("=") for each in arguments]
     wrong = [name + sign + value for name, sign, value in pairs if not sign]
@@ -66,8 +72,9 @@ def read(
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
+    of_matter = [*config] if changes is None else changes
     for group in CHOSEN_ANEW:
-        if group in given:
+        if group in given and (changes is None or group in changes):
             name = given.pop(group)
             more = [f"{key}={value}" for key, value in given.items() if key.startswith(f"{group}.")]
             option = _option(config, group, name, more)
@@ -75,7 +82,15 @@ def read(
     _follow(config)
     known = [*defaults, *keys(config)]
     for key, value in given.items():
+        group, dot, rest = key.partition(".")
+        if key not in defaults and group in config and group not in of_matter:
+            raise ConfigError(f"{key}={value}: changes nothing here; {', '.join(of_matter)} do")
         if key not in known:
+            if dot and group in CHOSEN_ANEW and all(k.startswith("_") for k in config[group]):
+                raise ConfigError(
+                    f"{key}={value}: the run's {group} has no {rest}; choose one that has: "
+                    f"{group}=<name> {key}={value}"
+                )
             raise unknown_key(key, known)
         if key not in defaults and isinstance(config.get(key), DictConfig):
             raise ConfigError(
