@@ -32,7 +32,7 @@ smoke: env  ## a few steps of every model x parameterization x schedule
 test: env  ## all tests and doctests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-faults: env  ## ten kills of each model at each moment, and signals, on one rank and two: hours; goes on where it was stopped
+faults: env  ## ten kills of each model at each moment, and signals, on one rank and two: ten minutes; goes on where it was stopped
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/faults.py $(ARGS)
 
 check: env  ## formatting, lint, types, doctests, import laws
