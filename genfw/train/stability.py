@@ -139,9 +139,11 @@ class Stability(L.Callback):
         value = float(norm if loss.isfinite() else loss)
         rows = torch.cat(images).tolist()
         shown = ", ".join(str(row) for row in rows[:20]) + ", ..." * (len(rows) > 20)
+        before = ", ".join(f"{norm:.3g}" for norm in [*self.outliers.norms][-5:])
+        told = f" (gradient norms before it: {before})" if before else ""
         return (
-            f"{at}: the {what} is {value} for training images {shown}; the weights are those before"
-            " this step: try a smaller optimizer.lr, or callbacks.stability.nan_policy=skip"
+            f"{at}: the {what} is {value} for training images {shown}{told}; the weights are those"
+            " before this step: try a smaller optimizer.lr, or callbacks.stability.nan_policy=skip"
         )
 
 
