@@ -72,7 +72,7 @@ def read(
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
-    of_matter = [*config] if changes is None else changes
+    of_matter = changes or [str(key) for key in config]
     for group in CHOSEN_ANEW:
         if group in given and (changes is None or group in changes):
             name = given.pop(group)
