@@ -404,6 +404,8 @@ def test_a_top_down_hierarchy_is_sampled_at_a_temperature(tmp_path, monkeypatch,
     OmegaConf.save(composed("model=vae"), tmp_path / "config.yaml", resolve=True)
     code, answer = said("temperature=0.5")
     assert code == 2 and "temperature=0.5: genfw.VAE has none" in answer
+    code, answer = said("guidance.scale=3")
+    assert code == 2 and "guidance.scale: there is no such key" in answer
 
 
 @pytest.mark.parametrize(

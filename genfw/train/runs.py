@@ -72,9 +72,9 @@ def read(
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
-    of_matter = changes or [str(key) for key in config]
+    of_matter = changes or [*CHOSEN_ANEW, *map(str, config)]
     for group in CHOSEN_ANEW:
-        if group in given and (changes is None or group in changes):
+        if group in given and group in of_matter:
             name = given.pop(group)
             more = [f"{key}={value}" for key, value in given.items() if key.startswith(f"{group}.")]
             option = _option(config, group, name, more)
@@ -82,21 +82,8 @@ def read(
     _follow(config)
     known = [*defaults, *keys(config)]
     for key, value in given.items():
-        group, dot, rest = key.partition(".")
-        if key not in defaults and group in config and group not in of_matter:
-            raise ConfigError(f"{key}={value}: changes nothing here; {', '.join(of_matter)} do")
-        if key not in known:
-            if dot and group in CHOSEN_ANEW and all(k.startswith("_") for k in config[group]):
-                raise ConfigError(
-                    f"{key}={value}: the run's {group} has no {rest}; choose one that has: "
-                    f"{group}=<name> {key}={value}"
-                )
-            raise unknown_key(key, known)
-        if key not in defaults and isinstance(config.get(key), DictConfig):
-            raise ConfigError(
-                f"{key}={value}: a finished run keeps its {key}. "
-                f"Groups that may be chosen anew: {', '.join(CHOSEN_ANEW)}"
-            )
+        if key not in defaults:
+            _may_change(config, key, value, known, of_matter)
         target = options if key in defaults else config
         try:
             new = OmegaConf.create(f"value: {value}").value
@@ -108,6 +95,31 @@ def read(
             raise ConfigError(f"{key}={value}: expected {kind}, got {type(new).__name__} {value}")
     check(config, reference)
     return folder, config, options
+
+
+def _may_change(
+    config: DictConfig, key: str, value: str, known: Sequence[str], of_matter: Collection[str]
+) -> None:
+    """
+    Raises:
+        ConfigError: the run's configuration has no such key, or keeps it.
+    """
+    group, dot, rest = key.partition(".")
+    if group in config and group not in of_matter:
+        raise ConfigError(f"{key}={value}: changes nothing here; {', '.join(of_matter)} do")
+    if key not in known:
+        node = config.get(group) if dot and group in CHOSEN_ANEW else None
+        if isinstance(node, DictConfig) and all(str(each).startswith("_") for each in node):
+            raise ConfigError(
+                f"{key}={value}: the run's {group} has no {rest}; choose one that has: "
+                f"{group}=<name> {key}={value}"
+            )
+        raise unknown_key(key, known)
+    if isinstance(config.get(key), DictConfig):
+        raise ConfigError(
+            f"{key}={value}: a finished run keeps its {key}. "
+            f"Groups that may be chosen anew: {', '.join(CHOSEN_ANEW)}"
+        )
 
 
 def load(folder: Path, key: str = "run") -> DictConfig:
