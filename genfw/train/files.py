@@ -9,6 +9,16 @@ from pathlib import Path
 from typing import Any
 
 
+def probe(folder: Path) -> None:
+    """
+    Raises:
+        OSError: nothing can be written there.
+    """
+    file = folder / "probe.tmp"
+    file.write_bytes(b"genfw")
+    file.unlink()
+
+
 def write_json(file: Path, value: Any) -> None:
     """As JSON, whole or not at all."""
     replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -25,6 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from genfw.check import at_least_one
 from genfw.train.checkpoint import AtomicIO, read, same
 from genfw.train.errors import ConfigError, Stopped
+from genfw.train.files import probe
 from genfw.train.loggers import CSV
 from genfw.train.signals import Signals, stop
 
@@ -108,9 +109,7 @@ class Keeper(Checkpoint):
                 left.unlink()
             if self.begin is not None and self.begin.name == "previous.ckpt":
                 self._put_aside(self.begin)
-            probe = self.folder / "probe.tmp"
-            probe.write_bytes(b"genfw")
-            probe.unlink()
+            probe(self.folder)
             if self.begin is None:
                 for ledger in _ledgers(trainer):
                     ledger.cut(0)

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from genfw.train import slurm
 from genfw.train.errors import ConfigError, GenfwError, one_line
-from genfw.train.files import write_json
+from genfw.train.files import probe, write_json
 from genfw.train.jobs import (
     Fresh,
     Interrupted,
@@ -255,11 +255,9 @@ def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: P
 
 
 def _writable(folder: Path) -> None:
-    probe = folder / "probe.tmp"
     try:
         folder.mkdir(exist_ok=True)
-        probe.write_text("genfw")
-        probe.unlink()
+        probe(folder)
     except OSError as error:
         raise ConfigError(
             f"{folder.parent}: cannot write to this folder: {error.strerror}; a sweep keeps its "
