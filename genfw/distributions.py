@@ -79,6 +79,10 @@ class Normal(Distribution):
         kl = per_example(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
         return kl.to(torch.promote_types(self.mean.dtype, other.mean.dtype))
 
+    def by_dimension(self) -> Normal:
+        """Its D dimensions, of which each example's stand side by side, as b D normals over one."""
+        return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))
+
 
 def normal_head(h: Tensor) -> Normal:
     """A network's output (b, 2 C, ...) as a normal over (b, C, ...): means, then log standard

@@ -182,6 +182,14 @@ class HVAE(LatentModel, name="hvae"):
         _, steps = self._descend(x, y, draws(noise, x))
         return [(step.q, step.z) for step in reversed(steps)]
 
+    def costs(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[Tensor]:
+        """KL(q || p) of every unit of z_1 .. z_T on one sampled way down, (b, units) nats each:
+        their sums over units are the terms of the bound."""
+        _, pairs = self.divergences(x, y, noise=noise)
+        return [q.by_dimension().kl(p.by_dimension()).view(len(x), -1) for q, p in pairs]
+
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are
         the means of their priors."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoises
-from genfw.distributions import Normal, per_example
+from genfw.distributions import per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws
@@ -197,7 +197,7 @@ class FreeBits(Objective, name="free_bits"):
                 f"per=batch_level, got {type(model).__name__}"
             )
         reconstruction, pairs = model.divergences(x, y, noise=noise)
-        apart = [_by_dimension(q).kl(_by_dimension(p)).view(len(x), -1) for q, p in pairs]
+        apart = [q.by_dimension().kl(p.by_dimension()).view(len(x), -1) for q, p in pairs]
         return reconstruction, torch.cat(apart, 1)
 
     def extra_repr(self) -> str:
@@ -259,11 +259,6 @@ def _normalized(mean: Tensor, likelihood: Likelihood) -> Tensor:
         return mean
     first, second = likelihood.centres()[:2].tolist()
     return first + (second - first) * mean
-
-
-def _by_dimension(q: Normal) -> Normal:
-    """A batch of b normals over D dimensions as one of b D normals over one."""
-    return Normal(q.mean.reshape(-1, 1), q.std.reshape(-1, 1))
 
 
 def _step(objective: Objective) -> int:

@@ -1,5 +1,5 @@
-r"""What the latents of a learned hierarchy do: what each level costs, how many of its units follow
-the data, and pictures of what they mean.
+r"""What the latents of a learned hierarchy do: what each level costs, and each of its units, how
+many of them follow the data, and pictures of what they mean.
 
 A unit u of z_t is active (Burda et al.) where its posterior mean moves with the data,
 
@@ -8,13 +8,27 @@ A unit u of z_t is active (Burda et al.) where its posterior mean moves with the
 Where z_t depends on other latents the inner expectation is a mean over k draws, whose own variance,
 Var[mean] = E_x Var_q[m | x] / k with m the mean of z_t given the draws, is subtracted.
 
+q and p are products over units, so what a level costs is a sum over units:
+
+.. math:: KL_u = E_x E_q \log \frac{q(u | \cdot)}{p(u | \cdot)}, \quad
+    \text{kl}_t = \sum_{u \in z_t} KL_u.
+
+A unit is informative where it is active and costs more than 0.1 nat. At the top KL_u is the mutual
+information of u and what q reads (x, or z_{T-1} in a chain) plus KL(q(u) || p(u)) (Hoffman,
+Johnson), and so an upper bound on what u tells of x. A unit may cost and not move, where all its
+posteriors are alike and not the prior, or move and cost nothing, where they are too wide: hence
+both.
+
 References:
+    ELBO surgery, Hoffman, Johnson, 2016,
+        http://approximateinference.org/accepted/HoffmanJohnson2016.pdf;
     Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
         https://arxiv.org/abs/1509.00519
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,12 +44,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from genfw.check import at_least
-from genfw.elbo import ELBO
 from genfw.model import LatentModel
 from genfw.noise import Noise, mix
 from genfw.train.callbacks import show
 from genfw.train.data.images import Batch
 from genfw.train.errors import Stopped, one_line
+from genfw.train.files import replace_text
 from genfw.train.latents import Latents, Means, latents_of
 from genfw.train.module import LatentModule
 from genfw.train.pictures import grid, pixels, save
@@ -46,23 +60,24 @@ ACTIVE = 0.01
 """A_u above which a unit is active (Burda et al., 2016)."""
 
 COLLAPSED = 0.1
-"""Nats per image that a level must cost: less carries nothing."""
+"""Nats per image that a level must cost, and a unit to be informative: less carries nothing."""
 
 
 class Diagnostics(L.Callback):
-    """Logs, for learned hierarchies, `kl_<t>` and `active_units_<t>` of every level, z_1 next to
-    the data, in nats per image, and draws pictures. They are of some `images`; `rate`, what all
-    levels cost, and `distortion`, minus the reconstruction, are of all: the terms of the NLL that
-    is reported. They are absent where its estimator has none: an importance-weighted number is no
-    sum of a rate and a distortion, and `genfw.evaluate run=<folder> estimator=bound` gives those of
-    the bound, as `levels` + `prior` and `reconstruction`. Does nothing for other models, diffusion
-    models among them.
+    """Logs, for learned hierarchies, `kl_<t>`, `active_units_<t>` and `informative_units_<t>` of
+    every level, z_1 next to the data, in nats per image, and draws pictures. They are of some
+    `images`; `rate`, what all levels cost, and `distortion`, minus the reconstruction, are of all:
+    the terms of the NLL that is reported. They are absent where its estimator has none: an
+    importance-weighted number is no sum of a rate and a distortion, and `genfw.evaluate
+    run=<folder> estimator=bound` gives those of the bound, as `levels` + `prior` and
+    `reconstruction`. Does nothing for other models, diffusion models among them.
 
     `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a
-    divergence; the others may be negative, see `genfw.model.bound`.
+    divergence; the others, and those of their units, may be negative, see `genfw.model.bound`.
 
-    `interpolation.png` and `traversal_<t>.png` in the run folder are of the last weights that were
-    drawn: in the end, those that were tested.
+    `units.csv`, `interpolation.png` and `traversal_<t>.png` in the run folder are of the last
+    weights that were drawn: in the end, those that were tested. The table has a line for every
+    unit, its level t, number within z_t (of (C, H, W), W running fastest), KL_u and A_u.
 
     Args:
         bins: K of the data.
@@ -171,9 +186,13 @@ class Diagnostics(L.Callback):
             return None
         assert isinstance(module, LatentModule)
         found = self.sums.over_ranks().findings()
-        for t, (kl, activity) in enumerate(zip(found.kl, found.activity, strict=True), 1):
-            module.log(f"{split}/kl_{t}", kl)
-            module.log(f"{split}/active_units_{t}", float((activity > ACTIVE).sum()))
+        for name, levels in (
+            ("kl", found.kl),
+            ("active_units", found.active()),
+            ("informative_units", found.informative()),
+        ):
+            for t, units in enumerate(levels, 1):
+                module.log(f"{split}/{name}_{t}", float(units.sum()))
         whole = module.nll.compute()  # the terms of the number itself, of all images
         if "levels" in whole:
             module.log(f"{split}/rate", (whole["levels"] + whole["prior"]).float())
@@ -184,10 +203,10 @@ class Diagnostics(L.Callback):
         for t in found.collapsed():
             if t not in self.alarmed:
                 self.alarmed.add(t)
-                active = int((found.activity[t - 1] > ACTIVE).sum())
+                kl, active = float(found.kl[t - 1].sum()), int(found.active()[t - 1].sum())
                 warnings.warn(
                     f"level {t} of {len(found.kl)} has collapsed: z_{t} costs "
-                    f"{found.kl[t - 1]:.3f} nats and {active} of its units are active; "
+                    f"{kl:.3f} nats and {active} of its units are active; "
                     "objective=warmup or objective=free_bits may help",
                     stacklevel=2,
                 )
@@ -205,6 +224,8 @@ class Diagnostics(L.Callback):
                 raise
             except Exception as error:
                 print(f"pictures of latents skipped: {one_line(error)}", flush=True)
+        if trainer.is_global_zero:
+            write(found.table(), Path(trainer.default_root_dir) / "units.csv")
         for name, picture in pictures.items():
             path = save(picture, Path(trainer.default_root_dir) / f"{name}.png")
             show(trainer, f"{split}/{name}", path)
@@ -236,19 +257,34 @@ class Findings:
     """Means over images.
 
     Attributes:
-        kl: nats of every level, z_1's first.
+        kl: KL_u of every unit, (units,) nats for each level, z_1's first.
         activity: A_u of every unit, (units,) for each level; estimates, which may be negative.
-        distortion: nats.
     """
 
-    kl: list[float]
+    kl: list[Tensor]
     activity: list[Tensor]
-    distortion: float
+
+    def active(self) -> list[Tensor]:
+        """Whether a unit follows the data, (units,) for each level."""
+        return [each > ACTIVE for each in self.activity]
+
+    def informative(self) -> list[Tensor]:
+        """Whether it also costs enough to tell something, (units,) for each level."""
+        pairs = zip(self.active(), self.kl, strict=True)
+        return [on & (kl > COLLAPSED) for on, kl in pairs]
 
     def collapsed(self) -> list[int]:
         """The levels t that carry nothing. A term far below 0 (in a chain) is no collapse."""
-        pairs = enumerate(zip(self.kl, self.activity, strict=True), 1)
-        return [t for t, (kl, each) in pairs if abs(kl) < COLLAPSED or each.max() <= ACTIVE]
+        pairs = enumerate(zip(self.kl, self.active(), strict=True), 1)
+        return [t for t, (kl, on) in pairs if abs(kl.sum()) < COLLAPSED or not on.any()]
+
+    def table(self) -> str:
+        """All units, as CSV."""
+        lines = ["level,unit,kl,activity"]
+        for t, level in enumerate(zip(self.kl, self.activity, strict=True), 1):
+            units = enumerate(torch.stack(level, 1).tolist())
+            lines += [f"{t},{u},{kl:.6g},{activity:.6g}" for u, (kl, activity) in units]
+        return "\n".join(lines) + "\n"
 
     def most_active(self, t: int, n: int) -> Tensor:
         """The n units of z_t that move most, or all of them."""
@@ -262,36 +298,34 @@ class Sums:
 
     Attributes:
         count: of images.
-        terms: (T + 1,) nats: every level's, and the distortion.
-        moments: (3, units) for each level, of m, the mean over draws of a posterior mean: m, m
-            squared, and the variance of m that is due to the draws.
+        units: (4, units) for each level: what it costs, nats, and of m, the mean over draws of a
+            posterior mean: m, m squared, and the variance of m that is due to the draws.
     """
 
     count: Tensor
-    terms: Tensor
-    moments: list[Tensor]
+    units: list[Tensor]
 
     def __add__(self, other: Sums) -> Sums:
-        moments = [a + b for a, b in zip(self.moments, other.moments, strict=True)]
-        return Sums(self.count + other.count, self.terms + other.terms, moments)
+        units = [a + b for a, b in zip(self.units, other.units, strict=True)]
+        return Sums(self.count + other.count, units)
 
     def over_ranks(self) -> Sums:
         """The sums of all ranks together."""
-        everything = [self.count.clone(), self.terms.clone(), *(m.clone() for m in self.moments)]
+        everything = [self.count.clone(), *(each.clone() for each in self.units)]
         if dist.is_available() and dist.is_initialized():
             for each in everything:
                 dist.all_reduce(each)
-        return Sums(everything[0], everything[1], everything[2:])
+        return Sums(everything[0], everything[1:])
 
     def findings(self) -> Findings:
         """The means over all images."""
         n = self.count
-        activity = []
-        for total, squares, own in self.moments:
+        kl, activity = [], []
+        for cost, total, squares, own in self.units:
             spread = (squares - total.square() / n) / (n - 1).clamp_min(1)
+            kl.append((cost / n).cpu())
             activity.append((spread - own / n).cpu())
-        *kl, distortion = (self.terms / n).tolist()
-        return Findings(kl, activity, distortion)
+        return Findings(kl, activity)
 
 
 def spread(count: int, n: int) -> Tensor:
@@ -320,24 +354,26 @@ def look(model: LatentModel, x: Image, y: Labels | None, noise: Noise, draws: in
     latents = latents_of(model)
     if latents is None:
         raise TypeError(f"{type(model).__name__} has no learned latents to look at")
-    terms, means = [], []
+    costs, means = [], []
     for j in range(draws):
         drawn = noise.fold(j)
-        terms.append(by_level(model.elbo(x, y, noise=drawn)))
+        costs.append([cost.double() for cost in latents.costs(x, y, noise=drawn)])
         posteriors = latents.posteriors(x, y, noise=drawn)
         means.append([q.mean.flatten(1).double() for q, _ in posteriors])
-    moments = []
-    for level in zip(*means, strict=True):
-        m = torch.stack(level)  # (draws, b, units)
+    units = []
+    for cost, level in zip(zip(*costs, strict=True), zip(*means, strict=True), strict=True):
+        kl, m = torch.stack(cost).mean(0), torch.stack(level)  # (b, units), (draws, b, units)
         mean, own = m.mean(0), m.var(0) / draws
-        moments.append(torch.stack([mean.sum(0), mean.square().sum(0), own.sum(0)]))
-    count = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-    return Sums(count, torch.stack(terms).mean(0).sum(1), moments)
+        units.append(torch.stack([kl.sum(0), mean.sum(0), mean.square().sum(0), own.sum(0)]))
+    return Sums(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), units)
 
 
-def by_level(elbo: ELBO) -> Tensor:
-    """(T + 1, b) nats: what z_1 .. z_T cost, and the distortion; their sum is -total."""
-    return torch.stack([*elbo.levels, elbo.prior, -elbo.reconstruction]).double()
+def write(table: str, path: Path) -> None:
+    """Of a run: a full disk costs the table, not the run."""
+    try:
+        replace_text(path, table)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; no table", file=sys.stderr)
 
 
 def interpolation(

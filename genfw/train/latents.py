@@ -8,6 +8,7 @@ are noisy images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,6 +37,13 @@ class Latents(Protocol):
         z_T."""
         ...
 
+    def costs(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[Tensor]:
+        """What every unit of z_1 .. z_T costs at these draws, (b, units) nats each: their sums over
+        units are the terms of the bound."""
+        ...
+
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are
         the means of their priors."""
@@ -52,6 +60,28 @@ class Chain:
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> list[tuple[Normal, Tensor]]:
         return [(rung.q, rung.z) for rung in self.model.climb(x, y, noise=noise)]
+
+    def costs(
+        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> list[Tensor]:
+        """As `bound` has them: log ratios at the draw, at the top a divergence.
+
+        Raises:
+            TypeError: a p(z_t | z_{t+1}) that is no normal: its units may depend on each other.
+        """
+        rungs = self.model.climb(x, y, noise=noise)
+        costs = []
+        for rung, above in pairwise(rungs):
+            if not isinstance(above.p, Normal):
+                raise TypeError(
+                    f"p(z_t | z_(t+1)) is a {type(above.p).__name__}, and what single units cost "
+                    "is known of a Normal: leave these out, callbacks.diagnostics=null"
+                )
+            z = rung.z.reshape(-1, 1)
+            ratio = rung.q.by_dimension().log_prob(z) - above.p.by_dimension().log_prob(z)
+            costs.append(ratio.view(len(x), -1))
+        kl = rungs[-1].q.by_dimension().kl(self.model.prior(len(x)).by_dimension())
+        return [*costs, kl.view(len(x), -1)]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         z = above[0]
