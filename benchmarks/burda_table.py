@@ -7,8 +7,9 @@ Each cell is an experiment of genfw's (`conf/experiment/iwae_l1_k5.yaml`): its m
 its optimizer, warm-up and half a cosine, averaged weights, images binarized anew each time. Through
 `Trainer.fit` such a small network waits for Python at every step; here a whole step (coins, bound,
 gradient, AdamW, average) is one CUDA graph. A cell trains for about so many seconds, and the number
-of steps that the schedule is made for follows from the time of the first ones. The averaged weights
-of the end are tested, on all test images, by the experiment's own estimator.
+of steps that the schedule is made for follows from the time of the first ones. A warm-up of the
+objective takes the share of the training that it takes in the experiment. The averaged weights of
+the end are tested, on all test images, by the experiment's own estimator.
 
 Every cell is written to <out>/burda_table.csv as it is there.
 """
@@ -20,7 +21,7 @@ import csv
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ import torch
 from genfw import Bound, ImportanceWeighted
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Noise, mix
+from genfw.objective import Objective
 from genfw.train.callbacks import _bernoulli_decoder
 from genfw.train.compose import compose, session
 from genfw.train.config import build
@@ -38,21 +40,35 @@ WARMUP, CALIBRATION, DECAY = 100, 300, 0.999
 
 
 class Training:
-    """Steps of one cell, each a replay of the first on a GPU."""
+    """Steps of one cell, each a replay of the first on a GPU.
 
-    def __init__(self, experiment: str, path: str, batch: int, device: torch.device, seed: int):
-        with session():
-            config = compose([f"experiment={experiment}", f"data.path={path}", f"seed={seed}"])
-        self.device, self.batch, self.highest = device, batch, config.optimizer.lr
-        self.data: ImageData = build(config.data)
-        torch.manual_seed(seed)
-        self.model: LatentModel = build(config.model)
-        images = torch.from_numpy(self.data.raw.train.images)
-        mean = images.double().mean(0) / (self.data.raw_bins - 1)
-        _bernoulli_decoder(self.model).start_at(mean.clamp(0.001, 0.999).logit())
-        self.model.to(device)
-        self.average = copy.deepcopy(self.model).requires_grad_(False)
-        self.objective = build(config.objective)
+    Args:
+        highest: learning rate.
+        planned: steps of the experiment, by which its objective counts.
+    """
+
+    def __init__(
+        self,
+        model: LatentModel,
+        objective: Objective,
+        data: ImageData,
+        *,
+        highest: float,
+        betas: tuple[float, float],
+        planned: int,
+        batch: int,
+        device: torch.device,
+    ):
+        self.device, self.batch = device, batch
+        self.highest, self.planned = highest, planned
+        self.model, self.data = model, data
+        images = torch.from_numpy(data.raw.train.images)
+        mean = images.double().mean(0) / (data.raw_bins - 1)
+        _bernoulli_decoder(model).start_at(mean.clamp(0.001, 0.999).logit())
+        model.to(device)
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.objective = objective.to(device)
+        self.objective.advance(0)
         self.images = images.to(device)
         self.rows = torch.zeros(batch, dtype=torch.long, device=device)
         self.rate = torch.tensor(0.0, device=device)
@@ -60,7 +76,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=self.rate if graph else 0.0,
-            betas=tuple(config.optimizer.betas),
+            betas=betas,
             weight_decay=0.0,
             fused=True,
             capturable=graph,
@@ -95,8 +111,10 @@ class Training:
             self.step()
         return graph.replay
 
-    def run(self, steps: int, rate: Callable[[int], float]) -> None:
-        for i in range(steps):
+    def run(self, steps: Iterable[int], of: int, rate: Callable[[int], float]) -> None:
+        """Some of so many steps."""
+        for i in steps:
+            self.objective.advance(i * self.planned // of)
             if self.at + self.batch > len(self.order):
                 self.order, self.at = torch.randperm(len(self.order)), 0
             rows = self.order[self.at : self.at + self.batch]
@@ -109,6 +127,10 @@ class Training:
             self.act()
         self.wait()
 
+    def rehearse(self, times: int) -> None:
+        """The first step, with no effect."""
+        self.run([0] * times, 1, lambda i: 0.0)
+
     def wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -116,9 +138,9 @@ class Training:
     def train(self, seconds: float) -> tuple[int, float]:
         """Steps, and milliseconds of each."""
         beginning = min(CALIBRATION, 20 if self.device.type == "cpu" else CALIBRATION)
-        self.run(50 if self.device.type == "cuda" else 1, lambda i: 0.0)
+        self.rehearse(50 if self.device.type == "cuda" else 1)
         start = time.perf_counter()
-        self.run(beginning, lambda i: 0.0)
+        self.rehearse(beginning)
         each = (time.perf_counter() - start) / beginning
         steps = max(WARMUP + 1, int(seconds / each))
 
@@ -130,7 +152,7 @@ class Training:
 
         start = time.perf_counter()
         for i in range(0, steps, 5000):
-            self.run(min(5000, steps - i), lambda j, i=i: rate(i + j))
+            self.run(range(i, min(i + 5000, steps)), steps, rate)
             print(f"  step {i}: {float(self.loss):.2f}", flush=True)
         return steps, 1e3 * (time.perf_counter() - start) / steps
 
@@ -149,6 +171,22 @@ class Training:
         return float(nats.mean()), float(error), float(torch.cat(bounds).mean())
 
 
+def cell(experiment: str, path: str, batch: int, device: torch.device, seed: int) -> Training:
+    with session():
+        config = compose([f"experiment={experiment}", f"data.path={path}", f"seed={seed}"])
+    torch.manual_seed(seed)
+    return Training(
+        build(config.model),
+        build(config.objective),
+        build(config.data),
+        highest=config.optimizer.lr,
+        betas=tuple(config.optimizer.betas),
+        planned=config.trainer.max_steps,
+        batch=batch,
+        device=device,
+    )
+
+
 def main() -> None:
     given = dict(each.split("=", 1) for each in sys.argv[1:])
     path, out = given.pop("path"), Path(given.pop("out", "."))
@@ -158,17 +196,17 @@ def main() -> None:
     names = ("cell", "seed", "nll", "stderr", "bound", "passes", "steps", "batch", "ms", "minutes")
     file = out / "burda_table.csv"
     torch.set_float32_matmul_precision("high")
-    for cell, said in given.items():
+    for experiment, said in given.items():
         seconds, batch = said.split(":")
         start = time.perf_counter()
-        training = Training(cell, path, int(batch), device, seed)
+        training = cell(experiment, path, int(batch), device, seed)
         steps, each = training.train(float(seconds))
         trained = time.perf_counter() - start
         torch.set_float32_matmul_precision("highest")
         nll, error, bound = training.test(k, images, 100_000 if device.type == "cuda" else 2500)
         torch.set_float32_matmul_precision("high")
         passes = steps * int(batch) / len(training.images)
-        values = (cell, seed, nll, error, bound, passes, steps, batch, each, trained / 60)
+        values = (experiment, seed, nll, error, bound, passes, steps, batch, each, trained / 60)
         new = not file.exists()
         with file.open("a", newline="") as stream:
             writer = csv.writer(stream)
@@ -176,8 +214,8 @@ def main() -> None:
                 writer.writerow(names)
             writer.writerow(values)
         print(
-            f"{cell}: {nll:.2f} ± {error:.3f} nats, bound {bound:.2f}, {passes:.0f} passes of "
-            f"{steps} steps of {batch}, {each:.2f} ms each, {time.perf_counter() - start:.0f} s",
+            f"{experiment}: {nll:.2f} ± {error:.3f} nats, bound {bound:.2f}, {passes:.0f} passes "
+            f"of {steps} steps of {batch}, {each:.2f} ms each, {time.perf_counter() - start:.0f} s",
             flush=True,
         )
 

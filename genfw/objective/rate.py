@@ -9,6 +9,7 @@ None of these is a likelihood, except `beta` at 1, which is the bound.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from enum import Enum
 
 import torch
@@ -48,7 +49,44 @@ class Beta(Objective, name="beta"):
         return f"reconstruction - {self.beta:g} rate"
 
 
-class LinearWarmup(Objective, name="warmup"):
+class Warmup(Objective):
+    """The negative bound with beta times the rate, beta a function of the optimizer step.
+
+    Attributes:
+        weight: beta of the step that `advance` told, (): always the same tensor, so that a step
+            recorded once (a CUDA graph) goes on to see it.
+    """
+
+    weight: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(()), persistent=False)
+
+    @abstractmethod
+    def beta_at(self, step: int) -> float:
+        """Beta of the optimizer step number `step`, counted from 0."""
+
+    def advance(self, step: int) -> None:
+        super().advance(step)
+        self.weight.fill_(self.beta_at(step))
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        """
+        Raises:
+            ValueError: `advance` has told no step.
+        """
+        if self.step is None:
+            raise ValueError(
+                f"objective={self.name} depends on the training step and was not told it: "
+                "call objective.advance(step) before each optimizer step"
+            )
+        return _weighted(model, x, y, noise, self.weight)
+
+
+class LinearWarmup(Warmup, name="warmup"):
     """Beta rises from `start` to `beta` over `steps` optimizer steps, and stays.
 
     Args:
@@ -67,20 +105,14 @@ class LinearWarmup(Objective, name="warmup"):
         self.steps = at_least_one("steps", steps)
         self.start, self.beta = _price("start", start), _price("beta", beta)
 
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        return _weighted(model, x, y, noise, self.beta_at(_step(self)))
-
     def beta_at(self, step: int) -> float:
-        """Beta of the optimizer step number `step`, counted from 0."""
         return self.start + (self.beta - self.start) * min(1.0, step / self.steps)
 
     def extra_repr(self) -> str:
         return f"reconstruction - beta rate, {self.start:g} -> {self.beta:g} in {self.steps} steps"
 
 
-class CyclicWarmup(Objective, name="cyclic"):
+class CyclicWarmup(Warmup, name="cyclic"):
     """Beta rises from 0 to `beta` and starts again, `cycles` times; then it stays at `beta`.
 
     Args:
@@ -101,13 +133,7 @@ class CyclicWarmup(Objective, name="cyclic"):
             raise ValueError(f"ramp: expected a part of the cycle, above 0 and up to 1, got {ramp}")
         self.ramp, self.beta = ramp, _price("beta", beta)
 
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        return _weighted(model, x, y, noise, self.beta_at(_step(self)))
-
     def beta_at(self, step: int) -> float:
-        """Beta of the optimizer step number `step`, counted from 0."""
         if step >= self.period * self.cycles:
             return self.beta
         return self.beta * min(1.0, step % self.period / self.period / self.ramp)
@@ -246,7 +272,7 @@ class L2(Objective, name="l2"):
 
 
 def _weighted(
-    model: LatentModel, x: Image, y: Labels | None, noise: Draws | None, beta: float
+    model: LatentModel, x: Image, y: Labels | None, noise: Draws | None, beta: float | Tensor
 ) -> Nats:
     elbo = model.elbo(x, y, noise=noise)
     return -(elbo.reconstruction - beta * elbo.rate)
@@ -259,15 +285,6 @@ def _normalized(mean: Tensor, likelihood: Likelihood) -> Tensor:
         return mean
     first, second = likelihood.centres()[:2].tolist()
     return first + (second - first) * mean
-
-
-def _step(objective: Objective) -> int:
-    if objective.step is None:
-        raise ValueError(
-            f"objective={objective.name} depends on the training step and was not told it: "
-            "call objective.advance(step) before each optimizer step"
-        )
-    return objective.step
 
 
 def _price(name: str, value: float) -> float:
