@@ -152,8 +152,8 @@ class MarkovianHierarchy(LatentModel):
         """`climb`, one rung at a time: a long chain need not be kept."""
         q = self.encode(x, 1, y)
         if k > 1:
-            x, y = x.repeat_interleave(k, 0), None if y is None else y.repeat_interleave(k, 0)
-            q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
+            x, y = repeated(x, k), None if y is None else repeated(y, k)
+            q = Normal(repeated(q.mean, k), repeated(q.std, k))
         noise, below = draws(noise, x), x
         for t in range(1, self.levels + 1):
             q = q if t == 1 else self.encode(below, t, y)
@@ -228,6 +228,12 @@ class Rung:
     z: Tensor
     p: Distribution
     log_below: Nats
+
+
+def repeated(x: Tensor, k: int) -> Tensor:
+    """Every row k times, those of a row side by side; of a single row a view, which costs nothing,
+    and is not to be written to."""
+    return x.unsqueeze(1).expand(-1, k, *x.shape[1:]).flatten(0, 1)
 
 
 def bound(rungs: Sequence[Rung], prior: Normal) -> ELBO:

@@ -1,11 +1,14 @@
 """The generic hierarchy, on linear-Gaussian chains whose evidence is known."""
 
+import math
+
 import pytest
 import torch
 from oracles import LinearGaussianChain
 from scipy import stats
 
 from genfw import Noise
+from genfw.model import repeated
 
 DEPTHS = pytest.mark.parametrize("levels", [1, 2, 5])
 
@@ -112,3 +115,10 @@ def test_k_weights_of_an_example_are_those_of_k_rows(double, levels):
     rows, labels = x.repeat_interleave(5, 0), y.repeat_interleave(5, 0)
     apart = chain.log_weight(rows, labels, noise=noise)
     assert together.shape == (20,) and torch.allclose(together, apart, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (1, 2, 3), (4, 2)])
+def test_repeated_rows_stand_side_by_side(shape):
+    x = torch.arange(math.prod(shape)).view(shape)
+    assert torch.equal(repeated(x, 5), x.repeat_interleave(5, 0))
+    assert (repeated(x, 5).data_ptr() == x.data_ptr()) == (len(x) == 1)
