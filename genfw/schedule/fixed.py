@@ -159,8 +159,9 @@ class Sigmoid(NoiseSchedule, name="sigmoid"):
         return w * (1 / (w * u).tanh() + 1 / (w * (1 - u)).tanh())
 
     def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        ratio, w = (log_snr - self._offset).exp(), self._width
-        return torch.log1p(2 * math.sinh(w) / (ratio + math.exp(-w))) / (2 * w)
+        w, zero = self._width, torch.zeros_like(log_snr)  # log1p(2 sinh w / (ratio + e^-w)) / 2 w
+        rest = torch.logaddexp(log_snr - self._offset, zero - w)
+        return torch.logaddexp(w + math.log(-math.expm1(-2 * w)) - rest, zero) / (2 * w)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.start:g} -> {self.end:g}, tau={self.tau:g}"
@@ -196,7 +197,8 @@ class LogNormal(NoiseSchedule, name="edm"):
         return 2 * self.p_std * math.sqrt(2 * math.pi) * (x.square() / 2).exp()
 
     def curve_inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.special.ndtr((-log_snr / 2 - self.p_mean) / self.p_std)
+        x = (log_snr / 2 + self.p_mean) / self.p_std
+        return torch.special.erfc(x / math.sqrt(2)) / 2  # ndtr(-x), which torch rounds to 1e-16
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, log noise ~ N({self.p_mean:g}, {self.p_std:g}^2)"
