@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from genfw import VDM, Bound, Noise
+from genfw import VDM, Bound, Estimator, Noise
 from genfw.noise import mix
 from genfw.train.errors import GenfwError
 from genfw.train.job import prepare, restore
 from genfw.train.metrics import NLL
 from genfw.train.runs import command, read
+from genfw.types import Image
 
 STEPS = (1, 2, 5, 10, 100, 250, 1000, None)
 COLUMNS = ("nll", "nll_stderr", "bpd", "bpd_stderr", "reconstruction", "levels", "prior")
@@ -43,16 +44,10 @@ def table(arguments: Sequence[str]) -> None:
     with module.evaluating() as model:
         if not isinstance(model, VDM):
             raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
-        for steps in STEPS:
-            noise = Noise(mix(module.seed, "test"), torch.arange(len(x)))
-            nll = NLL()
-            nll.update(
-                Bound(options.sets, options.strata)(model.at(steps), x, noise=noise), x[0].numel()
-            )
-            found = {name: float(value) for name, value in nll.compute().items()}
-            found["bpd_stderr"] = found["nll_stderr"] * found["bpd"] / found["nll"]
-            rows.append([steps or "inf", *(found[name] for name in COLUMNS)])
-            print(line(rows[-1]), flush=True)
+        noise = Noise(mix(module.seed, "test"), torch.arange(len(x)))
+        for row in readings(model, x, Bound(options.sets, options.strata), noise):
+            rows.append(row)
+            print(line(row), flush=True)
     out = Path(options.out or folder / "steps")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "steps.csv").open("w", newline="") as file:
@@ -61,6 +56,16 @@ def table(arguments: Sequence[str]) -> None:
     (out / "steps.md").write_text("\n".join([head, *map(line, rows)]) + "\n")
     plot(rows).savefig(out / "steps.png")
     print(f"{len(x)} images, {options.sets * options.strata} draws each: {out}")
+
+
+def readings(model: VDM, x: Image, estimator: Estimator, noise: Noise) -> Iterator[list]:
+    """A row for each T, continuous time the last: T and COLUMNS."""
+    for steps in STEPS:
+        nll = NLL()
+        nll.update(estimator(model.at(steps), x, noise=noise), x[0].numel())
+        found = {name: float(value) for name, value in nll.compute().items()}
+        found["bpd_stderr"] = found["nll_stderr"] * found["bpd"] / found["nll"]
+        yield [steps or "inf", *(found[name] for name in COLUMNS)]
 
 
 def line(row: Sequence) -> str:

@@ -11,7 +11,9 @@ estimator, checkpoint and other change:
 model made itself, log p(x) is bounded from both sides (bidirectional Monte Carlo), and
 `test/looseness` is how far apart the two are in the mean, in nats.
 
-How samples are drawn (sampler, grid, guidance) is refused: an NLL is of the bare model.
+How samples are drawn (sampler, grid, guidance) is refused: an NLL is of the bare model. So is what
+only training read, and the groups that a model was made of: its schedule is changed where the model
+has it, `model.denoiser.schedule.log_snr_max=12`.
 
 `verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
 every entry holds, 1 and a line for each that does not.
@@ -37,6 +39,10 @@ USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true]
   [key=value ...]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
+CHANGES = ("estimator", "model", "data", "trainer", "seed", "trusted")
+"""Of a run's configuration, what a number is computed from. The groups a model was made of stand in
+config.yaml a second time, by themselves, where nothing reads them any more."""
+
 
 class Differs(GenfwError):
     """A certificate does not hold."""
@@ -46,7 +52,13 @@ class Differs(GenfwError):
 
 def evaluate(arguments: Sequence[str]) -> None:
     defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
-    folder, config, options = read(arguments, defaults, USAGE)
+    for each in arguments:
+        if each.split("=")[0].split(".")[0] in ("sampler", "grid", "guidance"):
+            raise ConfigError(
+                f"{each}: says how samples are drawn, and an NLL is of the bare model: leave it to "
+                "python -m genfw.sample"
+            )
+    folder, config, options = read(arguments, defaults, USAGE, changes=CHANGES)
     if options.simulated and config.estimator._target_ != "genfw.Annealed":
         raise ConfigError(
             f"simulated={options.simulated}: only estimator=annealed bounds log p(x) of simulated "
@@ -54,12 +66,6 @@ def evaluate(arguments: Sequence[str]) -> None:
         )
     if options.simulated < 0 or options.simulated == 1:
         raise ConfigError(f"simulated={options.simulated}: expected at least 2 images, or 0")
-    for each in arguments:
-        if each.split("=")[0].split(".")[0] in ("sampler", "grid", "guidance"):
-            raise ConfigError(
-                f"{each}: says how samples are drawn, and an NLL is of the bare model: leave it to "
-                "python -m genfw.sample"
-            )
     claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console
