@@ -139,6 +139,7 @@ WRONG = [
     ("scheduler.warmup=-5", ["scheduler.warmup=-5", "at least 0"]),
     ("trainer.enable_checkpointing=false", ["enable_checkpointing"]),
     ("net.classes=10", ["net.classes=10", "model.classes=null", "set model.classes"]),
+    ("model=mhvae model.encoders.1.classes=10", ["encoders[1].classes=10", "model.classes=null"]),
     ("model.classes=7", ["model.classes=7", "10 classes", "model.classes=10"]),
     ("model.classes=10 label_dropout=1", ["label_dropout=1", "[0, 1)"]),
     ("guidance=classifier_free", ["guidance=classifier_free", "conditional", "model.classes=null"]),

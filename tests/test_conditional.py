@@ -140,6 +140,19 @@ def test_every_model_can_be_conditional(model):
         assert ("given y in 0..9" in repr(module.model)) is (classes == 10)
 
 
+@pytest.mark.parametrize("model", ["vae", "mhvae", "hvae", "vdm"])
+def test_a_run_with_labels_cannot_be_read_as_one_without(model, tmp_path):
+    """Its networks would be told them, and its certificate would call the number one of p(x)."""
+    config = composed(f"model={model}", "model.classes=10")
+    OmegaConf.resolve(config)
+    for place in ("model", "net", "encoder", "decoder"):
+        if place in config:
+            config[place].classes = None
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"model\..*classes=10, but the model has .*=null"):
+        read([f"run={tmp_path}"], {}, "")
+
+
 def said(folder, *arguments):
     return command(sample.sample, [f"run={folder}", *arguments])
 

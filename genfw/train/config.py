@@ -881,7 +881,12 @@ def _labels_agree(config: DictConfig) -> None:
             f"model.classes={classes}, but the data have {known} classes (data.classes): "
             f"set model.classes={known}, or null for a model without labels"
         )
-    for place in ("net", "encoder", "decoder", "model.ladder"):
+    lists = {
+        name: OmegaConf.select(config, f"model.{name}") or [] for name in ("encoders", "decoders")
+    }
+    several = [f"model.{name}[{i}]" for name, nodes in lists.items() for i in range(len(nodes))]
+    within = [f"model.{name}" for name in ("denoiser.network", "encoder", "decoder", "ladder")]
+    for place in ("net", "encoder", "decoder", *within, *several):  # in a run's config.yaml copies
         node = OmegaConf.select(config, place)
         if isinstance(node, DictConfig) and "classes" in node and node.classes != classes:
             raise ConfigError(
