@@ -9,7 +9,6 @@ from scipy import stats
 
 from genfw import Cosine, Laplace, Linear, LogLinear, LogNormal, NoiseSchedule, Sigmoid
 from genfw.testing import SCHEDULE_LAWS
-from genfw.train.reach import comes_to
 from genfw.train.resolvers import log_snr_max
 
 ALL = pytest.mark.parametrize("cls", NoiseSchedule.registry.values())
@@ -99,45 +98,6 @@ def test_a_shape_that_does_not_fall_is_refused(wrong):
 def test_ends_that_float64_cannot_tell_from_the_end_of_the_curve_are_refused(cls):
     with pytest.raises(ValueError, match=r"nearer to u = 0 or u = 1 than float64"):
         cls(13.3, -40.0)
-
-
-OWN = {  # of the numbers that a curve takes beside its end points, some far out
-    "linear": [{"beta_min": 1e-10}, {"beta_max": 1e5}, {"beta_max": 1e308}],
-    "cosine": [{"shift": shift} for shift in (-100.0, -20.0, 40.0, 80.0, 1e308)],
-    "sigmoid": [
-        *({"tau": tau} for tau in (1e-300, 1e-3, 4e-3, 0.1, 10.0, 1e10, 1e300)),
-        *({"start": -1e308}, {"start": -20.0}, {"end": 20.0}, {"end": 1e308}),
-    ],
-    "edm": [
-        *({"p_mean": mean} for mean in (-1e5, -5.0, -3.0, 3.0, 10.0, 1e5)),
-        *({"p_std": std} for std in (1e-3, 0.1, 0.5, 0.8, 5.0, 1e300)),
-    ],
-    "laplace": [
-        *({"mean": mean} for mean in (-1e300, -400.0, -20.0, 5.0, 20.0, 1e300)),
-        *({"scale": scale} for scale in (1e-3, 0.01, 0.2, 0.4, 10.0, 1e300)),
-    ],
-}
-FAR = [(13.3, low) for low in (-10.0, -14.0, -20.0, -32.0, -50.0, -80.0, -400.0, -1e300)]
-
-
-@ALL
-def test_a_command_line_is_told_what_the_constructor_would_say(cls):
-    """Before torch is imported, of the end points that a curve does not come to."""
-    given = [(ends, {}) for ends in (*FAR, (40.0, -10.0), (80.0, -10.0))]
-    given += [((13.3, -10.0), numbers) for numbers in OWN.get(cls.name, [])]
-    said = [
-        all(comes_to(end, f"genfw.{cls.__name__}", **numbers) for end in ends)
-        for ends, numbers in given
-    ]
-    assert said == [_built(cls, *ends, **numbers) for ends, numbers in given]
-
-
-def _built(cls, *ends, **numbers):
-    try:
-        cls(*ends, **numbers)
-    except ValueError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 import genfw
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.reach import comes_to
 from genfw.train.resolvers import binarized_bins, out_channels, outputs
 from genfw.train.schema import (
     RESERVED,
@@ -566,21 +565,6 @@ def _schedule_falls(config: DictConfig) -> None:
         raise ConfigError(f"{said}: the first must be the smaller, or log SNR would not fall")
 
 
-def _ends_are_on_the_curve(config: DictConfig) -> None:
-    target, node = str(_target(config, "schedule")), config.get("schedule") or {}
-    given = {str(key): value for key, value in node.items() if isinstance(value, int | float)}
-    numbers = {key: float(value) for key, value in given.items()}
-    ends = {key: numbers.pop(key) for key in ("log_snr_max", "log_snr_min") if key in numbers}
-    for key, end in ends.items():
-        if not comes_to(end, target, **numbers):
-            own = ", ".join(f"{name}={given[name]}" for name in numbers)
-            raise ConfigError(
-                f"schedule.{key}={given[key]}: a float64 does not tell the times apart at which "
-                f"schedule={_option(config, 'schedule')}{own and f' ({own})'} comes to this log "
-                f"SNR: use an end point nearer to the middle of its curve, or schedule=loglinear"
-            )
-
-
 def _shapes_are_the_datas(config: DictConfig) -> None:
     shape = OmegaConf.select(config, "data.shape")
     for key in ("model.shape", "net.shape"):
@@ -977,7 +961,6 @@ RULES: tuple[Callable[[DictConfig], None], ...] = (
     _decoder_is_the_networks,
     _signal_at_the_end,
     _schedule_falls,
-    _ends_are_on_the_curve,
     _shapes_are_the_datas,
     _networks_fit_their_place,
     _latents_are_levels,
