@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -200,6 +201,14 @@ def test_three_files(tmp_path):
 def test_further_saves(tmp_path):
     trained(tmp_path, steps=4, every=3)
     assert read(tmp_path / "previous.ckpt")["global_step"] == 3
+
+
+@pytest.mark.parametrize(("steps", "left"), [(4, 0), (5, 1)])
+def test_the_last_weights_are_validated_once(tmp_path, steps, left):
+    """In training, where the last step is one of those; afterwards where it is not."""
+    keeper, trainer = trained(tmp_path, steps), Mock(global_step=steps)
+    keeper.look_at_the_last(trainer, tiny.module(), tiny.Images())
+    assert trainer.validate.call_count == left
 
 
 def test_a_failed_save_is_said_and_the_run_goes_on(tmp_path, capsys):
