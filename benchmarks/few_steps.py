@@ -37,11 +37,11 @@ from genfw import VDM, Ancestral, Sampler, TimeGrid
 from genfw.diffusion.guidance import ByClassifier
 from genfw.noise import mix
 from genfw.train.callbacks import steered
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import prepare, restore
 from genfw.train.pictures import draw_samples
-from genfw.train.runs import command, read
+from genfw.train.runs import checkpoint, command, read
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpm_solver": genfw.DPMSolver,
@@ -91,10 +91,8 @@ def few_steps(arguments: Sequence[str]) -> None:
         "checkpoint": "best",
         "out": None,
     }
-    folder, config, options = read(arguments, defaults, (__doc__ or "").split("\n\n")[1])
-    for each in arguments:
-        if each.partition("=")[0].partition(".")[0] in ("sampler", "grid"):
-            raise ConfigError(f"{each}: here it is samplers=[ddim] and grids=[karras]")
+    usage = (__doc__ or "").split("\n\n")[1]
+    folder, config, options = read(arguments, defaults, usage, keeps=_listed_instead)
     at_least_one(options, "sets", "samples", "reference", "chunk")
     wanted = listed(options, "samplers", list(SAMPLERS))
     grids = listed(options, "grids", ["uniform"])
@@ -103,7 +101,7 @@ def few_steps(arguments: Sequence[str]) -> None:
         if unknown := {*given} - {*known}:
             raise ConfigError(f"{key}: there is no {', '.join(unknown)}; there are {[*known]}")
     prepare()
-    module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
+    module, data = restore(config, checkpoint(folder, options.checkpoint))
     module.to(options.device)
     distance = extracted(config)
     train = data.split("train")  # pyright: ignore
@@ -115,7 +113,7 @@ def few_steps(arguments: Sequence[str]) -> None:
     rows = [base, Row(*BAR), *(Row(s, g, e) for e in calls for g in grids for s in wanted)]
     with module.evaluating() as model:
         if not isinstance(model, VDM):
-            raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+            raise ConfigError(f"run={folder}: expected a VDM, got {type(model).__name__}")
         if isinstance(model.guided(), ByClassifier) and model.classes is None:
             raise ConfigError(
                 "guidance: these samples have no labels to guide to; see guidance_curve.py"
@@ -126,23 +124,15 @@ def few_steps(arguments: Sequence[str]) -> None:
         for sampler, grid, evaluations in rows:
             model.sampler = made(sampler, grid, evaluations)
             here = setting(model, distance, train, module.seed, options.samples)
-            row = Row.of(here)
-            for i in range(options.sets):
-                if i in ledger.of(here):
-                    continue
+            row, seed = Row.of(here), mix(module.seed, "few_steps")
+            for i in {*range(options.sets)} - {*ledger.of(here)}:
                 start = time.perf_counter()
-                value = measured(model, distance, mix(module.seed, "few_steps"), i, options)
+                value = measured(model, distance, seed, i, options)
                 seconds = round(time.perf_counter() - start, 1)
                 ledger.add(here, i, value=value, seconds=seconds, run=folder.name)
                 print(f"{said(row)}, set {i}: {value:.3f} in {seconds:.0f} s", flush=True)
-            lines = ledger.like(here, "sampler", "calls")
-            found: Distances = {}
-            for line in lines:
-                found.setdefault(Row.of(line["setting"]), {})[line["set"]] = line["value"]
+            found = report(ledger.like(here, "sampler", "calls"), base, about, title, out)
             print(f"{said(row)}: {summary(found[row].values())}", flush=True)
-            text = table(found, base, title)
-            (out / "few_steps.md").write_text(f"{about}. genfw {commits(lines)}.\n\n{text}")
-            plot(found, base, title).savefig(out / "few_steps.png")
     print((out / "few_steps.md").read_text())
     print(f"{torch.get_num_threads()} threads, {module.device}: {out}")
 
@@ -168,6 +158,24 @@ def measured(
             done, last = k + len(some), time.perf_counter()
             print(f"  set {i}: {done} of {len(numbers)} samples", flush=True)
     return distance.compute()
+
+
+def report(
+    lines: Sequence[Mapping[str, Any]], base: Row, about: str, title: str, out: Path
+) -> Distances:
+    """Table and picture of what a ledger holds, into `out`."""
+    found: Distances = {}
+    for line in lines:
+        found.setdefault(Row.of(line["setting"]), {})[line["set"]] = line["value"]
+    text = table(found, base, title)
+    (out / "few_steps.md").write_text(f"{about}. genfw {commits(lines)}.\n\n{text}")
+    plot(found, base, title).savefig(out / "few_steps.png")
+    return found
+
+
+def _listed_instead(key: str) -> str | None:
+    sampler = key.partition(".")[0] in ("sampler", "grid")
+    return "here it is samplers=[ddim] and grids=[karras]" if sampler else None
 
 
 def said(row: Row) -> str:

@@ -16,11 +16,15 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.slurm import first_rank, tell
 from genfw.train.terminal import detach
+
+if TYPE_CHECKING:
+    from hydra._internal.hydra import Hydra
+    from omegaconf import DictConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,19 +61,19 @@ def _command(arguments: Sequence[str]) -> int:
         print(help.text([conf_folder(), *plugins.conf_folders()], names), end="")
         return 0
 
-    from genfw.train import resume, slurm
+    from genfw.train import resume
 
     if resume.asked(arguments):
         resume.resume(arguments)
         return 0
 
     from genfw.train import sweep
-    from genfw.train.compose import compose, jobs, session, typed
-    from genfw.train.compose import parse as parse_overrides
+    from genfw.train.compose import compose, jobs, parse, session, typed
     from genfw.train.config import data_are_there
-    from genfw.train.jobs import Fresh, abandon, named_anew, own_folder, quoted
+    from genfw.train.jobs import quoted
 
-    flags = _parse(arguments)
+    flags = _flags(arguments)
+    _trains(flags.overrides)
     name = flags.config_name or "config"
     begun, overrides = sweep.reopen(flags.overrides)
     multirun = flags.multirun or begun is not None
@@ -89,31 +93,56 @@ def _command(arguments: Sequence[str]) -> int:
         for config in composed:
             data_are_there(config)
         config = composed[0]
-        trusted = [*config.trusted, *typed(parse_overrides(overrides))]
+        trusted = [*config.trusted, *typed(parse(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
         if multirun:
-            sweep.check_launcher(config)
-            place = own_folder(config, "hydra.sweep.dir") if begun is None else begun.absolute()
-            axes = [each for each in parse_overrides(overrides) if each.is_sweep_override()]
-            if begun is None:
-                known = all(each.is_discrete_sweep() for each in axes)
-                sweep.keep(place, overrides, len(commands) if known else None)
-            task = Fresh(tuple(_shared(flags)), tuple(each.key_or_group for each in axes))
-            return sweep.run(hydra, name, task, overrides, place)
-        place = own_folder(config, "hydra.run.dir")
-        if slurm.restarted() and (place / "config.yaml").exists():
-            resume.resume([f"resume={place}", f"trusted=[{','.join(trusted)}]"])
-            return 0
-        overrides += [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
-        failures: list[GenfwError] = []
-        hydra.run(name, partial(_run, failures=failures), overrides)
-        if failures:
-            if failures[0].exit_code == ConfigError.exit_code and named_anew(
-                config, "hydra.run.dir"
-            ):
-                abandon(place)
-            raise failures[0]
+            return _sweep(hydra, flags, overrides, config, begun, len(commands))
+        return _start(hydra, name, overrides, config, trusted)
+
+
+def _sweep(
+    hydra: Hydra,
+    flags: Namespace,
+    overrides: Sequence[str],
+    config: DictConfig,
+    begun: Path | None,
+    jobs: int,
+) -> int:
+    """All jobs of a sweep, or those that are left of one that has begun."""
+    from genfw.train import sweep
+    from genfw.train.compose import parse
+    from genfw.train.jobs import Fresh, own_folder
+
+    sweep.check_launcher(config)
+    place = own_folder(config, "hydra.sweep.dir") if begun is None else begun.absolute()
+    axes = [each for each in parse(overrides) if each.is_sweep_override()]
+    if begun is None:
+        known = all(each.is_discrete_sweep() for each in axes)
+        sweep.keep(place, overrides, jobs if known else None)
+    task = Fresh(tuple(_shared(flags)), tuple(each.key_or_group for each in axes))
+    return sweep.run(hydra, flags.config_name or "config", task, overrides, place)
+
+
+def _start(
+    hydra: Hydra, name: str, overrides: Sequence[str], config: DictConfig, trusted: Sequence[str]
+) -> int:
+    """One run; of a SLURM job that was put back into the queue, the run that it had begun."""
+    from genfw.train import resume, slurm
+    from genfw.train.jobs import abandon, named_anew, own_folder, quoted
+
+    place = own_folder(config, "hydra.run.dir")
+    if slurm.restarted() and (place / "config.yaml").exists():
+        resume.resume([f"resume={place}", f"trusted=[{','.join(trusted)}]"])
+        return 0
+    fixed = [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
+    failures: list[GenfwError] = []
+    hydra.run(name, partial(_run, failures=failures), [*overrides, *fixed])
+    for failure in failures:
+        wrong = failure.exit_code == ConfigError.exit_code
+        if wrong and named_anew(config, "hydra.run.dir"):
+            abandon(place)
+        raise failure
     return 0
 
 
@@ -156,7 +185,22 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     return results.get(config.optimized)
 
 
-def _parse(arguments: Sequence[str]) -> Namespace:
+def _trains(overrides: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError: the command line is one of another command.
+    """
+    run = next((each for each in overrides if each.startswith("run=")), "run=<folder>")
+    for each in overrides:
+        if each == run or each in ("sample", "evaluate", "export"):
+            raise ConfigError(
+                f"{each}: python -m genfw trains; of a run that is there: python -m genfw.sample "
+                f"(or .evaluate, .export) {run}; to go on with it: "
+                f"python -m genfw resume={run.removeprefix('run=')}"
+            )
+
+
+def _flags(arguments: Sequence[str]) -> Namespace:
     """Hydra's own flags."""
     from hydra._internal.utils import get_args_parser
 

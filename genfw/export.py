@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from genfw.train.errors import GenfwError
-from genfw.train.runs import command, read
+from genfw.train.runs import checkpoint, command, read
 
 if TYPE_CHECKING:
     from genfw.model import LatentModel
@@ -41,7 +41,7 @@ def export(arguments: Sequence[str]) -> None:
     from genfw.train.job import prepare, restore
 
     prepare()
-    module, _ = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
+    module, _ = restore(config, checkpoint(folder, options.checkpoint))
     held = module.evaluated.state_dict()
     weights = {name: value.clone().contiguous() for name, value in held.items()}
     out = Path(options.out or folder / "model.safetensors")

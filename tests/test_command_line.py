@@ -152,6 +152,14 @@ WRONG = [
     ("trainer.precision=transformer-engine", ["float32", "bf16-mixed"]),
     ("data=mnist data.path=/nope", ["data.path=/nope", "no such folder"]),
     ("--multrun", ["--multrun", "--help"]),
+    # other commands
+    (
+        "run=outputs/one",
+        ["genfw.sample (or .evaluate, .export) run=outputs/one", "resume=outputs/"],
+    ),
+    ("run=one n=3", ["run=one: python -m genfw trains", "genfw.sample"]),
+    ("evaluate run=one", ["evaluate: python -m genfw trains", ".evaluate, .export) run=one"]),
+    ("resume=one --multirun", ["--multirun: not understood", "python -m genfw sweep=<folder>"]),
     ("--config-path=/nope", ["/nope"]),
     ("--config-name=nope", ["nope"]),
     ("--multirun param=eps,epz", ["param=eps"]),

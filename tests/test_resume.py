@@ -177,6 +177,11 @@ def test_what_would_change_the_run_is_refused(finished, capsys, wrong):
     assert wrong.split("=")[0] in said and "trainer.max" in said
 
 
+def test_what_a_run_does_not_know_is_no_change_of_it(finished, capsys):
+    assert main([f"resume={finished}", "trainer.max_step=9"]) == 2
+    assert "Did you mean trainer.max_steps?" in capsys.readouterr().err
+
+
 def test_no_folder_and_no_whole_checkpoint(finished, tmp_path, capsys):
     assert main(["resume=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -10,7 +10,6 @@ noise end it cannot be better than the commonest class, and need not be.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -31,7 +30,7 @@ from genfw.train.config import build
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError, one_line
 from genfw.train.module import logs, noise_of_step, on_schedule, optimizers
-from genfw.train.runs import load
+from genfw.train.runs import other
 
 
 class ClassifierModule(L.LightningModule):
@@ -159,15 +158,12 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
         key: what `place` was given as, for messages.
 
     Raises:
-        GenfwError: there is none, or one of other images, values or classes.
+        ConfigError: there is none, or one of other images, values or classes.
+        GenfwError: its weights cannot be read.
     """
-    file = Path(place)
-    folder = file.parent.parent if file.suffix == ".ckpt" else file
-    checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
-    theirs = load(folder, key)
-    theirs.trusted = config.get("trusted") or []
+    theirs, checkpoint = other(place, key, config)
     if "classifier" not in theirs:
-        raise GenfwError(
+        raise ConfigError(
             f"{key}={place}: expected the run of a classifier, and this is one of "
             f"{(theirs.get('model') or {}).get('_target_', 'something else')}: train one with "
             "python -m genfw.classifier"
@@ -187,12 +183,12 @@ def same_data(theirs: DictConfig, config: DictConfig, what: str) -> None:
     """Refuses what was trained on other data than the model of `config`.
 
     Raises:
-        GenfwError: images of another shape, number of values or of classes.
+        ConfigError: images of another shape, number of values or of classes.
     """
     for fact in ("shape", "bins", "classes"):
         its, mine = theirs.data[fact], config.data[fact]
         if its != mine:
-            raise GenfwError(
+            raise ConfigError(
                 f"{what} of images with data.{fact}={its}, and this model's have data.{fact}={mine}"
             )
 
@@ -201,7 +197,7 @@ def _knows_the_noise(theirs: DictConfig, config: DictConfig, what: str) -> None:
     """Refuses a classifier that would be asked about noisier images than it was trained on.
 
     Raises:
-        GenfwError: its schedule ends before guidance does.
+        ConfigError: its schedule ends before guidance does.
     """
     if not str(config.guidance["_target_"]).endswith(".ClassifierGuidance"):
         return  # asked about clean images
@@ -210,7 +206,7 @@ def _knows_the_noise(theirs: DictConfig, config: DictConfig, what: str) -> None:
     lowest = ends if interval is None else max(interval[0], ends)
     its = theirs.schedule.log_snr_min
     if its > lowest:
-        raise GenfwError(
+        raise ConfigError(
             f"{what}: a classifier that knows log SNR down to {its:g}, and guidance begins at "
             f"{lowest:g}: train one with schedule.log_snr_min={lowest:g}, or guide above with "
             f"guidance.interval=[{its:g},100]"

@@ -25,6 +25,8 @@ Examples
   python -m genfw data=mnist data.path=/data/mnist logger=csv  local files, no W&B
   python -m genfw --multirun param=eps,x0,score,v seed=0,1     a sweep: eight processes
 
+Of a finished run: python -m genfw.sample, .evaluate and .export run=<folder>; of one that was
+interrupted: python -m genfw resume=<folder>; a classifier that guides: python -m genfw.classifier.
 Also: --cfg job prints the configuration and stops; -sc install=bash completes in the shell.
 Output: outputs/<time>_<random>/ with results.json, metrics.csv, samples.png, checkpoints/ and the
 configuration; a sweep's jobs in multirun/<time>_<random>/<number>/; elsewhere: hydra.run.dir=...

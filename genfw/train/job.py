@@ -57,7 +57,7 @@ from genfw.train.loggers import Wandb, git_commit
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
-from genfw.train.runs import load
+from genfw.train.runs import other
 from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
 from genfw.train.slurm import first_rank
@@ -86,71 +86,75 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     if not (folder / "config.yaml").exists():
         keep_config(resolved, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
-    failed = 1
-    with obedient(folder) as signals:
-        try:
-            L.seed_everything(config.seed, workers=True, verbose=False)
-            module, data = assemble(config)
-            steerable(module)
-            files = AtomicIO()
-            keeper = build(
-                config.checkpoint,
-                folder=folder / "checkpoints",
-                files=files,
-                signals=signals,
-                begin=begin,
-            )
-            callbacks = make_callbacks(config)
-            trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
-            if isinstance(data, ImageData):
-                data.check(trainer)
-            keeper.check(trainer, module)
-            keep_config(resolved, folder)  # nothing is refused any more
-            announce(config, folder, module, trainer)
-            for logger in loggers:
-                logger.log_hyperparams({**resolved, "git": git_commit()})
-            fitted = time.monotonic()
-            fit(trainer, module, data, keeper)
-            fitted = time.monotonic() - fitted
-            keeper.look_at_the_last(trainer, module, data)
-            best = keeper.path
-            tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
-            results: Results = {
-                **_validated(keeper.best, config),
-                **tested[0],
-                **_references(callbacks, module.model),
-                **{f"test/{name}": said for name, said in given(module).items()},
-                "parameters": sum(p.numel() for p in module.model.parameters()),
-                "seconds": round(time.monotonic() - started, 1),
-                "seconds/fit": round(fitted, 1),
-                **versions(),
-            }
-            certificate = certify(module, data, tested[0], best, versions())
-            finish_pictures(module, trainer, callbacks, folder)
-            if trainer.is_global_zero:
-                write_json(folder / "certificate.json", plain(certificate))
-                write_json(
-                    folder / "results.json", plain(results)
-                )  # the last: a run with it is whole
-                Console().print(table(results, module))
-                print(f"run folder: {folder}")
-            for logger in loggers:
-                if isinstance(logger, Wandb):
-                    logger.summarize({**results, "certificate": certificate})
-            failed = 0
-            return results
-        except Stopped as stopped:
-            failed = stopped.exit_code
-            raise
-        except Interruption:
-            failed = signals.received
-            raise
-        finally:
-            for logger in loggers:
-                if isinstance(logger, Wandb):
-                    logger.finish(exit_code=failed)
-                    if logger.where:
-                        print(logger.where)
+    with obedient(folder) as signals, finished(loggers, signals):
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        module, data = assemble(config)
+        steerable(module)
+        files = AtomicIO()
+        keeper = build(
+            config.checkpoint,
+            folder=folder / "checkpoints",
+            files=files,
+            signals=signals,
+            begin=begin,
+        )
+        callbacks = make_callbacks(config)
+        trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        if isinstance(data, ImageData):
+            data.check(trainer)
+        keeper.check(trainer, module)
+        keep_config(resolved, folder)  # nothing is refused any more
+        announce(config, folder, module, trainer)
+        for logger in loggers:
+            logger.log_hyperparams({**resolved, "git": git_commit()})
+        fitted = time.monotonic()
+        fit(trainer, module, data, keeper)
+        fitted = time.monotonic() - fitted
+        keeper.look_at_the_last(trainer, module, data)
+        best = keeper.path
+        tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+        results: Results = {
+            **_validated(keeper.best, config),
+            **tested[0],
+            **_references(callbacks, module.model),
+            **{f"test/{name}": said for name, said in given(module).items()},
+            "parameters": sum(p.numel() for p in module.model.parameters()),
+            "seconds": round(time.monotonic() - started, 1),
+            "seconds/fit": round(fitted, 1),
+            **versions(),
+        }
+        certificate = certify(module, data, tested[0], best, versions())
+        finish_pictures(module, trainer, callbacks, folder)
+        if trainer.is_global_zero:
+            write_json(folder / "certificate.json", plain(certificate))
+            write_json(folder / "results.json", plain(results))  # last: a run with it is whole
+            Console().print(table(results, module))
+            print(f"run folder: {folder}")
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.summarize({**results, "certificate": certificate})
+        return results
+
+
+@contextmanager
+def finished(loggers: list[Logger], signals: Signals) -> Iterator[None]:
+    """Tells W&B at the end how the run went, by its exit code."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except Stopped as stopped:
+        code = stopped.exit_code
+        raise
+    except Interruption:
+        code = signals.received
+        raise
+    finally:
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(exit_code=code)
+                if logger.where:
+                    print(logger.where)
 
 
 @contextmanager
@@ -236,7 +240,8 @@ def guides(config: DictConfig) -> dict[str, Guide]:
     """The guidance of a diffusion model's samples, with what it names, a run folder, as a model.
 
     Raises:
-        GenfwError: there is no such run, or not one of the same data.
+        ConfigError: there is no such run, or not one of the same data.
+        GenfwError: its weights cannot be read.
     """
     node = config.get("guidance")
     if node is None:
@@ -251,17 +256,13 @@ def guides(config: DictConfig) -> dict[str, Guide]:
 
 def _weaker(config: DictConfig, place: str) -> Denoiser:
     """The denoiser of another run, from its folder or from one of its checkpoints."""
-    file = Path(place)
-    folder = file.parent.parent if file.suffix == ".ckpt" else file
-    checkpoint = file if file.suffix == ".ckpt" else folder / "checkpoints" / "best.ckpt"
-    theirs = load(folder, "guidance.weaker")
-    theirs.trusted = config.get("trusted") or []
+    theirs, checkpoint = other(place, "guidance.weaker", config)
     if "model" not in theirs:
-        raise GenfwError(f"guidance.weaker={place}: expected a model's run, got a classifier's")
+        raise ConfigError(f"guidance.weaker={place}: expected a model's run, got a classifier's")
     same_data(theirs, config, f"guidance.weaker={place}: a model")
     model = restore(theirs, checkpoint)[0].evaluated
     if not isinstance(model, VDM):
-        raise GenfwError(
+        raise ConfigError(
             f"guidance.weaker={place}: expected the run of a diffusion model, got a "
             f"{type(model).__name__}"
         )
@@ -376,10 +377,10 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     }
     sheet = Table("test set", "")
     name = "NLL given labels" if "given" in test else "NLL"
-    sheet.add_row(name, f"{test['nll']:.2f} ± {test['nll_stderr']:.2f} nats (standard error)")
-    sheet.add_row(
-        "", f"{test['bpd']:.4f} ± {test['nll_stderr'] * test['bpd'] / test['nll']:.4f} bits/dim"
-    )
+    error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
+    how = "standard error" if math.isfinite(error) else "one draw, no standard error"
+    sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
+    sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
     sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
@@ -397,6 +398,12 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
     sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
     return sheet
+
+
+def _give_or_take(value: float, error: float, digits: int) -> str:
+    """A number, and its standard error where it has one."""
+    more = f" ± {error:.{digits}f}" if math.isfinite(error) else ""
+    return f"{value:.{digits}f}{more}"
 
 
 def so_far(trainer: L.Trainer, keeper: Keeper) -> Table:

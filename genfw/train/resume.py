@@ -13,12 +13,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from genfw.train.errors import ConfigError
 from genfw.train.runs import read
 from genfw.train.slurm import first_rank
 
 USAGE = """python -m genfw resume=<folder> [key=value ...]
-Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_steps=5000"""
+Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_steps=5000
+A sweep goes on with python -m genfw sweep=<folder>"""
 
 MAY_CHANGE = (
     *("trainer.max_", "trainer.enable_progress_bar", "trainer.profiler", "trainer.limit_test_"),
@@ -43,15 +43,15 @@ def resume(arguments: Sequence[str]) -> None:
         ConfigError: there is none, or something is given that it cannot go on with.
         CheckpointError: it has no checkpoint that is whole.
     """
-    for each in arguments:
-        key = each.partition("=")[0]
-        if key != "resume" and not key.startswith(MAY_CHANGE):
-            raise ConfigError(
-                f"{each}: a run that goes on keeps its {key}. What may change: "
-                f"{', '.join(name.rstrip('._') for name in MAY_CHANGE)}"
-            )
-    folder, config, _ = read(arguments, {}, USAGE, word="resume")
+    folder, config, _ = read(arguments, {}, USAGE, word="resume", keeps=_its_mathematics)
     take_up(folder, config)
+
+
+def _its_mathematics(key: str) -> str | None:
+    if key.startswith(MAY_CHANGE):
+        return None
+    able = ", ".join(name.rstrip("._") for name in MAY_CHANGE)
+    return f"a run that goes on keeps its {key}. What may change: {able}"
 
 
 def take_up(folder: Path, config: DictConfig) -> None:

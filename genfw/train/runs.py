@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def read(
     defaults: Mapping[str, Any],
     usage: str,
     word: str = "run",
-    changes: Collection[str] | None = None,
+    keeps: Callable[[str], str | None] = lambda key: None,
 ) -> tuple[Path, DictConfig, DictConfig]:
     """A run folder, its configuration with the changes asked for, and the command's own options.
 
@@ -55,11 +55,11 @@ def read(
             group that may be chosen anew, `estimator=importance_weighted`.
         usage: said where the folder is missing.
         word: what names the folder.
-        changes: the parts of config.yaml that matter here; None: all.
+        keeps: of a key of config.yaml, why it may not be given here; None: it may.
 
     Raises:
         ConfigError: an argument that is not understood, a folder that is no run's, a key that is
-            unknown or of no matter here.
+            unknown or kept.
     """
     pairs = [each.partition("=") for each in arguments]
     wrong = [name + sign + value for name, sign, value in pairs if not sign]
@@ -72,9 +72,12 @@ def read(
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
-    of_matter = changes or [*CHOSEN_ANEW, *map(str, config)]
+    for key, value in given.items():
+        known = key in defaults or key.partition(".")[0] not in {*CHOSEN_ANEW, *config}
+        if not known and (why := keeps(key)):
+            raise ConfigError(f"{key}={value}: {why}")
     for group in CHOSEN_ANEW:
-        if group in given and group in of_matter:
+        if group in given:
             name = given.pop(group)
             more = [f"{key}={value}" for key, value in given.items() if key.startswith(f"{group}.")]
             option = _option(config, group, name, more)
@@ -83,7 +86,7 @@ def read(
     known = [*defaults, *keys(config)]
     for key, value in given.items():
         if key not in defaults:
-            _may_change(config, key, value, known, of_matter)
+            _may_change(config, key, value, known)
         target = options if key in defaults else config
         try:
             new = OmegaConf.create(f"value: {value}").value
@@ -97,16 +100,12 @@ def read(
     return folder, config, options
 
 
-def _may_change(
-    config: DictConfig, key: str, value: str, known: Sequence[str], of_matter: Collection[str]
-) -> None:
+def _may_change(config: DictConfig, key: str, value: str, known: Sequence[str]) -> None:
     """
     Raises:
-        ConfigError: the run's configuration has no such key, or keeps it.
+        ConfigError: the run's configuration has no such key, or it is a group.
     """
     group, dot, rest = key.partition(".")
-    if group in config and group not in of_matter:
-        raise ConfigError(f"{key}={value}: changes nothing here; {', '.join(of_matter)} do")
     if key not in known:
         node = config.get(group) if dot and group in CHOSEN_ANEW else None
         if isinstance(node, DictConfig) and all(str(each).startswith("_") for each in node):
@@ -120,6 +119,43 @@ def _may_change(
             f"{key}={value}: a finished run keeps its {key}. "
             f"Groups that may be chosen anew: {', '.join(CHOSEN_ANEW)}"
         )
+
+
+def checkpoint(folder: Path, name: str, given: str = "") -> Path:
+    """The file of a checkpoint of a run, `best`, `last` or `previous`.
+
+    Args:
+        given: how it was asked for, for messages; empty: checkpoint=name.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    file = folder / "checkpoints" / f"{name}.ckpt"
+    if not file.is_file():
+        there = ", ".join(sorted(each.stem for each in file.parent.glob("*.ckpt")))
+        raise ConfigError(
+            f"{given or f'checkpoint={name}'}: there is no checkpoint {file}; "
+            f"{f'there are: {there}' if there else 'the run has saved none'}"
+        )
+    return file
+
+
+def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
+    """The configuration of another run that this one's samples are drawn with, and its weights.
+
+    Args:
+        place: its folder, or one of its checkpoints; the best one where none is named.
+        key: what `place` was given as, for messages.
+        config: of this run: what it trusts is trusted there too.
+
+    Raises:
+        ConfigError: there is no such run, or it has no such checkpoint.
+    """
+    file = Path(place)
+    folder, name = (file.parent.parent, file.stem) if file.suffix == ".ckpt" else (file, "best")
+    theirs = load(folder, key)
+    theirs.trusted = config.get("trusted") or []
+    return theirs, checkpoint(folder, name, f"{key}={place}")
 
 
 def load(folder: Path, key: str = "run") -> DictConfig:
