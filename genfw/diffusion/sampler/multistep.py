@@ -94,7 +94,8 @@ class UniPC(Sampler, name="unipc"):
 
     Both solve the paper's order conditions exactly (its free function B(h) then cancels): they
     integrate the polynomial through the last p predictions, the corrector's through the new one as
-    well. The last step has no new one and stays uncorrected.
+    well. The last step has no new one and stays uncorrected, and is of order p like the others
+    (diffusers' `lower_order_final=False`).
 
     Args:
         order: p, of the predictor, 1 to 3.
