@@ -125,7 +125,7 @@ def few_steps(arguments: Sequence[str]) -> None:
             model.sampler = made(sampler, grid, evaluations)
             here = setting(model, distance, train, module.seed, options.samples)
             row, seed = Row.of(here), mix(module.seed, "few_steps")
-            for i in {*range(options.sets)} - {*ledger.of(here)}:
+            for i in sorted({*range(options.sets)} - {*ledger.of(here)}):
                 start = time.perf_counter()
                 value = measured(model, distance, seed, i, options)
                 seconds = round(time.perf_counter() - start, 1)
