@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 from unittest.mock import Mock
 
+import lightning.pytorch as L
 import pytest
 import tiny
 import torch
@@ -206,7 +207,7 @@ def test_further_saves(tmp_path):
 @pytest.mark.parametrize(("steps", "left"), [(4, 0), (5, 1)])
 def test_the_last_weights_are_validated_once(tmp_path, steps, left):
     """In training, where the last step is one of those; afterwards where it is not."""
-    keeper, trainer = trained(tmp_path, steps), Mock(global_step=steps)
+    keeper, trainer = trained(tmp_path, steps), Mock(spec=L.Trainer, global_step=steps)
     keeper.look_at_the_last(trainer, tiny.module(), tiny.Images())
     assert trainer.validate.call_count == left
 
