@@ -305,11 +305,11 @@ def test_what_guidance_does_not_take_is_found_before_training(tmp_path):
 def test_labels_go_round_where_nobody_asks(conditional):
     folder, _ = conditional
     with opened(folder).evaluating() as model:
-        drawn = draw_samples(model, range(12), 0)
+        drawn = draw_samples(model, range(12), 0, 5)  # in chunks too
         y, noise = torch.arange(12) % 10, Noise(0, torch.arange(12))
         assert torch.equal(drawn, model.sample(12, y, noise=noise))
         drawn = draw_samples(model, range(12), 0, 5, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
-        asked = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])  # in chunks too
+        asked = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
         assert torch.equal(drawn, model.sample(12, asked, noise=noise))
 
 
