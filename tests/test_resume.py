@@ -169,7 +169,8 @@ def test_two_ranks_go_on_where_one_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["model=vdm", "seed=1", "data.batch_size=3", "optimizer.lr=1", "net.width=3"]
+    "wrong",
+    ["model=vdm", "seed=1", "data.batch_size=3", "optimizer.lr=1", "model.encoder.hidden=[3]"],
 )
 def test_what_would_change_the_run_is_refused(finished, capsys, wrong):
     assert main([f"resume={finished}", wrong]) == 2
