@@ -73,8 +73,8 @@ def read(
     reference = copy.deepcopy(config)
     options = OmegaConf.create(dict(defaults))
     for key, value in given.items():
-        known = key in defaults or key.partition(".")[0] not in {*CHOSEN_ANEW, *config}
-        if not known and (why := keeps(key)):
+        theirs = key not in defaults and key.partition(".")[0] in {*CHOSEN_ANEW, *config}
+        if theirs and (why := keeps(key)):
             raise ConfigError(f"{key}={value}: {why}")
     for group in CHOSEN_ANEW:
         if group in given:
