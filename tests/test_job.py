@@ -471,6 +471,7 @@ def test_vae_without_loggers_and_with_a_failing_metric(tmp_path, monkeypatch, ca
         "reconstructions.png",
         "interpolation.png",
         "traversal_1.png",
+        "units.csv",
         "results.json",
         "samples.png",
     }
