@@ -169,7 +169,7 @@ class FreeBits(Objective, name="free_bits"):
     groups of latents.
 
     Args:
-        nats: the floor, for each level or dimension.
+        nats: the floor, for each level or dimension; the default is one for levels.
         per: what the floor is laid under, a `Floor` or its value.
 
     The batch is what `forward` is given: one micro-batch of one rank. Levels are the terms of the
@@ -186,7 +186,7 @@ class FreeBits(Objective, name="free_bits"):
             2016, https://arxiv.org/abs/1606.04934.
     """
 
-    def __init__(self, nats: float = 0.5, per: Floor | str = Floor.BATCH_LEVEL):
+    def __init__(self, nats: float = 2.0, per: Floor | str = Floor.BATCH_LEVEL):
         super().__init__()
         self.nats = _price("nats", nats)
         values = [each.value for each in Floor]
