@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -76,23 +76,20 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
                 "estimator=importance_weighted goes through the levels of a chain, and a VDM in "
                 "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
             )
-        noise, parts = keyed(noise, x), []
+        noise = keyed(noise, x)
         chunk = self.chunk or within_memory(model, x, y, noise, self.k)
+        return assembled(len(x), self._groups(model, x, y, noise, chunk))
+
+    def _groups(
+        self, model: Weighs, x: Image, y: Labels | None, noise: Noise, chunk: int
+    ) -> Iterator[tuple[slice, Estimate]]:
         for rows, ranges in chunks(len(x), self.k, chunk):
             given, of = None if y is None else y[rows], noise.of(rows)
             log_w = [
                 model.log_weight(x[rows], given, noise=of.each(i, j), k=j - i).view(-1, j - i)
                 for i, j in ranges
             ]
-            parts.append(weighed(torch.cat(log_w, 1)))
-        return Estimate(
-            nats=torch.cat([part.nats for part in parts]),
-            variance=torch.cat([part.variance for part in parts]),
-            diagnostics={
-                name: torch.cat([part.diagnostics[name] for part in parts])
-                for name in parts[0].diagnostics
-            },
-        )
+            yield rows, weighed(torch.cat(log_w, 1))
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
@@ -105,6 +102,25 @@ def weighed(log_w: Tensor) -> Estimate:
         diagnostics["khat"] = khat = pareto_khat(log_w)
         diagnostics["khat_over_0.7"] = (~(khat <= 0.7)).double()
     return Estimate(-log_mean(log_w), log_mean_variance(log_w), diagnostics=diagnostics)
+
+
+def assembled(n: int, groups: Iterable[tuple[slice, Estimate]]) -> Estimate:
+    """The estimate of n examples, of those of groups of them.
+
+    Each is written to its place at once: small tensors that are kept between the large ones of the
+    chunks would leave the heap in pieces, and its peak would grow with n.
+    """
+    whole: dict[str, Tensor] = {}
+    for rows, group in groups:
+        for name, value in {
+            "nats": group.nats,
+            "variance": group.variance,
+            **group.diagnostics,
+        }.items():
+            if name not in whole:
+                whole[name] = value.new_empty(n)
+            whole[name][rows] = value
+    return Estimate(whole.pop("nats"), whole.pop("variance"), diagnostics=whole)
 
 
 def within_memory(model: LatentModel, x: Image, y: Labels | None, noise: Noise, k: int) -> int:
