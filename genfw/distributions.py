@@ -79,6 +79,10 @@ class Normal(Distribution):
         kl = per_example(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
         return kl.to(torch.promote_types(self.mean.dtype, other.mean.dtype))
 
+    def kl_by_dimension(self, other: Normal) -> Tensor:
+        """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`."""
+        return self.by_dimension().kl(other.by_dimension()).view(len(self.mean), -1)
+
     def by_dimension(self) -> Normal:
         """Its D dimensions, of which each example's stand side by side, as b D normals over one."""
         return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))

@@ -188,7 +188,7 @@ class HVAE(LatentModel, name="hvae"):
         """KL(q || p) of every unit of z_1 .. z_T on one sampled way down, (b, units) nats each:
         their sums over units are the terms of the bound."""
         _, pairs = self.divergences(x, y, noise=noise)
-        return [q.by_dimension().kl(p.by_dimension()).view(len(x), -1) for q, p in pairs]
+        return [q.kl_by_dimension(p) for q, p in pairs]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are

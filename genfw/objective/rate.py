@@ -223,8 +223,7 @@ class FreeBits(Objective, name="free_bits"):
                 f"per=batch_level, got {type(model).__name__}"
             )
         reconstruction, pairs = model.divergences(x, y, noise=noise)
-        apart = [q.by_dimension().kl(p.by_dimension()).view(len(x), -1) for q, p in pairs]
-        return reconstruction, torch.cat(apart, 1)
+        return reconstruction, torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
 
     def extra_repr(self) -> str:
         return f"at least {self.nats:g} nats per {self.per.value.replace('_', ' and ')}"

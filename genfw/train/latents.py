@@ -80,8 +80,7 @@ class Chain:
             z = rung.z.reshape(-1, 1)
             ratio = rung.q.by_dimension().log_prob(z) - above.p.by_dimension().log_prob(z)
             costs.append(ratio.view(len(x), -1))
-        kl = rungs[-1].q.by_dimension().kl(self.model.prior(len(x)).by_dimension())
-        return [*costs, kl.view(len(x), -1)]
+        return [*costs, rungs[-1].q.kl_by_dimension(self.model.prior(len(x)))]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         z = above[0]
