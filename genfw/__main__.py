@@ -138,11 +138,11 @@ def _start(
     fixed = [f"hydra.run.dir={quoted(place)}", "hydra.mode=RUN"]
     failures: list[GenfwError] = []
     hydra.run(name, partial(_run, failures=failures), [*overrides, *fixed])
-    for failure in failures:
-        wrong = failure.exit_code == ConfigError.exit_code
+    if failures:
+        wrong = failures[0].exit_code == ConfigError.exit_code
         if wrong and named_anew(config, "hydra.run.dir"):
             abandon(place)
-        raise failure
+        raise failures[0]
     return 0
 
 

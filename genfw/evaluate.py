@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.runs import checkpoint, command, read
+from genfw.train.runs import all_but, checkpoint, command, read
 
 if TYPE_CHECKING:
     from genfw.estimators.estimator import Estimator
@@ -108,15 +108,12 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def _no_matter(key: str) -> str | None:
     """What an NLL does not depend on."""
-    group = key.partition(".")[0]
-    if group in CHANGES:
-        return None
-    if group in ("sampler", "grid", "guidance"):
+    if key.partition(".")[0] in ("sampler", "grid", "guidance"):
         return (
             "says how samples are drawn, and an NLL is of the bare model: leave it to "
             "python -m genfw.sample"
         )
-    return f"changes nothing here; {', '.join(CHANGES)} do"
+    return all_but(CHANGES)(key)
 
 
 def looseness(module: LatentModule, n: int) -> dict[str, float]:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.runs import checkpoint, command, read
+from genfw.train.runs import all_but, checkpoint, command, read
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +51,9 @@ DEFAULTS = {
     "device": None,
 }
 
+CHANGES = ("sampler", "grid", "guidance", "trusted")
+"""Of a run's configuration, what its samples depend on and may be chosen anew."""
+
 ANIMATED = 64
 """Samples in a GIF, at most."""
 
@@ -59,7 +62,7 @@ ENDINGS = {"grid": ".png", "png": "", "npz": ".npz"}
 
 
 def sample(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, DEFAULTS, USAGE, keeps=_no_matter)
+    folder, config, options = read(arguments, DEFAULTS, USAGE, keeps=all_but(CHANGES))
     for key in ("n", "chunk"):
         if options[key] < 1:
             raise ConfigError(f"{key}={options[key]}: expected at least 1")
@@ -116,13 +119,6 @@ def sample(arguments: Sequence[str]) -> None:
             raise GenfwError(
                 f"{error.filename or out}: {error.strerror}; give out=<path>"
             ) from error
-
-
-def _no_matter(key: str) -> str | None:
-    """Samples depend on nothing else of a configuration that may be chosen anew."""
-    if key.partition(".")[0] in ("sampler", "grid", "guidance", "trusted"):
-        return None
-    return "changes nothing here; sampler, grid, guidance, trusted do"
 
 
 def _warmed(model: LatentModel, temperature: Any) -> Callable[..., Image]:

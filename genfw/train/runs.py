@@ -100,6 +100,13 @@ def read(
     return folder, config, options
 
 
+def all_but(groups: Sequence[str]) -> Callable[[str], str | None]:
+    """For `read`, where what a command gives depends on these parts of config.yaml alone."""
+    return lambda key: (
+        None if key.partition(".")[0] in groups else f"changes nothing here; {', '.join(groups)} do"
+    )
+
+
 def _may_change(config: DictConfig, key: str, value: str, known: Sequence[str]) -> None:
     """
     Raises:
