@@ -39,7 +39,7 @@ PROBED = {"exact_dims": 0}
 
 
 def amplitudes(log_snr):
-    log_snr = torch.tensor(log_snr, dtype=torch.float64)
+    log_snr = torch.as_tensor(log_snr, dtype=torch.float64)
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
 
