@@ -232,7 +232,7 @@ def test_hub_out_of_reach_is_known_within_seconds(monkeypatch, tmp_path):
         monkeypatch.delenv(proxy.upper(), raising=False)
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     seconds, message = out.stdout.strip().split(" ", 1)
-    assert float(seconds) < 15, out
+    assert float(seconds) < 4, out
     assert "\n" not in message
     assert "data.path=" in message
     assert "ylecun/mnist" in message
@@ -241,7 +241,7 @@ def test_hub_out_of_reach_is_known_within_seconds(monkeypatch, tmp_path):
 def test_probe_gives_up_in_time():
     start = time.time()
     assert not _reachable("http://192.0.2.1", seconds=0.3)
-    assert time.time() - start < 10  # a connection is given up after minutes
+    assert time.time() - start < 1
 
 
 def fill(folder, split, names="abc"):

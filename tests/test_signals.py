@@ -43,7 +43,7 @@ def test_two_ranks(tmp_path, fault):
     place = f"hydra.run.dir={tmp_path}/${{start:}}"  # which both ranks must name alike
     ended = ranks.run(*COMMAND, "trainer.max_steps=100000", place, world=2, fault=fault)
     assert ended.codes == [143, 143], f"{fault}\n{ended.said}"
-    assert ended.seconds < 60, fault
+    assert ended.seconds < 10, fault
     (folder,) = (each.parent for each in tmp_path.glob("*/config.yaml"))
     step = read(folder / "checkpoints" / "last.ckpt")["global_step"]
     # the step is finished; a validation is not
@@ -289,7 +289,7 @@ def test_ranks_that_wait_for_pictures_do_not_wait_with_a_signal(tmp_path, every)
     given += [f"callbacks.pictures.every={every}", f"hydra.run.dir={tmp_path}/run"]
     ended = ranks.run(*given, "trainer.max_steps=3", world=2, prepare=pictures_of_the_first_rank)
     assert ended.codes == [143, 143], ended.said
-    assert ended.seconds < 40 and "to go on: python -m genfw resume=" in ended.said
+    assert ended.seconds < 10 and "to go on: python -m genfw resume=" in ended.said
     assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 3
 
 
