@@ -23,6 +23,12 @@ def per_example(x: Tensor) -> Nats:
     return x.flatten(1).sum(1)
 
 
+def unrepeated(x: Tensor) -> Tensor:
+    """x, or its first row where all are that one in memory (`expand`): broadcastable to x, and no
+    work is done twice."""
+    return x[:1] if len(x) > 1 and x.stride(0) == 0 else x
+
+
 class Distribution(ABC):
     """A distribution for each example of a batch."""
 
@@ -64,9 +70,9 @@ class Normal(Distribution):
         return self._std.expand_as(self._mean)
 
     def log_prob(self, value: Tensor) -> Nats:
-        error = (value - self.mean) / self._std
-        log_std = self._std.log().expand_as(self._mean)  # of the few there are, then as many
-        return per_example(-0.5 * (error.square() + math.log(2 * math.pi)) - log_std)
+        error = (value - self._mean) / self._std
+        log_scale = unrepeated(self.std).log() + 0.5 * math.log(2 * math.pi)
+        return -0.5 * per_example(error.square()) - per_example(log_scale)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         """Reparameterized: mean + std * eps, differentiable in both."""
@@ -136,7 +142,7 @@ class Bernoulli(Distribution):
         self.logits = logits
 
     def log_prob(self, value: Tensor) -> Nats:
-        sign = 2 * value.to(self.logits) - 1
+        sign = 2 * unrepeated(value).to(self.logits) - 1
         return per_example(F.logsigmoid(sign * self.logits))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:

@@ -168,7 +168,7 @@ class Noise(Draws):
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         centred = self._uniform64(purpose, like).mul_(2).sub_(1)  # exact, so the tails are too
-        return torch.erfinv(centred).mul_(math.sqrt(2)).to(like.dtype)
+        return centred.erfinv_().mul_(math.sqrt(2)).to(like.dtype)
 
     def uniform(self, purpose: str, like: Tensor) -> Tensor:
         u = self._uniform64(purpose, like).to(like.dtype)

@@ -48,6 +48,31 @@ def test_a_scalar_std_counts_once_per_dimension(double):
     assert torch.equal(full.kl(Normal(x, torch.ones(()))), scalar.kl(Normal(x, torch.ones(()))))
 
 
+@pytest.mark.parametrize("b", [1, 4])
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2), (0, 1, 2), ()])
+def test_rows_that_are_one_in_memory_count_as_rows(double, which, b):
+    """What an importance-weighted evaluation makes: many draws beside one image."""
+    rows = torch.randn(1, 3, 2), torch.randn(1, 3, 2), torch.rand(1, 3, 2) + 0.2
+    more = torch.rand(b, 3, 2)
+    x, mean, std = (r.expand(b, 3, 2) if i in which else r + more for i, r in enumerate(rows))
+    normal = torch.distributions.Normal(mean, std).log_prob(x).sum((1, 2))
+    assert torch.allclose(Normal(mean, std).log_prob(x), normal, rtol=1e-12)
+    bits = torch.distributions.Bernoulli(logits=mean).log_prob((x > 0).double()).sum((1, 2))
+    seen = (x > 0).byte()
+    seen = seen[:1].expand(b, 3, 2) if 0 in which else seen
+    assert torch.allclose(Bernoulli(mean).log_prob(seen), bits, rtol=1e-12)
+
+
+def test_a_repeated_row_gets_the_gradient_of_all(double):
+    z, mean, std = torch.randn(5, 3), torch.randn(1, 3), torch.rand(1, 3) + 0.2
+    ones = [x.clone().requires_grad_() for x in (mean, std)]
+    each = [x.repeat(5, 1).requires_grad_() for x in (mean, std)]
+    Normal(*(x.expand(5, 3) for x in ones)).log_prob(z).sum().backward()
+    Normal(*each).log_prob(z).sum().backward()
+    for one, many in zip(ones, each):
+        assert torch.allclose(one.grad, many.grad.sum(0, keepdim=True), rtol=1e-12)
+
+
 def test_normal_samples_follow_it_and_carry_gradients(double):
     mean = torch.full((40_000, 1), 2.0, requires_grad=True)
     z = Normal(mean, torch.tensor(0.5)).sample(Noise(0, torch.arange(40_000)))

@@ -72,8 +72,8 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         self.levels = len(self.latents)
 
     def prior(self, n: int) -> Normal:
-        zero = torch.zeros(n, *self.latents[-1], device=self.device, dtype=self.dtype)
-        return Normal(zero, zero.new_ones(()))
+        zero = torch.zeros((), device=self.device, dtype=self.dtype)
+        return Normal(zero.expand(n, *self.latents[-1]), torch.ones_like(zero))
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z
