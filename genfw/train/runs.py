@@ -172,6 +172,11 @@ def load(folder: Path, key: str = "run") -> DictConfig:
         ConfigError: it is no run's.
     """
     file = folder / "config.yaml"
+    if folder.suffix == ".ckpt":
+        which = f" checkpoint={folder.stem}" if key == "run" else ""
+        raise ConfigError(
+            f"{key}={folder}: expected the run's folder, {key}={folder.parent.parent}{which}"
+        )
     if not file.is_file():
         raise ConfigError(f"{key}={folder}: there is no {file}; a run folder has one")
     config = OmegaConf.load(file)
