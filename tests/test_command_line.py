@@ -69,7 +69,7 @@ WRONG = [
     ("schedule.log_snr_min=null", ["schedule.log_snr_min", "float", "null"]),
     ("seed=1.5", ["seed", "int"]),
     ("net.width=4.5", ["net.width", "int"]),
-    ("net.attention=1", ["net.attention", "bool"]),
+    ("net=conv net.attention=1", ["net.attention", "bool"]),
     ("model.steps=many", ["model.steps", "int or None"]),
     ("optimizer.betas=0.9", ["optimizer.betas", "list"]),
     ("optimizer.betas=[a,b]", ["optimizer.betas[0]", "float"]),

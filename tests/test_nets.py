@@ -252,14 +252,14 @@ def test_the_output_can_be_z_itself_at_any_scale(cls):
 
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_the_unet_attends_to_the_coarse_and_halves_evenly(size):
-    net = UNet(shape=(1, size, size), width=8, attention=7)
+    net = UNet(shape=(1, size, size), width=8, blocks=2, attention=7)
     assert net(torch.randn(2, 1, size, size), torch.rand(2)).shape == (2, 1, size, size)
     attends = sum(isinstance(module, Attention) for module in net.modules())
     assert attends == {8: 11, 28: 6, 32: 1}[size]
 
 
 def test_the_unet_gives_each_step_down_to_one_step_up():
-    net = UNet(shape=(1, 8, 8), width=8)
+    net = UNet(shape=(1, 8, 8), width=8, blocks=2)
     down, up = [], []
     for layer in [net.enter, *net.down]:
         layer.register_forward_hook(lambda _, inputs, output: down.append(output))
@@ -322,7 +322,7 @@ def _unet(**options: Any) -> Callable[[], Network]:
         (_unet(fourier=-1), "fourier: expected a number of frequencies >= 0, got -1"),
         (_unet(bins=1), "bins: expected at least 2 values, got 1"),
         (_unet(shape=(3, 8, 8), out_channels=4), "a multiple of the 3 channels"),
-        (_unet(heads=3), "heads: expected a divisor of 8 channels, got 3"),
+        (_unet(heads=3, attention=8), "heads: expected a divisor of 8 channels, got 3"),
         (lambda: Conv((1, 8, 8), width=9), "width .* expected an even number >= 4, got 9"),
         (lambda: Conv((1, 8, 8), classes=0), "classes: expected a positive number or None, got 0"),
         (lambda: MLP((0,)), r"shape: expected positive sizes \(D,\) or \(C, \*dims\)"),

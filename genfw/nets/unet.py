@@ -49,10 +49,10 @@ class UNet(DenoisingNetwork, name="unet"):
         bins: int | None = None,
         fourier: int = 3,
         data_std: float | None = None,
-        width: int = 64,
+        width: int = 32,
         multipliers: Sequence[int] = (1, 2, 2),
-        blocks: int = 2,
-        attention: int = 8,
+        blocks: int = 1,
+        attention: int = 0,
         heads: int = 1,
         dropout: float = 0.0,
     ):
