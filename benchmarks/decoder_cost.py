@@ -50,7 +50,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     schedule = Cosine(2 * math.log(3.02 * K), -10.0)
-    denoiser = NetworkDenoiser(UNet(SHAPE, bins=K, width=64, blocks=2, attention=8), Eps(), schedule)
+    denoiser = NetworkDenoiser(
+        UNet(SHAPE, bins=K, width=64, blocks=2, attention=8), Eps(), schedule
+    )
     vdm = VDM(denoiser, BinsLikelihood(K), shape=SHAPE)
     optimizer = torch.optim.AdamW(vdm.parameters())
     x = torch.randint(K, (batch, *SHAPE))

@@ -317,7 +317,10 @@ def _unet(**options: Any) -> Callable[[], Network]:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (_unet(shape=(1, 30, 30)), "3 resolutions need an image divisible by 4, got 30x30"),
+        (
+            _unet(shape=(1, 30, 30)),
+            "need an image divisible by 4, got 30x30; take fewer, or net=conv",
+        ),
         (_unet(shape=(64,)), r"shape: expected positive sizes \(C, H, W\), got \(64,\)"),
         (_unet(fourier=-1), "fourier: expected a number of frequencies >= 0, got -1"),
         (_unet(bins=1), "bins: expected at least 2 values, got 1"),

@@ -110,7 +110,7 @@ def test_a_copied_folder_does_not_vouch_for_itself(tmp_path, capsys):
     assert not Path("PWNED").exists()
 
 
-@pytest.mark.parametrize("word, more", [("run", " checkpoint=best"), ("resume", "")])
+@pytest.mark.parametrize(("word", "more"), [("run", " checkpoint=best"), ("resume", "")])
 def test_a_checkpoint_in_place_of_its_run_names_the_run(word, more):
     with pytest.raises(ConfigError, match=f"expected the run's folder, {word}=outputs/a{more}$"):
         read([f"{word}=outputs/a/checkpoints/best.ckpt"], {}, "", word=word)

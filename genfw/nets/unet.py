@@ -68,7 +68,7 @@ class UNet(DenoisingNetwork, name="unet"):
         if not multipliers or height % factor or wide % factor:
             raise ValueError(
                 f"multipliers: {len(multipliers)} resolutions need an image divisible by "
-                f"{factor:g}, got {height}x{wide}"
+                f"{factor:g}, got {height}x{wide}; take fewer, or net=conv for any size"
             )
         outputs = multiple(out_channels, channels)
         self.out_channels = outputs * channels
