@@ -319,7 +319,7 @@ def _unet(**options: Any) -> Callable[[], Network]:
     [
         (
             _unet(shape=(1, 30, 30)),
-            "need an image divisible by 4, got 30x30; take fewer, or net=conv",
+            "3 resolutions need an image divisible by 4, got 30x30; take fewer, or net=conv",
         ),
         (_unet(shape=(64,)), r"shape: expected positive sizes \(C, H, W\), got \(64,\)"),
         (_unet(fourier=-1), "fourier: expected a number of frequencies >= 0, got -1"),

@@ -172,7 +172,7 @@ def load(folder: Path, key: str = "run") -> DictConfig:
         ConfigError: it is no run's.
     """
     file = folder / "config.yaml"
-    if folder.suffix == ".ckpt":
+    if not file.is_file() and folder.suffix == ".ckpt":
         which = f" checkpoint={folder.stem}" if key == "run" else ""
         raise ConfigError(
             f"{key}={folder}: expected the run's folder, {key}={folder.parent.parent}{which}"
