@@ -25,6 +25,7 @@ import torch
 from exact import MEAN, STD, exact
 from omegaconf import OmegaConf
 from torch import Tensor
+from trained import images, trained_vdm
 
 from genfw import (
     VDM,
@@ -34,8 +35,6 @@ from genfw import (
     marginal,
     posterior,
 )
-from genfw.train.errors import GenfwError
-from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {
@@ -110,15 +109,11 @@ def shown(values: Tensor) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    prepare()
     usage = (__doc__ or "").split("\n\n")[1]
     if any(each.startswith("run=") for each in arguments):
         folder, config, options = read(arguments, DEFAULTS, usage)
-        module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
-        x = torch.from_numpy(data.split("test").images[: options.images])  # pyright: ignore
-        with module.evaluating() as model:
-            if not isinstance(model, VDM):
-                raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+        with trained_vdm(folder, config, options.checkpoint) as (model, _, data):
+            x = images(data, "test", options.images)
             compare(model, x, options.steps, options.repeats)
     else:
         options = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(list(arguments)))

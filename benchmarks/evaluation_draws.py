@@ -20,12 +20,12 @@ import time
 from collections.abc import Sequence
 
 import torch
+from ledger import at_least
 from torch import Tensor
+from trained import images, trained_vdm
 
 from genfw import VDM, Noise, UniformLogSNR, UniformTime
 from genfw.diffusion.times import TimeSampler
-from genfw.train.errors import GenfwError
-from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {"images": 64, "sets": 16, "strata": 64, "target": 0.005, "checkpoint": "best"}
@@ -76,13 +76,11 @@ def compare(vdm: VDM, x: Tensor, sets: int, strata: int, target: float) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    prepare()
     folder, config, options = read(arguments, DEFAULTS, (__doc__ or "").split("\n\n")[1])
-    module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
-    x = torch.from_numpy(data.split("test").images[: options.images])  # pyright: ignore
-    with module.evaluating() as model:
-        if not isinstance(model, VDM):
-            raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+    at_least(options, 1, "images", "strata")
+    at_least(options, 2, "sets")
+    with trained_vdm(folder, config, options.checkpoint) as (model, _, data):
+        x = images(data, "test", options.images)
         compare(model, x, options.sets, options.strata, options.target)
 
 

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ledger import Ledger, at_least_one, commits, extracted, listed, mean, origin, setting, titled
+from ledger import Ledger, at_least, commits, extracted, listed, mean, origin, setting, titled
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
+from trained import trained_vdm
 
 import genfw
 from genfw import VDM, Ancestral, Sampler, TimeGrid
@@ -39,9 +40,8 @@ from genfw.noise import mix
 from genfw.train.callbacks import steered
 from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import prepare, restore
 from genfw.train.pictures import draw_samples
-from genfw.train.runs import checkpoint, command, read
+from genfw.train.runs import command, read
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "dpm_solver": genfw.DPMSolver,
@@ -93,27 +93,21 @@ def few_steps(arguments: Sequence[str]) -> None:
     }
     usage = (__doc__ or "").split("\n\n")[1]
     folder, config, options = read(arguments, defaults, usage, keeps=_listed_instead)
-    at_least_one(options, "sets", "samples", "reference", "chunk")
+    at_least(options, 1, "sets", "samples", "reference", "chunk")
     wanted = listed(options, "samplers", list(SAMPLERS))
     grids = listed(options, "grids", ["uniform"])
     calls = listed(options, "evaluations", (10, 20, 50))
     for key, given, known in (("samplers", wanted, SAMPLERS), ("grids", grids, TimeGrid.registry)):
         if unknown := {*given} - {*known}:
             raise ConfigError(f"{key}: there is no {', '.join(unknown)}; there are {[*known]}")
-    prepare()
-    module, data = restore(config, checkpoint(folder, options.checkpoint))
-    module.to(options.device)
-    distance = extracted(config)
-    train = data.split("train")  # pyright: ignore
-    distance.to(module.device).reference(train.images, "train", train.hash)
-
     out = Path(options.out or folder / "few_steps")
-    ledger = Ledger(out / "few_steps.jsonl")
     base = Row("ancestral", "uniform", options.reference)
     rows = [base, Row(*BAR), *(Row(s, g, e) for e in calls for g in grids for s in wanted)]
-    with module.evaluating() as model:
-        if not isinstance(model, VDM):
-            raise ConfigError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+    with trained_vdm(folder, config, options.checkpoint, options.device) as (model, module, data):
+        ledger = Ledger(out / "few_steps.jsonl")
+        distance = extracted(config)
+        train = data.split("train")  # pyright: ignore
+        distance.to(module.device).reference(train.images, "train", train.hash)
         if isinstance(model.guided(), ByClassifier) and model.classes is None:
             raise ConfigError(
                 "guidance: these samples have no labels to guide to; see guidance_curve.py"

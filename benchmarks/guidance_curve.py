@@ -32,16 +32,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ledger import Ledger, at_least_one, commits, extracted, listed, mean, origin, setting, titled
+from ledger import Ledger, at_least, commits, extracted, listed, mean, origin, setting, titled
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from trained import trained_vdm
 
-from genfw import VDM
 from genfw.diffusion.guidance import Scaled
 from genfw.noise import mix
 from genfw.train.control import Control, Controlled
-from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.job import prepare, restore
+from genfw.train.errors import ConfigError
 from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
 
@@ -82,21 +81,14 @@ Curve = dict[Row, dict[int, Controlled]]
 
 def guidance_curve(arguments: Sequence[str]) -> None:
     folder, config, options = read(asked(arguments), DEFAULTS, (__doc__ or "").split("\n\n")[1])
-    at_least_one(options, "sets", "samples", "chunk")
+    at_least(options, 1, "sets", "samples", "chunk")
     scales = listed(options, "scales", (1.0, 2.0, 3.0, 5.0, 7.5))
-    prepare()
-    checkpoint = folder / "checkpoints" / f"{options.checkpoint}.ckpt"
-    module, data = restore(config, checkpoint)
-    module.to(options.device)
-    control = Control(extracted(config).to(module.device), config.data.classes)
-    train = data.split("train")  # pyright: ignore
-    control.reference(train.images, train.labels, "train", train.hash)
-
     out = Path(options.out or folder / "guidance_curve")
-    ledger = Ledger(out / "guidance_curve.jsonl")
-    with module.evaluating() as model:
-        if not isinstance(model, VDM):
-            raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+    with trained_vdm(folder, config, options.checkpoint, options.device) as (model, module, data):
+        ledger = Ledger(out / "guidance_curve.jsonl")
+        control = Control(extracted(config).to(module.device), config.data.classes)
+        train = data.split("train")  # pyright: ignore
+        control.reference(train.images, train.labels, "train", train.hash)
         print(about := origin(folder, config, model, options.checkpoint), flush=True)
         unscaled, name = model.guidance, f"{folder.name}, {options.checkpoint}"
         if not isinstance(model.guided(), Scaled):

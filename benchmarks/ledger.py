@@ -154,14 +154,14 @@ def origin(folder: Path, config: DictConfig, model: VDM, checkpoint: str) -> str
     )
 
 
-def at_least_one(options: DictConfig, *keys: str) -> None:
+def at_least(options: DictConfig, least: int, *keys: str) -> None:
     """
     Raises:
         ConfigError: one of them is less.
     """
     for key in keys:
-        if options[key] < 1:
-            raise ConfigError(f"{key}={options[key]}: expected at least 1")
+        if options[key] < least:
+            raise ConfigError(f"{key}={options[key]}: expected at least {least}")
 
 
 def listed(options: DictConfig, key: str, default: Sequence[Any]) -> list[Any]:

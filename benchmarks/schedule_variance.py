@@ -28,6 +28,7 @@ import torch
 from exact import MEAN, STD, exact
 from omegaconf import OmegaConf
 from torch import Tensor
+from trained import images, trained_vdm
 
 from genfw import (
     VDM,
@@ -39,8 +40,6 @@ from genfw import (
     NoiseSchedule,
 )
 from genfw.diffusion.denoising import Denoising
-from genfw.train.errors import GenfwError
-from genfw.train.job import prepare, restore
 from genfw.train.runs import command, read
 
 DEFAULTS = {"images": 256, "draws": 64, "checkpoint": "best"}
@@ -86,6 +85,7 @@ def through(schedule: NoiseSchedule) -> Callable[[Tensor], Tensor]:
     return lambda log_snr: schedule.slope(schedule.inverse(log_snr))
 
 
+@torch.enable_grad()
 def learned(seen: Errors, steps: int = 300) -> Learned:
     """The interior that makes the mean square of the cost small on these errors."""
     schedule = Learned(*seen.ends, learn_ends=False)
@@ -142,18 +142,13 @@ def compare(vdm: VDM, train: Tensor, test: Tensor, draws: int) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    prepare()
     torch.manual_seed(0)
     usage = (__doc__ or "").split("\n\n")[1]
     if any(each.startswith("run=") for each in arguments):
         folder, config, options = read(arguments, DEFAULTS, usage)
-        module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
-        splits = (data.split(name).images for name in ("train", "test"))  # pyright: ignore
-        train, test = (torch.from_numpy(each[: options.images]) for each in splits)
-        model = module.evaluated.eval()
-        if not isinstance(model, VDM):
-            raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
-        compare(model, train, test, options.draws)
+        with trained_vdm(folder, config, options.checkpoint) as (model, _, data):
+            train, test = (images(data, split, options.images) for split in ("train", "test"))
+            compare(model, train, test, options.draws)
     else:
         options = OmegaConf.merge(DEFAULTS, OmegaConf.from_dotlist(list(arguments)))
         torch.set_default_dtype(torch.float64)

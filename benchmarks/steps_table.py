@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from ledger import at_least
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from trained import images, trained_vdm
 
 from genfw import VDM, Bound, Estimator, Noise
 from genfw.noise import mix
-from genfw.train.errors import GenfwError
-from genfw.train.job import prepare, restore
 from genfw.train.metrics import NLL
 from genfw.train.runs import command, read
 from genfw.types import Image
@@ -37,13 +37,11 @@ COLUMNS = ("nll", "nll_stderr", "bpd", "bpd_stderr", "reconstruction", "levels",
 def table(arguments: Sequence[str]) -> None:
     defaults = {"images": 200, "sets": 2, "strata": 32, "checkpoint": "best", "out": None}
     folder, config, options = read(arguments, defaults, (__doc__ or "").split("\n\n")[1])
-    prepare()
-    module, data = restore(config, folder / "checkpoints" / f"{options.checkpoint}.ckpt")
-    x = torch.from_numpy(data.split("test").images[: options.images])  # pyright: ignore
+    at_least(options, 1, "images", "strata")
+    at_least(options, 2, "sets")  # or there is no variance to measure
     rows = []
-    with module.evaluating() as model:
-        if not isinstance(model, VDM):
-            raise GenfwError(f"run={folder}: expected a VDM, got {type(model).__name__}")
+    with trained_vdm(folder, config, options.checkpoint) as (model, module, data):
+        x = images(data, "test", options.images)
         noise = Noise(mix(module.seed, "test"), torch.arange(len(x)))
         for row in readings(model, x, Bound(options.sets, options.strata), noise):
             rows.append(row)
