@@ -209,6 +209,8 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
             "weights": "exponential moving average" if averaged else "raw",
             "sha256": fingerprint(model),
             "decoder": "BinsLikelihood(bins=3)",
+            "parameterization": "Eps()",
+            "schedule": "Cosine(log_snr: 4 -> -6)",
             "log_snr": [4.0, -6.0],
             "steps": "continuous time" if steps is None or estimator.name == "ode" else 5,
         },

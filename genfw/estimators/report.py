@@ -9,7 +9,8 @@ result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension
            a conditional model also `given`: it is an NLL of p(x | y)
 estimator  name, arguments, draws per image, seed, dtype, whether products were shortened (tf32),
            device
-model      name, parameters, weights (averaged or raw, sha256), decoder, log SNR at both ends
+model      name, parameters, weights (averaged or raw, sha256), decoder; of a diffusion model also
+           parameterization, schedule, log SNR at both ends and steps
 data       name, split, count and of how many, sha256 of images and labels as evaluated, transform
 origin     checkpoint, step, git commit, versions
 
