@@ -1,5 +1,6 @@
 """Runs from the outside: interrupted, on two ranks, copied from a stranger, started twice."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from test_job import SMALL, VAE, composed
 
 from genfw import sample
 from genfw.__main__ import main
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.job import run
 from genfw.train.runs import command, read
 
@@ -137,8 +138,18 @@ def test_what_is_found_wrong_late_is_one_line_too(tmp_path, capfd):
     assert "Error executing job" not in said and "Traceback" not in said
 
 
-def test_the_steps_after_the_last_validation_count(tmp_path):
-    run(composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3"), tmp_path)
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_steps_after_the_last_validation_count(tmp_path, monkeypatch, capsys):
+    """And a disk that is full when they have been tested costs no number: it has been said, and
+    `resume=` tests again."""
+    monkeypatch.setattr("genfw.train.files.write_json", full)
+    config = composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3")
+    with pytest.raises(GenfwError, match=r"No space left on device; then test again: .* resume="):
+        run(config, tmp_path)
+    assert "bits/dim" in capsys.readouterr().out
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 5  # in its first steps a model only gets better
 

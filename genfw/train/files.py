@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from genfw.train.errors import GenfwError
+
 
 def probe(folder: Path) -> None:
     """
@@ -22,6 +24,18 @@ def probe(folder: Path) -> None:
 def write_json(file: Path, value: Any) -> None:
     """As JSON, whole or not at all."""
     replace_text(file, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def store(file: Path, value: Any, advice: str) -> None:
+    """`write_json` of numbers that a person has been shown.
+
+    Raises:
+        GenfwError: it could not be written; and `advice`.
+    """
+    try:
+        write_json(file, value)
+    except OSError as error:
+        raise GenfwError(f"{file} cannot be written: {error.strerror}; {advice}") from error
 
 
 def replace_text(file: Path, text: str) -> None:
