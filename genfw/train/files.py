@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,18 @@ def replace_text(file: Path, text: str) -> None:
     Raises:
         OSError: it could not be written; what was there before still is.
     """
+    with replaced(file) as beside, beside.open("w") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """A path beside a file. What is written there takes the file's place when it is whole."""
     beside = file.with_name(f"{file.name}.tmp")
     try:
-        with beside.open("w") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
+        yield beside
         beside.replace(file)
     finally:
         with suppress(OSError):

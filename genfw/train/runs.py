@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genfw.train.compose import session, unchecked
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import probe
 from genfw.train.slurm import tell
 from genfw.train.terminal import detach
 
@@ -144,6 +145,26 @@ def checkpoint(folder: Path, name: str, given: str = "") -> Path:
             f"{given or f'checkpoint={name}'}: there is no checkpoint {file}; "
             f"{f'there are: {there}' if there else 'the run has saved none'}"
         )
+    return file
+
+
+def output(asked: Any, own: Path) -> Path:
+    """The file that a command writes, `out=` or its own; found out before anything is computed.
+    The folder that it names is made.
+
+    Raises:
+        ConfigError: it is a folder, or nothing can be written there.
+    """
+    file = own if asked is None else Path(str(asked))
+    if asked is not None and (str(asked).endswith("/") or file.is_dir()):
+        raise ConfigError(
+            f"out={asked}: expected a file, and that is a folder: out={file / own.name}"
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        probe(file.parent)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give out=<path>") from error
     return file
 
 
