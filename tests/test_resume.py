@@ -130,6 +130,19 @@ def test_who_is_refused_finds_the_folder_as_it_was(finished, tmp_path, capsys, w
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("limit", [("max_steps", "global_step"), ("max_epochs", "epoch")])
+def test_a_run_does_not_end_before_where_it_is(finished, tmp_path, capsys, limit):
+    key, reached = limit
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "results.json").unlink()
+    before, there = contents(folder), read(folder / "checkpoints" / "last.ckpt")[reached]
+    assert main([f"resume={folder}", f"trainer.{key}={there - 1}"]) == 2
+    heard = capsys.readouterr().err
+    assert f"trainer.{key}={there - 1}: this run has reached {there} already" in heard
+    assert contents(folder) == before
+
+
 def test_a_run_is_in_one_process_at_a_time(finished, tmp_path, capsys):
     """Whoever has it, and until that one has ended, however it ended."""
     folder = tmp_path / "run"

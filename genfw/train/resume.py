@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from genfw.train.errors import ConfigError
 from genfw.train.runs import read
 from genfw.train.slurm import first_rank
 
@@ -81,10 +82,22 @@ def _take_up(folder: Path, config: DictConfig) -> None:
 
 
 def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+        ConfigError: it has taken more steps than it is to take.
+    """
     from genfw.train.checkpoint import read as read_checkpoint
 
-    step, steps = read_checkpoint(begin)["global_step"], config.trainer.max_steps
-    if not (folder / "results.json").is_file() or step < steps or steps < 0:
+    kept, trainer = read_checkpoint(begin), config.trainer
+    step, done = kept["global_step"], (folder / "results.json").is_file()
+    for key, reached in (("max_steps", step), ("max_epochs", kept["epoch"])):
+        asked = trainer.get(key)
+        if not done and asked is not None and 0 <= asked < reached:
+            raise ConfigError(
+                f"trainer.{key}={asked}: this run has reached {reached} already: give at least that"
+            )
+    if not done or step < trainer.max_steps or trainer.max_steps < 0:
         return False
     print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
     return True
