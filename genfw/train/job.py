@@ -170,8 +170,8 @@ def obedient(folder: Path) -> Iterator[Signals]:
         try:
             yield signals
         except Interruption:
-            said = f"interrupted; to go on: python -m genfw resume={folder}"
-            raise Stopped(said, signals.received) from None
+            again = command_line("genfw", f"resume={folder}")
+            raise Stopped(f"interrupted; to go on: {again}", signals.received) from None
 
 
 def fit(

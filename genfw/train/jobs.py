@@ -19,7 +19,6 @@ import fcntl
 import json
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -40,7 +39,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError, GenfwError, command_line
 from genfw.train.files import write_json
 
 RANK_VARIABLES = (
@@ -576,4 +575,4 @@ def _before(folder: Path) -> Path:
 
 def typed_line(flags: Sequence[str], words: Sequence[str]) -> str:
     """`python -m genfw ...`, to be copied into a shell."""
-    return " ".join(["python -m genfw", *(shlex.quote(each) for each in (*flags, *words))])
+    return command_line("genfw", *flags, *words)

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -158,7 +159,7 @@ def output(asked: Any, own: Path) -> Path:
     file = own if asked is None else Path(str(asked))
     if asked is not None and (str(asked).endswith("/") or file.is_dir()):
         raise ConfigError(
-            f"out={asked}: expected a file, and that is a folder: out={file / own.name}"
+            f"out={asked}: expected a file, and that is a folder: {quote(f'out={file / own.name}')}"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,8 @@ def load(folder: Path, key: str = "run") -> DictConfig:
     if not file.is_file() and folder.suffix == ".ckpt":
         which = f" checkpoint={folder.stem}" if key == "run" else ""
         raise ConfigError(
-            f"{key}={folder}: expected the run's folder, {key}={folder.parent.parent}{which}"
+            f"{key}={folder}: expected the run's folder, "
+            f"{quote(f'{key}={folder.parent.parent}')}{which}"
         )
     if not file.is_file():
         raise ConfigError(f"{key}={folder}: there is no {file}; a run folder has one")
