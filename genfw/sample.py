@@ -201,7 +201,8 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
                 "label=none: this model was never without a label (label_dropout=0): train it "
                 "with label_dropout=0.1"
             )
-        return None if classes is None else [classes]
+        if classes is not None:
+            return [classes]
     if classes is None:
         if asked is not None:
             guide = ", or guide it: guidance=classifier" if "sampler" in config else ""

@@ -268,8 +268,9 @@ def test_wrong_of_a_conditional_run(conditional, arguments, words, capsys):
 
 
 def test_wrong_of_a_run_without_labels(without, capsys):
-    assert said(without, "label=7") == 2
-    assert "knows no labels" in capsys.readouterr().err
+    for label in ("7", "none", "all"):
+        assert said(without, f"label={label}") == 2
+        assert f"label={label}: this model knows no labels" in capsys.readouterr().err
     mistaken = f"guidance.classifier={without}"
     assert said(without, "guidance=classifier", mistaken, "label=7") == 2
     answer = capsys.readouterr().err
