@@ -22,7 +22,8 @@ Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_s
 A sweep goes on with python -m genfw sweep=<folder>"""
 
 MAY_CHANGE = (
-    *("trainer.max_", "trainer.enable_progress_bar", "trainer.profiler", "trainer.limit_test_"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_test_batches"),
+    *("trainer.enable_progress_bar", "trainer.profiler"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     "trainer.accumulate_grad_batches",
     *("checkpoint.", "callbacks.progress.", "logger.", "estimator", "trusted"),
@@ -51,7 +52,7 @@ def resume(arguments: Sequence[str]) -> None:
 def _its_mathematics(key: str) -> str | None:
     if key.startswith(MAY_CHANGE):
         return None
-    able = ", ".join(name.rstrip("._") for name in MAY_CHANGE)
+    able = ", ".join(f"{name}*" if name.endswith(".") else name for name in MAY_CHANGE)
     return f"a run that goes on keeps its {key}. What may change: {able}"
 
 

@@ -73,10 +73,10 @@ def read(
     if "model" not in config and word == "run":
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
-    options = OmegaConf.create(dict(defaults))
+    options, there = OmegaConf.create(dict(defaults)), keys(config)
     for key, value in given.items():
-        theirs = key not in defaults and key.partition(".")[0] in {*CHOSEN_ANEW, *config}
-        if theirs and (why := keeps(key)):
+        theirs = key in there or key.partition(".")[0] in CHOSEN_ANEW or "._" in key
+        if theirs and key not in defaults and (why := keeps(key)):
             raise ConfigError(f"{key}={value}: {why}")
     for group in CHOSEN_ANEW:
         if group in given:
@@ -85,7 +85,7 @@ def read(
             option = _option(config, group, name, more)
             config[group] = reference[group] = option
     _follow(config)
-    known = [*defaults, *keys(config)]
+    known = [*dict.fromkeys([*defaults, *(key for key in keys(config) if not keeps(key))])]
     for key, value in given.items():
         if key not in defaults:
             _may_change(config, key, value, known)
