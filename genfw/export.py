@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from genfw.train.errors import GenfwError
 from genfw.train.files import replaced
-from genfw.train.runs import checkpoint, command, output, read
+from genfw.train.runs import all_but, checkpoint, command, output, read
 
 if TYPE_CHECKING:
     from genfw.model import LatentModel
@@ -32,9 +32,13 @@ if TYPE_CHECKING:
 USAGE = """python -m genfw.export run=<folder> [checkpoint=best|last] [out=<safetensors>]
 Example: python -m genfw.export run=outputs/2026-11-23_10-15-42_k3f9ab"""
 
+CHANGES = ("model", "sampler", "grid", "guidance", "trusted")
+"""Of a run's configuration, what its model is built from."""
+
 
 def export(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, {"checkpoint": "best", "out": None}, USAGE)
+    defaults = {"checkpoint": "best", "out": None}
+    folder, config, options = read(arguments, defaults, USAGE, keeps=all_but(CHANGES))
     weights_file = checkpoint(folder, options.checkpoint)
     out = output(options.out, folder / "model.safetensors")
 

@@ -11,6 +11,7 @@ from test_job import VDM, composed
 
 from genfw import Noise
 from genfw.export import export, load
+from genfw.sample import DEFAULTS, sample
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.job import restore, run
 from genfw.train.runs import command
@@ -109,3 +110,18 @@ def test_a_full_disk_leaves_the_file_that_was_there(folder, tmp_path, monkeypatc
     assert f"{tmp_path}/x cannot be written: I/O error: No space" in heard
     assert heard.count("\n") == 1
     assert [each.read_text() for each in tmp_path.iterdir()] == ["before"]
+
+
+def listed(act, folder, capsys):
+    """The keys that a command says there are."""
+    assert command(act, [f"run={folder}", "nn=3"]) == 2
+    return capsys.readouterr().err.split("Keys: ")[1].strip().split(", ")
+
+
+def test_the_keys_that_are_listed_can_be_given(folder, capsys):
+    ours, models = ["checkpoint", "out"], ["model", "sampler", "grid", "guidance", "trusted"]
+    assert sorted(listed(export, folder, capsys)) == sorted([*ours, *models])
+    samples = listed(sample, folder, capsys)
+    assert sorted(samples) == sorted([*DEFAULTS, "sampler", "grid", "guidance", "trusted"])
+    assert command(export, [f"run={folder}", "net.width=3"]) == 2
+    assert "net.width=3: changes nothing here" in capsys.readouterr().err
