@@ -111,10 +111,26 @@ def test_a_copied_folder_does_not_vouch_for_itself(tmp_path, capsys):
     assert not Path("PWNED").exists()
 
 
-@pytest.mark.parametrize(("word", "more"), [("run", " checkpoint=best"), ("resume", "")])
-def test_a_checkpoint_in_place_of_its_run_names_the_run(word, more):
+@pytest.mark.parametrize(
+    ("word", "file", "more"),
+    [
+        ("run", "checkpoints/best.ckpt", " checkpoint=best"),
+        ("resume", "checkpoints/best.ckpt", ""),
+        ("run", "config.yaml", ""),
+        ("resume", "config.yaml", ""),
+    ],
+)
+def test_a_file_of_a_run_in_place_of_it_names_the_run(word, file, more):
     with pytest.raises(ConfigError, match=f"expected the run's folder, {word}=outputs/a{more}$"):
-        read([f"{word}=outputs/a/checkpoints/best.ckpt"], {}, "", word=word)
+        read([f"{word}=outputs/a/{file}"], {}, "", word=word)
+
+
+@pytest.mark.parametrize("word", ["run", "resume"])
+def test_no_folder_is_not_the_one_that_one_is_in(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    OmegaConf.save({"model": {}}, "config.yaml")
+    with pytest.raises(ConfigError, match=f"{word}=: expected a run's folder"):
+        read([f"{word}="], {}, "", word=word)
 
 
 def test_values_are_checked_for_finished_runs_too(tmp_path):

@@ -68,6 +68,8 @@ def read(
     given = {name: value for name, _, value in pairs}
     if wrong or word not in given:
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
+    if not given[word]:
+        raise ConfigError(f"{word}=: expected a run's folder.\n{usage}")
     folder = Path(given.pop(word))
     config = load(folder, word)
     if "model" not in config and word == "run":
@@ -194,11 +196,11 @@ def load(folder: Path, key: str = "run") -> DictConfig:
         ConfigError: it is no run's.
     """
     file = folder / "config.yaml"
-    if not file.is_file() and folder.suffix == ".ckpt":
-        which = f" checkpoint={folder.stem}" if key == "run" else ""
+    within = {".ckpt": folder.parent.parent, ".yaml": folder.parent}.get(folder.suffix)
+    if not file.is_file() and within is not None:
+        which = f" checkpoint={folder.stem}" if key == "run" and folder.suffix == ".ckpt" else ""
         raise ConfigError(
-            f"{key}={folder}: expected the run's folder, "
-            f"{quote(f'{key}={folder.parent.parent}')}{which}"
+            f"{key}={folder}: expected the run's folder, {quote(f'{key}={within}')}{which}"
         )
     if not file.is_file():
         raise ConfigError(f"{key}={folder}: there is no {file}; a run folder has one")
