@@ -87,7 +87,7 @@ def read(
             option = _option(config, group, name, more)
             config[group] = reference[group] = option
     _follow(config)
-    known = [*dict.fromkeys([*defaults, *(key for key in keys(config) if not keeps(key))])]
+    known = [*defaults, *(key for key in keys(config) if not keeps(key))]
     for key, value in given.items():
         if key not in defaults:
             _may_change(config, key, value, known)
