@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from genfw.train.errors import ConfigError, GenfwError
@@ -190,13 +191,14 @@ def _trains(overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: the command line is one of another command.
     """
-    run = next((each for each in overrides if each.startswith("run=")), "run=<folder>")
+    given = next((each for each in overrides if each.startswith("run=")), None)
+    run = "run=<folder>" if given is None else quote(given)
+    again = "resume=<folder>" if given is None else quote(given.replace("run", "resume", 1))
     for each in overrides:
-        if each == run or each in ("sample", "evaluate", "export"):
+        if each == given or each in ("sample", "evaluate", "export"):
             raise ConfigError(
                 f"{each}: python -m genfw trains; of a run that is there: python -m genfw.sample "
-                f"(or .evaluate, .export) {run}; to go on with it: "
-                f"python -m genfw resume={run.removeprefix('run=')}"
+                f"(or .evaluate, .export) {run}; to go on with it: python -m genfw {again}"
             )
 
 

@@ -83,27 +83,27 @@ def evaluate(arguments: Sequence[str]) -> None:
     found = certify(module, data, tested, weights, versions())
     conditions = {f"test/{name}": said for name, said in given(module).items()}
     results = {**tested, **conditions, **versions()}
-    if options.simulated:
-        results |= looseness(module, options.simulated)
     if claimed is not None:
         said = compare(claimed, found, tested, folder)
         if trainer.is_global_zero:
             print(said)
-    elif trainer.is_global_zero:
-        estimator = module.estimator
-        changed = [each for each in arguments if not each.startswith("run=")]
-        name = named(estimator, options.checkpoint, changed)
-        keep(
-            folder,
-            name,
-            {"kind": kind(module), "changed": changed, **results, "certificate": found},
-        )
+        return
+    changed = [each for each in arguments if not each.startswith("run=")]
+    name = named(module.estimator, options.checkpoint, changed)
+    if trainer.is_global_zero:
         Console().print(name, table(results, module), sep="\n")
+    try:
         if options.simulated:
-            print(
-                f"on {options.simulated} simulated images the two bounds are apart by "
-                f"{results['test/looseness']:.3f} ± {results['test/looseness_stderr']:.3f} nats"
-            )
+            results |= looseness(module, options.simulated)
+            if trainer.is_global_zero:
+                print(
+                    f"on {options.simulated} simulated images the two bounds are apart by "
+                    f"{results['test/looseness']:.3f} ± {results['test/looseness_stderr']:.3f} nats"
+                )
+    finally:  # also without the looseness, which takes as long again
+        if trainer.is_global_zero:
+            held = {"kind": kind(module), "changed": changed, **results, "certificate": found}
+            keep(folder, name, held)
 
 
 def _no_matter(key: str) -> str | None:
@@ -153,12 +153,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """What stands in a file that a run wrote.
 
     Raises:
-        GenfwError: it is not what a run writes.
+        GenfwError: it is not what a run writes, or cannot be read.
     """
     try:
         content = json.loads(file.read_text())
     except ValueError:
         content = None
+    except OSError as error:
+        raise GenfwError(f"{file} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise GenfwError(f"{file}: expected a JSON object, as a run writes it; it was changed")
     return content
@@ -210,15 +212,23 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
 
 
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name."""
+    """Adds one entry to `<folder>/evaluation.json`, or replaces the one of this name.
+
+    Raises:
+        GenfwError: it could not; the entry is printed instead.
+    """
     from genfw.estimators.report import plain
-    from genfw.train.files import write_json
+    from genfw.train.files import store
 
     file = folder / "evaluation.json"
-    entries = json.loads(file.read_text()) if file.exists() else {}
-    if not all(isinstance(each, dict) for each in entries.values()):
-        entries = {}  # of before entries had names
-    write_json(file, plain({**entries, name: entry}))
+    try:
+        entries = read_json(file) if file.exists() else {}
+        if not all(isinstance(each, dict) for each in entries.values()):
+            entries = {}  # of before entries had names
+        store(file, plain({**entries, name: entry}), "its new entry stands in the output alone")
+    except GenfwError:
+        print(json.dumps(plain({name: entry}), indent=2))
+        raise
 
 
 if __name__ == "__main__":

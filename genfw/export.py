@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 from omegaconf import OmegaConf
 
 from genfw.train.errors import GenfwError
-from genfw.train.runs import checkpoint, command, read
+from genfw.train.files import replaced
+from genfw.train.runs import all_but, checkpoint, command, output, read
 
 if TYPE_CHECKING:
     from genfw.model import LatentModel
@@ -31,20 +32,26 @@ if TYPE_CHECKING:
 USAGE = """python -m genfw.export run=<folder> [checkpoint=best|last] [out=<safetensors>]
 Example: python -m genfw.export run=outputs/2026-11-23_10-15-42_k3f9ab"""
 
+CHANGES = ("model", "sampler", "grid", "guidance", "trusted")
+"""Of a run's configuration, what its model is built from."""
+
 
 def export(arguments: Sequence[str]) -> None:
-    folder, config, options = read(arguments, {"checkpoint": "best", "out": None}, USAGE)
+    defaults = {"checkpoint": "best", "out": None}
+    folder, config, options = read(arguments, defaults, USAGE, keeps=all_but(CHANGES))
+    weights_file = checkpoint(folder, options.checkpoint)
+    out = output(options.out, folder / "model.safetensors")
 
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     import genfw
     from genfw.train.job import prepare, restore
 
     prepare()
-    module, _ = restore(config, checkpoint(folder, options.checkpoint))
+    module, _ = restore(config, weights_file)
     held = module.evaluated.state_dict()
     weights = {name: value.clone().contiguous() for name, value in held.items()}
-    out = Path(options.out or folder / "model.safetensors")
     metadata = {
         "genfw": genfw.__version__,
         "model": json.dumps(OmegaConf.to_container(config.model, resolve=True)),
@@ -52,7 +59,11 @@ def export(arguments: Sequence[str]) -> None:
             {"name": config.data.name, "shape": [*config.data.shape], "bins": config.data.bins}
         ),
     }
-    save_file(weights, out, metadata)
+    try:
+        with replaced(out) as beside:
+            save_file(weights, beside, metadata)
+    except (OSError, SafetensorError) as error:  # a full disk
+        raise GenfwError(f"{out} cannot be written: {error}; give out=<path>") from error
     print(f"{sum(each.numel() for each in weights.values()) / 1e6:.2f} M numbers: {out}")
 
 

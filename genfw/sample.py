@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.runs import all_but, checkpoint, command, read
+from genfw.train.runs import all_but, checkpoint, command, output, read
 
 if TYPE_CHECKING:
     import torch
@@ -81,6 +81,8 @@ def sample(arguments: Sequence[str]) -> None:
         )
     if options.label == "none" and _guide(config).endswith("ClassifierFree"):
         config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}  # it goes nowhere
+    weights = checkpoint(folder, options.checkpoint)
+    _out_is_there(options, folder)
 
     from genfw.noise import mix
     from genfw.train.callbacks import slug, steered, watched
@@ -88,7 +90,7 @@ def sample(arguments: Sequence[str]) -> None:
     from genfw.train.pictures import draw_samples
 
     prepare()
-    module, _ = restore(config, checkpoint(folder, options.checkpoint))
+    module, _ = restore(config, weights)
     module.to(_device(options.device))
     given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
     with module.evaluating() as model:
@@ -108,7 +110,7 @@ def sample(arguments: Sequence[str]) -> None:
         columns = (
             max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
         )
-        out = Path(options.out) if options.out else folder / name
+        out = folder / name if options.out is None else Path(str(options.out))
         bins = config.data.bins
         try:
             write(images, given, facts, options.format, out, bins, columns)
@@ -159,6 +161,17 @@ def _device(name: str | None) -> torch.device:
         raise ConfigError(f"device={name}: {str(error).splitlines()[0]}") from error
 
 
+def _out_is_there(options: DictConfig, folder: Path) -> None:
+    """Makes the folder that images go to.
+
+    Raises:
+        ConfigError: it cannot be written; or `out` is a folder, and a file is to be written.
+    """
+    several = options.format == "png" and options.out is not None
+    asked = Path(str(options.out)) / "00000.png" if several else options.out
+    output(asked, folder / f"samples{ENDINGS[options.format]}")
+
+
 def _out_fits(options: DictConfig) -> None:
     """Refuses `out=images.npz` for a picture, of which it would make images.npz.png, and a folder
     in which images of an earlier, larger set would stand among these.
@@ -201,7 +214,8 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
                 "label=none: this model was never without a label (label_dropout=0): train it "
                 "with label_dropout=0.1"
             )
-        return None if classes is None else [classes]
+        if classes is not None:
+            return [classes]
     if classes is None:
         if asked is not None:
             guide = ", or guide it: guidance=classifier" if "sampler" in config else ""

@@ -1,5 +1,6 @@
 """A wrong command line gets a short answer that names what was meant, before torch is imported."""
 
+import errno
 import os
 import re
 import shutil
@@ -547,6 +548,88 @@ def test_named_folder_may_exist_but_not_be_a_file_nor_hold_a_run(tmp_path, monke
     config.run.dir = str(tmp_path / "file")
     with pytest.raises(GenfwError, match="is a file"):
         own_folder(config, "run.dir")
+
+
+def there(folder):
+    return {each: each.is_dir() or each.read_text() for each in folder.rglob("*")}
+
+
+def failed(folder, *more):
+    """What a run leaves that fails before its first checkpoint, and more."""
+    for name in (".hydra/config.yaml", "genfw.log", "run.lock", "config.yaml", "error.txt", *more):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.mkdir() if name.endswith("/") else file.write_text(name)
+    return OmegaConf.create({"run": {"dir": str(folder)}})
+
+
+@pytest.mark.parametrize("more", ["checkpoints/", "output.txt"])
+def test_a_folder_whose_run_never_began_is_free_again(more, tmp_path):
+    config = failed(tmp_path / "run", more)
+    assert own_folder(config, "run.dir") == tmp_path / "run"
+    stays = {".hydra", "genfw.log", "run.lock"} | ({more} - {"checkpoints/"})
+    assert {each.name for each in (tmp_path / "run").iterdir()} == stays
+    assert [*tmp_path.iterdir()] == [tmp_path / "run"]
+
+
+def test_what_a_failed_run_logged_is_set_aside(tmp_path, capsys):
+    lost = {}
+    for n in (1, 2):
+        config = failed(tmp_path / "run", "metrics.csv", "wandb/offline-run-1/run.wandb")
+        assert own_folder(config, "run.dir") == tmp_path / "run"
+        aside = tmp_path / f"run.before-{n}"
+        assert f"set aside in {aside}" in capsys.readouterr().out
+        lost[n] = {str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file()}
+    expected = {"config.yaml", "error.txt", "metrics.csv", "wandb/offline-run-1/run.wandb"}
+    assert lost == {1: expected, 2: expected}
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *("checkpoints/last.ckpt", "checkpoints/last.ckpt.tmp", "results.json"),
+        *("evaluation.json", "samples/000001.png", "notes.txt", ".git/config", "another/"),
+    ],
+)
+def test_a_folder_with_anything_else_in_it_is_not(more, tmp_path):
+    config = failed(tmp_path, more)
+    before = there(tmp_path)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        own_folder(config, "run.dir")
+    assert there(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["error.txt", "run.lock"])
+def test_nor_is_one_whose_run_was_not_seen_to_fail(missing, tmp_path):
+    config = failed(tmp_path)
+    (tmp_path / missing).unlink()
+    before = there(tmp_path)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        own_folder(config, "run.dir")
+    assert there(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOLCK])
+def test_nor_one_where_another_process_may_be(number, tmp_path, monkeypatch):
+    config = failed(tmp_path)
+    before = there(tmp_path)
+
+    def taken(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", taken)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        own_folder(config, "run.dir")
+    assert there(tmp_path) == before
+
+
+def test_wrong_data_leave_the_folder_they_were_given_to_the_right_ones(tmp_path, capsys):
+    given = ["trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}"]
+    assert main(["data.batch_size=5000", *given]) == 2
+    assert (tmp_path / "config.yaml").exists() and (tmp_path / "error.txt").exists()
+    own_folder(OmegaConf.create({"run": {"dir": str(tmp_path)}}), "run.dir")
+    assert not (tmp_path / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "it's", "a=b,c", "back\\slash", "[x]"])

@@ -240,6 +240,10 @@ WRONG = [
     (("out=images.npz",), ["format=grid writes .png; for .npz give format=npz"]),
     (("out=images.png", "format=png"), ["format=png writes a folder; for .png give format=grid"]),
     (("out=/dev/null/x", "n=1"), ["/dev/null", "; give out=<path>"]),
+    (("out=/dev/null", "n=1", "format=png"), ["/dev/null", "; give out=<path>"]),
+    (("out=/tmp",), ["out=/tmp: expected a file", "a folder: out=/tmp/samples.png"]),
+    (("out=/no/",), ["out=/no/: expected a file", "a folder: out=/no/samples.png"]),
+    (("out=/no/", "format=npz"), ["a folder: out=/no/samples.npz"]),
     (("guidance.rescale=2.0",), ["guidance.rescale=2.0: expected a number in [0, 1]"]),
     (("guidance.interval=[3.0,-3.0]",), ["interval: expected [lowest, highest] log SNR"]),
     (("guidance=classifier_fre",), ["classifier_free"]),
@@ -262,14 +266,15 @@ def test_labels_that_can_be_asked_for(conditional):
 
 @pytest.mark.parametrize(("arguments", "words"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
 def test_wrong_of_a_conditional_run(conditional, arguments, words, capsys):
-    assert said(conditional[0], *arguments) == (1 if "out=/dev/null/x" in arguments else 2)
+    assert said(conditional[0], *arguments) == 2
     answer = capsys.readouterr().err
     assert all(word in answer for word in words) and "Traceback" not in answer
 
 
 def test_wrong_of_a_run_without_labels(without, capsys):
-    assert said(without, "label=7") == 2
-    assert "knows no labels" in capsys.readouterr().err
+    for label in ("7", "none", "all"):
+        assert said(without, f"label={label}") == 2
+        assert f"label={label}: this model knows no labels" in capsys.readouterr().err
     mistaken = f"guidance.classifier={without}"
     assert said(without, "guidance=classifier", mistaken, "label=7") == 2
     answer = capsys.readouterr().err

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from test_job import VDM, composed
 
 from genfw import Noise
 from genfw.export import export, load
+from genfw.sample import DEFAULTS, sample
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.job import restore, run
 from genfw.train.runs import command
@@ -72,3 +73,55 @@ def test_weights_of_another_model_and_other_files(folder, tmp_path):
     (tmp_path / "no.safetensors").write_text("<html>")
     with pytest.raises(GenfwError, match="cannot be read"):
         load(tmp_path / "no.safetensors")
+
+
+def test_the_folder_of_a_file_is_made(folder, tmp_path):
+    assert command(export, [f"run={folder}", f"out={tmp_path}/new/7/x.safetensors"]) == 0
+    assert load(tmp_path / "new" / "7" / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("", "is a folder: out={}/model.safetensors"),
+        ("/new/", "is a folder: out={}/new/model.safetensors"),
+        ("/file/x.safetensors", "{}/file/x.safetensors: File exists; give out="),
+        ("/file/7/x.safetensors", "{}/file/7/x.safetensors: Not a directory; give out="),
+    ],
+)
+def test_what_cannot_be_written_is_found_first(folder, tmp_path, monkeypatch, capsys, out, said):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("genfw.train.job.restore", None)
+    assert command(export, [f"run={folder}", f"out={tmp_path}{out}"]) == 2
+    heard = capsys.readouterr().err
+    assert said.format(tmp_path) in heard and heard.count("\n") == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_the_file_that_was_there(folder, tmp_path, monkeypatch, capsys):
+    def full(weights, file, metadata):
+        file.write_text("half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    (tmp_path / "x").write_text("before")
+    assert command(export, [f"run={folder}", f"out={tmp_path}/x"]) == 1
+    heard = capsys.readouterr().err
+    assert f"{tmp_path}/x cannot be written: I/O error: No space" in heard
+    assert heard.count("\n") == 1
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["before"]
+
+
+def listed(act, folder, capsys):
+    """The keys that a command says there are."""
+    assert command(act, [f"run={folder}", "nn=3"]) == 2
+    return capsys.readouterr().err.split("Keys: ")[1].strip().split(", ")
+
+
+def test_the_keys_that_are_listed_can_be_given(folder, capsys):
+    ours, models = ["checkpoint", "out"], ["model", "sampler", "grid", "guidance", "trusted"]
+    assert sorted(listed(export, folder, capsys)) == sorted([*ours, *models])
+    samples = listed(sample, folder, capsys)
+    assert sorted(samples) == sorted([*DEFAULTS, "sampler", "grid", "guidance", "trusted"])
+    assert command(export, [f"run={folder}", "net.width=3"]) == 2
+    assert "net.width=3: changes nothing here" in capsys.readouterr().err

@@ -312,7 +312,7 @@ def test_a_run_does_not_wait_for_its_upload_for_ever(tmp_path, monkeypatch, code
 
     class Slow:
         disabled = offline = False
-        url, settings = "https://there", SimpleNamespace(sync_dir=tmp_path / "run-x")
+        url, settings = "https://there", SimpleNamespace(sync_dir=tmp_path / "run x")
 
         def finish(self, exit_code):
             ever.wait(60)
@@ -323,7 +323,7 @@ def test_a_run_does_not_wait_for_its_upload_for_ever(tmp_path, monkeypatch, code
     logger.run = Slow()
     logger.finish(exit_code=code)
     assert Wandb.left
-    assert not ever.is_set() and f"wandb sync {tmp_path}/run-x" in logger.where
+    assert not ever.is_set() and f"wandb sync '{tmp_path}/run x'" in logger.where
     ever.set()
 
 

@@ -1,23 +1,29 @@
 """A certificate says what was measured; a copy that says something else is found out."""
 
 import copy
+import errno
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from omegaconf import OmegaConf
+from test_job import composed
 
 import genfw
+from genfw import evaluate
 from genfw.estimators.report import differences, fingerprint, plain
-from genfw.evaluate import certificate, compare
+from genfw.evaluate import certificate, compare, keep
 from genfw.train.certificate import certify
 from genfw.train.data import ImageData, Source, Split, Splits
 from genfw.train.errors import GenfwError
 from genfw.train.loggers import git_commit
 from genfw.train.module import LatentModule
+from genfw.train.runs import command
 
 CLAIM = {
     "result": {"nll": 81.3, "bpd": 1.83, "kind": "upper bound", "terms": {"prior": 0.001}},
@@ -231,3 +237,58 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
             "versions": {"torch": "9.9"},
         },
     }
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return composed("model=vae", "estimator=annealed", "trainer.accelerator=cpu")
+
+
+@pytest.fixture
+def run(config, tmp_path, monkeypatch):
+    """A folder whose run is the tiny model's, said to be evaluated by annealing."""
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"global_step": 12}, tmp_path / "checkpoints" / "best.ckpt")
+    data = ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
+    monkeypatch.setattr("genfw.train.job.restore", lambda *_: (tiny.module(), data))
+    return tmp_path
+
+
+def test_a_number_that_cannot_be_saved_is_printed_whole(run, monkeypatch, capsys):
+    """One line says so, and the exit code; what was saved before stays."""
+    saved = '{"another": {"test/nll": 1.5}}'
+    (run / "evaluation.json").write_text(saved)
+    monkeypatch.setattr(os, "fsync", full)
+    assert command(evaluate.evaluate, [f"run={run}"]) == 1
+    out, err = capsys.readouterr()
+    assert "evaluation.json cannot be written: No space left on device; " in err
+    assert err.count("\n") == 1 and (run / "evaluation.json").read_text() == saved
+    table, brace, rest = out.partition("{\n")
+    ((name, entry),) = json.loads(brace + rest).items()
+    assert table.startswith(f"{name}\n") and f"{entry['test/nll']:.2f} ± " in table
+
+
+@pytest.mark.parametrize("left", ["[", "[1]", None])
+def test_entries_that_are_no_entries_are_not_written_over(left, tmp_path, capsys):
+    file = tmp_path / "evaluation.json"
+    file.mkdir() if left is None else file.write_text(left)
+    with pytest.raises(GenfwError, match=r"evaluation\.json"):
+        keep(tmp_path, "bound", {"test/nll": 1.5})
+    assert json.loads(capsys.readouterr().out) == {"bound": {"test/nll": 1.5}}
+    assert file.is_dir() if left is None else file.read_text() == left
+
+
+def test_a_number_outlives_the_interruption_of_its_looseness(run, monkeypatch, capsys):
+    def interrupted(*_):
+        assert "nats" in capsys.readouterr().out
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "looseness", interrupted)
+    assert command(evaluate.evaluate, [f"run={run}", "simulated=100"]) == 130
+    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
+    assert math.isfinite(entry["test/nll"]) and "test/looseness" not in entry

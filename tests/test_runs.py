@@ -1,5 +1,6 @@
 """Runs from the outside: interrupted, on two ranks, copied from a stranger, started twice."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from test_job import SMALL, VAE, composed
 
 from genfw import sample
 from genfw.__main__ import main
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.job import run
 from genfw.train.runs import command, read
 
@@ -110,10 +111,26 @@ def test_a_copied_folder_does_not_vouch_for_itself(tmp_path, capsys):
     assert not Path("PWNED").exists()
 
 
-@pytest.mark.parametrize(("word", "more"), [("run", " checkpoint=best"), ("resume", "")])
-def test_a_checkpoint_in_place_of_its_run_names_the_run(word, more):
+@pytest.mark.parametrize(
+    ("word", "file", "more"),
+    [
+        ("run", "checkpoints/best.ckpt", " checkpoint=best"),
+        ("resume", "checkpoints/best.ckpt", ""),
+        ("run", "config.yaml", ""),
+        ("resume", "config.yaml", ""),
+    ],
+)
+def test_a_file_of_a_run_in_place_of_it_names_the_run(word, file, more):
     with pytest.raises(ConfigError, match=f"expected the run's folder, {word}=outputs/a{more}$"):
-        read([f"{word}=outputs/a/checkpoints/best.ckpt"], {}, "", word=word)
+        read([f"{word}=outputs/a/{file}"], {}, "", word=word)
+
+
+@pytest.mark.parametrize("word", ["run", "resume"])
+def test_no_folder_is_not_the_one_that_one_is_in(word, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    OmegaConf.save({"model": {}}, "config.yaml")
+    with pytest.raises(ConfigError, match=f"{word}=: expected a run's folder"):
+        read([f"{word}="], {}, "", word=word)
 
 
 def test_values_are_checked_for_finished_runs_too(tmp_path):
@@ -137,8 +154,18 @@ def test_what_is_found_wrong_late_is_one_line_too(tmp_path, capfd):
     assert "Error executing job" not in said and "Traceback" not in said
 
 
-def test_the_steps_after_the_last_validation_count(tmp_path):
-    run(composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3"), tmp_path)
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_steps_after_the_last_validation_count(tmp_path, monkeypatch, capsys):
+    """And a disk that is full when they have been tested costs no number: it has been said, and
+    `resume=` tests again."""
+    monkeypatch.setattr("genfw.train.files.write_json", full)
+    config = composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3")
+    with pytest.raises(GenfwError, match=r"No space left on device; then test again: .* resume="):
+        run(config, tmp_path)
+    assert "bits/dim" in capsys.readouterr().out
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 5  # in its first steps a model only gets better
 

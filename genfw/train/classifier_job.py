@@ -16,7 +16,8 @@ from genfw.train import job
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
-from genfw.train.files import write_json
+from genfw.train.errors import command_line
+from genfw.train.files import store
 from genfw.train.keeper import Keeper
 
 
@@ -58,8 +59,9 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         )
         results: job.Results = {**tested, **job.versions()}
         if trainer.is_global_zero:
-            write_json(folder / "results.json", plain(results))
             for key, value in tested.items():
                 print(f"{key:28}{value:.4f}")
+            again = f"then test again: {command_line('genfw', f'resume={folder}')}"
+            store(folder / "results.json", plain(results), again)
             print(f"run folder: {folder}")
     return results

@@ -1,5 +1,7 @@
 """What went wrong, said to the person who can put it right: a message, no traceback."""
 
+import shlex
+
 
 class GenfwError(Exception):
     """Something the person can put right; shown as it stands, exit code 1.
@@ -32,3 +34,13 @@ def one_line(error: BaseException) -> str:
     """An exception as a line of text."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def command_line(*words: str) -> str:
+    """`python -m` and these words, to be copied into a shell.
+
+    Example:
+        >>> command_line("genfw", "resume=outputs/a b")
+        "python -m genfw 'resume=outputs/a b'"
+    """
+    return shlex.join(("python", "-m", *words))

@@ -50,8 +50,8 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
-from genfw.train.errors import ConfigError, GenfwError, Stopped, one_line
-from genfw.train.files import replace_text, write_json
+from genfw.train.errors import ConfigError, GenfwError, Stopped, command_line, one_line
+from genfw.train.files import replace_text, store
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit
 from genfw.train.memory import keep_freed_memory
@@ -123,16 +123,18 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             "seconds/fit": round(fitted, 1),
             **versions(),
         }
-        certificate = certify(module, data, tested[0], best, versions())
-        finish_pictures(module, trainer, callbacks, folder)
         if trainer.is_global_zero:
-            write_json(folder / "certificate.json", plain(certificate))
-            write_json(folder / "results.json", plain(results))  # last: a run with it is whole
             Console().print(table(results, module))
-            print(f"run folder: {folder}")
+        certificate = certify(module, data, tested[0], best, versions())
         for logger in loggers:
             if isinstance(logger, Wandb):
                 logger.summarize({**results, "certificate": certificate})
+        finish_pictures(module, trainer, callbacks, folder)
+        if trainer.is_global_zero:
+            again = f"then test again: {command_line('genfw', f'resume={folder}')}"
+            store(folder / "certificate.json", plain(certificate), again)
+            store(folder / "results.json", plain(results), again)  # last: a run with it is whole
+            print(f"run folder: {folder}")
         return results
 
 
@@ -168,8 +170,8 @@ def obedient(folder: Path) -> Iterator[Signals]:
         try:
             yield signals
         except Interruption:
-            said = f"interrupted; to go on: python -m genfw resume={folder}"
-            raise Stopped(said, signals.received) from None
+            again = command_line("genfw", f"resume={folder}")
+            raise Stopped(f"interrupted; to go on: {again}", signals.received) from None
 
 
 def fit(

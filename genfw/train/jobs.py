@@ -19,7 +19,6 @@ import fcntl
 import json
 import os
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -28,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +39,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError, GenfwError, command_line
 from genfw.train.files import write_json
 
 RANK_VARIABLES = (
@@ -123,7 +122,7 @@ def own_folder(config: DictConfig, key: str) -> Path:
             alone = named_anew(config, key) and not further_rank
             folder.mkdir(parents=True, exist_ok=not alone)
             known = not slurm.first_rank() or slurm.restarted()
-            if (folder / "config.yaml").exists() and not known:
+            if (folder / "config.yaml").exists() and not known and not make_room(folder):
                 raise ConfigError(
                     f"{key}: {folder} holds a run already; name another, or none for a new one"
                 )
@@ -136,6 +135,40 @@ def own_folder(config: DictConfig, key: str) -> Path:
             raise ConfigError(
                 f"{key}: cannot make the folder {folder}: {error.strerror}"
             ) from error
+
+
+STAYS = {".hydra", "genfw.log", "run.lock", "output.txt"}
+"""What the next run of a folder writes over, or goes on with."""
+
+LOGGED = {"metrics.csv", "wandb", "wandb_id.txt"}
+
+
+def make_room(folder: Path) -> bool:
+    """Whether a folder held a run that failed before its first checkpoint, nothing else, and no
+    longer does. What it logged is set aside, `<folder>.before-<n>`."""
+    with ExitStack() as held:
+        try:
+            lock = held.enter_context((folder / "run.lock").open("r+"))
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # a process runs there; or nobody can tell
+            return False
+        left = {each.name for each in folder.iterdir()} - STAYS
+        known = {"config.yaml", "error.txt", "checkpoints"} | LOGGED
+        saved = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+        if "error.txt" not in left or not left <= known or saved:
+            return False
+        if left & LOGGED:
+            aside = _before(folder.resolve())
+            aside.mkdir()
+            for name in left:
+                (folder / name).rename(aside / name)
+            print(f"{folder}: the run that failed there is set aside in {aside}")
+        else:
+            for name in left - {"checkpoints"}:
+                (folder / name).unlink()
+            with suppress(FileNotFoundError):
+                (folder / "checkpoints").rmdir()
+        return True
 
 
 def quoted(path: Path) -> str:
@@ -225,7 +258,7 @@ class Job:
             trusted = [each for each in self.overrides if each.startswith("trusted=")]
             return [f"resume={self.folder}", *trusted]
         if (self.folder / "config.yaml").exists():
-            _set_aside(self.folder)
+            self.folder.rename(_before(self.folder))
         return [*flags, *self.overrides, *self.settings, f"hydra.run.dir={quoted(self.folder)}"]
 
     @contextmanager
@@ -534,11 +567,12 @@ def _take(file: TextIO) -> bool:
     return True
 
 
-def _set_aside(folder: Path) -> None:
+def _before(folder: Path) -> Path:
+    """Where it is set aside."""
     names = (f"{folder.name}.before-{n}" for n in range(1, 10**6))
-    folder.rename(next(p for name in names if not (p := folder.with_name(name)).exists()))
+    return next(p for name in names if not (p := folder.with_name(name)).exists())
 
 
 def typed_line(flags: Sequence[str], words: Sequence[str]) -> str:
     """`python -m genfw ...`, to be copied into a shell."""
-    return " ".join(["python -m genfw", *(shlex.quote(each) for each in (*flags, *words))])
+    return command_line("genfw", *flags, *words)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -232,7 +233,7 @@ class Wandb(Logger):
             close.join(LAST_PATIENCE if exit_code > 1 else UPLOAD_PATIENCE)
             if close.is_alive():
                 Wandb.left = True
-                self._last += f"; not all of it arrived: wandb sync {run.settings.sync_dir}"
+                self._last += f"; not all of it arrived: {_sync(run)}"
 
     @property
     def where(self) -> str:
@@ -245,8 +246,7 @@ class Wandb(Logger):
         if run.disabled:
             return f"W&B: disabled ({self.reason})"
         if run.offline:
-            sync_dir = Path(run.settings.sync_dir)
-            return f"W&B: offline ({self.reason}); to upload: wandb sync {sync_dir}"
+            return f"W&B: offline ({self.reason}); to upload: {_sync(run)}"
         return f"W&B: {run.url}"
 
     def _start(self, config: Mapping[str, Any]) -> None:
@@ -289,6 +289,11 @@ class Wandb(Logger):
         except Exception as error:
             self.run, self.reason = None, one_line(error)
             print(f"W&B: gave up, the run goes on ({self.reason})", file=sys.stderr)
+
+
+def _sync(run: Any) -> str:
+    """What uploads it, to be copied into a shell."""
+    return shlex.join(("wandb", "sync", str(run.settings.sync_dir)))
 
 
 def choose_mode(mode: str = "auto") -> tuple[str, str]:

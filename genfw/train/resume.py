@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from genfw.train.errors import ConfigError
 from genfw.train.runs import read
 from genfw.train.slurm import first_rank
 
@@ -21,7 +22,8 @@ Example: python -m genfw resume=outputs/2026-11-23_10-15-42_k3f9ab trainer.max_s
 A sweep goes on with python -m genfw sweep=<folder>"""
 
 MAY_CHANGE = (
-    *("trainer.max_", "trainer.enable_progress_bar", "trainer.profiler", "trainer.limit_test_"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.limit_test_batches"),
+    *("trainer.enable_progress_bar", "trainer.profiler"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     "trainer.accumulate_grad_batches",
     *("checkpoint.", "callbacks.progress.", "logger.", "estimator", "trusted"),
@@ -50,7 +52,7 @@ def resume(arguments: Sequence[str]) -> None:
 def _its_mathematics(key: str) -> str | None:
     if key.startswith(MAY_CHANGE):
         return None
-    able = ", ".join(name.rstrip("._") for name in MAY_CHANGE)
+    able = ", ".join(f"{name}*" if name.endswith(".") else name for name in MAY_CHANGE)
     return f"a run that goes on keeps its {key}. What may change: {able}"
 
 
@@ -81,10 +83,22 @@ def _take_up(folder: Path, config: DictConfig) -> None:
 
 
 def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
+    """Whether there is nothing to do.
+
+    Raises:
+        ConfigError: it has taken more steps than it is to take.
+    """
     from genfw.train.checkpoint import read as read_checkpoint
 
-    step, steps = read_checkpoint(begin)["global_step"], config.trainer.max_steps
-    if not (folder / "results.json").is_file() or step < steps or steps < 0:
+    kept, trainer = read_checkpoint(begin), config.trainer
+    step, done = kept["global_step"], (folder / "results.json").is_file()
+    for key, reached in (("max_steps", step), ("max_epochs", kept["epoch"])):
+        asked = trainer.get(key)
+        if not done and asked is not None and 0 <= asked < reached:
+            raise ConfigError(
+                f"trainer.{key}={asked}: this run has reached {reached} already: give at least that"
+            )
+    if not done or step < trainer.max_steps or trainer.max_steps < 0:
         return False
     print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
     return True

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from genfw.train.compose import session, unchecked
 from genfw.train.config import check, keys, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import probe
 from genfw.train.slurm import tell
 from genfw.train.terminal import detach
 
@@ -66,15 +68,17 @@ def read(
     given = {name: value for name, _, value in pairs}
     if wrong or word not in given:
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
+    if not given[word]:
+        raise ConfigError(f"{word}=: expected a run's folder.\n{usage}")
     folder = Path(given.pop(word))
     config = load(folder, word)
     if "model" not in config and word == "run":
         raise ConfigError(f"run={folder}: expected the run of a model, and this is a classifier's")
     reference = copy.deepcopy(config)
-    options = OmegaConf.create(dict(defaults))
+    options, there = OmegaConf.create(dict(defaults)), keys(config)
     for key, value in given.items():
-        theirs = key not in defaults and key.partition(".")[0] in {*CHOSEN_ANEW, *config}
-        if theirs and (why := keeps(key)):
+        theirs = key in there or key.partition(".")[0] in CHOSEN_ANEW or "._" in key
+        if theirs and key not in defaults and (why := keeps(key)):
             raise ConfigError(f"{key}={value}: {why}")
     for group in CHOSEN_ANEW:
         if group in given:
@@ -83,7 +87,7 @@ def read(
             option = _option(config, group, name, more)
             config[group] = reference[group] = option
     _follow(config)
-    known = [*defaults, *keys(config)]
+    known = [*defaults, *(key for key in keys(config) if not keeps(key))]
     for key, value in given.items():
         if key not in defaults:
             _may_change(config, key, value, known)
@@ -147,6 +151,26 @@ def checkpoint(folder: Path, name: str, given: str = "") -> Path:
     return file
 
 
+def output(asked: Any, own: Path) -> Path:
+    """The file that a command writes, `out=` or its own; found out before anything is computed.
+    The folder that it names is made.
+
+    Raises:
+        ConfigError: it is a folder, or nothing can be written there.
+    """
+    file = own if asked is None else Path(str(asked))
+    if asked is not None and (str(asked).endswith("/") or file.is_dir()):
+        raise ConfigError(
+            f"out={asked}: expected a file, and that is a folder: {quote(f'out={file / own.name}')}"
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        probe(file.parent)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; give out=<path>") from error
+    return file
+
+
 def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
     """The configuration of another run that this one's samples are drawn with, and its weights.
 
@@ -172,10 +196,11 @@ def load(folder: Path, key: str = "run") -> DictConfig:
         ConfigError: it is no run's.
     """
     file = folder / "config.yaml"
-    if not file.is_file() and folder.suffix == ".ckpt":
-        which = f" checkpoint={folder.stem}" if key == "run" else ""
+    within = {".ckpt": folder.parent.parent, ".yaml": folder.parent}.get(folder.suffix)
+    if not file.is_file() and within is not None:
+        which = f" checkpoint={folder.stem}" if key == "run" and folder.suffix == ".ckpt" else ""
         raise ConfigError(
-            f"{key}={folder}: expected the run's folder, {key}={folder.parent.parent}{which}"
+            f"{key}={folder}: expected the run's folder, {quote(f'{key}={within}')}{which}"
         )
     if not file.is_file():
         raise ConfigError(f"{key}={folder}: there is no {file}; a run folder has one")
