@@ -50,7 +50,7 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
-from genfw.train.errors import ConfigError, GenfwError, Stopped, one_line
+from genfw.train.errors import ConfigError, GenfwError, Stopped, not_finite, one_line
 from genfw.train.files import replace_text, write_json
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit
@@ -78,7 +78,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         nats; `test/bpd` in bits; seconds, parameters, versions.
 
     Raises:
-        Stopped: a signal asked for it, a loss is not finite, or nothing could be saved any more.
+        Stopped: a signal asked for it, a loss or the tested NLL is not finite, or nothing could be
+            saved any more.
     """
     prepare()
     started = time.monotonic()
@@ -133,6 +134,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         for logger in loggers:
             if isinstance(logger, Wandb):
                 logger.summarize({**results, "certificate": certificate})
+        if wrong := not_finite(results):
+            raise Stopped(f"{wrong}: there is no number to report")
         return results
 
 
@@ -377,10 +380,13 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     }
     sheet = Table("test set", "")
     name = "NLL given labels" if "given" in test else "NLL"
-    error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
-    how = "standard error" if math.isfinite(error) else "one draw, no standard error"
-    sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
-    sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
+    if wrong := not_finite(results):
+        sheet.add_row(name, f"{test['nll']:.2f} nats: {wrong}")
+    else:
+        error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
+        how = "standard error" if math.isfinite(error) else "one draw, no standard error"
+        sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
+        sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
     sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
@@ -396,7 +402,8 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     for name in dict.fromkeys(announced):
         if name in test:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
-    sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
+    spread = "" if wrong else f", NLL spread over them {test['nll_std']:.1f} nats"
+    sheet.add_row("images", f"{test['count']:.0f}{spread}")
     return sheet
 
 

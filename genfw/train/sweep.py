@@ -266,8 +266,9 @@ def _writable(folder: Path) -> None:
 
 
 def close(sweep: Path) -> bool:
-    """Writes and prints the tables of a sweep; whether all its jobs are finished."""
-    from genfw.train.sweep_table import show, write
+    """Writes and prints the tables of a sweep; whether all its jobs are finished, each with a
+    number."""
+    from genfw.train.sweep_table import FINISHED, show, status, write
 
     found = records(sweep)
     if not found:
@@ -278,7 +279,7 @@ def close(sweep: Path) -> bool:
     except OSError as error:
         print(f"{sweep}: the tables cannot be written: {error.strerror}", file=sys.stderr)
     show(sweep, found, planned)
-    done = sum(each["exit"] == 0 for each in found)
+    done = sum(status(each) == FINISHED for each in found)
     return done == (planned or len(found))
 
 
