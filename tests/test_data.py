@@ -459,6 +459,20 @@ def test_every_split_is_checked():
             data.setup()
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_folder_has_as_many_classes_as_folders(classes, tmp_path):
+    """Also a label that only the test has counts."""
+    split = random_split(40)
+    fill(tmp_path / "set" / "train", Split(split.images, split.labels % 2), "ab")
+    fill(tmp_path / "set" / "test", Split(split.images, np.full(40, 0)), "c")
+    facts = {"path": tmp_path / "set", "name": "folder"}
+    ImageData(Folder(), (1, 4, 4), 256, 3, **facts).setup()
+    with pytest.raises(DataError) as caught:
+        ImageData(Folder(), (1, 4, 4), 256, classes, **facts).setup()
+    said = f"folder: data.classes={classes}, and there are 3: a, b, c. Give data.classes=3"
+    assert str(caught.value) == said
+
+
 @pytest.mark.parametrize(
     ("facts", "says"),
     [

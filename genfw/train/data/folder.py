@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Folder(Source, name="folder"):
         if not path.is_dir():
             raise DataError(f"data.path={path}: no such folder")
         files = self._files(path)
-        classes = sorted({file.parent.name for part in files.values() for file in part})
+        classes = _classes(files)
         stats = [
             (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
             for part in files
@@ -60,6 +61,10 @@ class Folder(Source, name="folder"):
             }
 
         return Splits(**decoded(path.name or "folder", key, encoded, shape, self.on_error))
+
+    def classes(self, path: Path | None) -> list[str]:
+        assert path is not None  # it was read
+        return _classes(self._files(path))
 
     def _files(self, path: Path) -> dict[str, list[Path]]:
         """Image files of each split, in an order that depends on names alone."""
@@ -86,6 +91,10 @@ class Folder(Source, name="folder"):
             else:
                 given["train"].append(file)
         return {part: given[part] for part in Splits._fields}
+
+
+def _classes(files: Mapping[str, Sequence[Path]]) -> list[str]:
+    return sorted({file.parent.name for part in files.values() for file in part})
 
 
 def _images(folder: Path) -> list[Path]:

@@ -86,6 +86,10 @@ class Source(Registered, ABC, group="data"):
             DataError: files that are missing, unreadable, or not of this shape.
         """
 
+    def classes(self, path: Path | None) -> list[str] | None:
+        """The classes' names, in the order of their labels; None: the source knows labels alone."""
+        return None
+
 
 def check(splits: Splits, shape: Sequence[int], bins: int, classes: int, name: str) -> None:
     """Compares data with what was said of them.
