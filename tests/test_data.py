@@ -394,16 +394,39 @@ def test_folder_with_bad_images(tmp_path, caplog):
         (HubImages("set", label="img"), "set", "column 'img' holds"),
         (HubImages("set"), "two", "choose one of a, b"),
         (HubImages("set"), "broken", "cannot be read"),
+        (HubImages("set"), "named", "expected splits test, train, found data.parquet, more-1.par"),
     ],
 )
-def test_sources_say_what_is_missing(source, path, says, parquet, tmp_path):
+def test_sources_say_what_is_missing(source, path, says, parquet, tmp_path, cache):
+    """Also of somebody's own files, which are no repository; nothing is kept of them."""
     (tmp_path / "empty").mkdir()
-    for name in ("two/a", "two/b", "broken"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "train-0.parquet").write_bytes(b"PAR1 no more")
+    places = ("two/a", "two/b", "broken")
+    broken = [f"{place}/{part}-0" for place in places for part in Splits._fields]
+    for name in (*broken, "named/data", "named/more-1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError) as caught:
         source.read((1, 4, 4), path and tmp_path / path)
     assert says in str(caught.value)
+    if path and path != "here":
+        assert str(tmp_path / path) in str(caught.value)
+    kept = [each for each in (cache / "data").glob("*") if each.suffix != ".lock"]
+    assert path == "set" or not kept
+
+
+def test_a_repository_without_a_split_is_not_decoded(monkeypatch, cache):
+    """Of one that was decoded, the splits it had are remembered."""
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(GREY), "path": None}] * 2, "label": [0, 1]}
+    )
+    monkeypatch.setattr(HubImages, "_download", lambda _: {"train": rows, "unsupervised": rows})
+    with pytest.raises(DataError, match=r"^a/b: expected splits test, train, found train, unsup"):
+        HubImages("a/b").read((1, 4, 4), None)
+    assert [each.suffix for each in (cache / "data").iterdir()] == [".lock"]
+    monkeypatch.setattr(HubImages, "_download", lambda _: {"train": rows, "test": rows})
+    assert len(HubImages("a/b", validation=1).read((1, 4, 4), None).train) == 1
+    with pytest.raises(DataError, match="test, train, validation, found train, test: hold out"):
+        HubImages("a/b", validation=0).read((1, 4, 4), None)
 
 
 def test_cache_that_cannot_be_written(parquet, monkeypatch, tmp_path):
