@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -287,6 +288,33 @@ def test_folder_carves_what_is_missing_out_of_train(tmp_path):
     assert 15 < len(splits.validation) < 70
 
 
+def test_a_folder_says_where_its_images_went(tmp_path, caplog):
+    """One image has one split; a tiny test set is told of, and one that somebody made is theirs."""
+    fill(tmp_path / "one", random_split(1))
+    with pytest.raises(DataError) as caught:
+        Folder(validation=0.5, test=0.4).read((1, 4, 4), tmp_path / "one")
+    said = str(caught.value)
+    assert re.search(
+        r"one: no images for \w+: of 1 images, by their names and data.source.val", said
+    )
+    assert sum(int(n) for n in re.findall(r"(\d+) for ", said)) == 1
+    fill(tmp_path / "few", random_split(60))
+    splits = Folder(validation=0.4).read((1, 4, 4), tmp_path / "few")
+    assert len(splits.test) < 10 <= len(splits.validation)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "few images for test: of 60 images" in warning
+    assert f"{len(splits.train)} for train, {len(splits.validation)} for val" in warning
+    caplog.clear()
+    for part in Splits._fields:
+        fill(tmp_path / "made" / part, random_split(2))
+    Folder().read((1, 4, 4), tmp_path / "made")
+    assert not caplog.records or all(each.levelname == "INFO" for each in caplog.records)
+    for file in (tmp_path / "made" / "test").glob("*/*"):
+        file.unlink()
+    with pytest.raises(DataError, match="made: no images for test; give"):
+        Folder().read((1, 4, 4), tmp_path / "made")
+
+
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
 RGB = np.stack([GREY, GREY[::-1], GREY.T], -1)
 
@@ -375,7 +403,7 @@ def test_folder_with_bad_images(tmp_path, caplog):
         splits = Folder(on_error="skip").read((1, 4, 4), tmp_path / "set")
         assert set.union(*map(contents, splits)) == contents(good)
         assert sum(map(len, splits)) == 40
-        skipped = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        skipped = [said for r in caplog.records if "skipped " in (said := r.getMessage())]
         assert sum(int(text.split("skipped ")[1].split(" of ")[0]) for text in skipped) == 9
 
 

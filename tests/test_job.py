@@ -78,6 +78,7 @@ def test_a_table_without_a_number_says_so():
     shown = rows(table(one_draw, tiny.module()))
     assert shown["NLL"] == "80.00 nats (one draw, no standard error)"
     assert shown["images"] == "447, NLL spread over them 9.0 nats"
+    assert rows(table({**one_draw, "test/count": 1}, tiny.module()))["images"] == "1"
 
 
 def test_a_run_without_a_number_is_no_success(tmp_path, capsys):

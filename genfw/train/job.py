@@ -402,8 +402,10 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     for name in dict.fromkeys(announced):
         if name in test:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
-    spread = "" if wrong else f", NLL spread over them {test['nll_std']:.1f} nats"
-    sheet.add_row("images", f"{test['count']:.0f}{spread}")
+    images = f"{test['count']:.0f}"
+    if not wrong and test["count"] > 1:
+        images += f", NLL spread over them {test['nll_std']:.1f} nats"
+    sheet.add_row("images", images)
     return sheet
 
 

@@ -147,9 +147,7 @@ class HubImages(Source, name="hub"):
             image = _image_column(rows, where)
             feature = rows.features[self.label]
             if not re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "")):
-                raise DataError(
-                    f"{where}: column {self.label!r} holds {feature}, not integers"
-                )
+                raise DataError(f"{where}: column {self.label!r} holds {feature}, not integers")
             labels = np.asarray(rows[self.label], np.int64)
             rows = rows.cast_column(image, datasets.Image(decode=False))
             encoded[part] = Encoded(labels, _bytes(rows, image, part))
