@@ -469,6 +469,7 @@ def prepare() -> None:
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
         ".*your dataloader is not resumable.*",  # it is: genfw.train.batches
+        ".*overridden `on_after_batch_transfer`.*",  # which leaves batches of ours alone
         ".*returned a view tensor.*",  # of a network, and nobody writes into it
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):
