@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hydra._internal.hydra import Hydra
@@ -45,6 +46,19 @@ class Sweeper(Hydra):
             raise self.error
 
 
+class Loader:
+    """Hydra's, as far as a launcher asks it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def load_sweep_config(self, config, overrides):
+        said = {"task": overrides, "hydra": []}
+        sweep = {"dir": str(self.folder), "subdir": "${hydra.job.num}"}
+        hydra = {"job": {"num": 0, "id": 0}, "sweep": sweep, "overrides": said}
+        return OmegaConf.create({"hydra": hydra, "optimized": "val/nll"})
+
+
 def launch(folder, *lines, n_jobs=1):
     launcher = Local(n_jobs)
     launcher.task = Script()
@@ -66,6 +80,19 @@ def test_a_failed_job_stops_no_other(tmp_path):
     assert [each.get("error") for each in records(tmp_path)] == [
         "exit code 3", None, "killed by SIGKILL", None,
     ]  # fmt: skip
+
+
+def test_a_failed_job_is_told_of_once_and_by_us(tmp_path, capsys):
+    """Hydra's sweeper asks every job for its value."""
+    launcher = Local()
+    launcher.task = Script()
+    launcher.config = OmegaConf.create()
+    launcher.context = SimpleNamespace(config_loader=Loader(tmp_path))
+    failed, well = launcher.launch([["exit 3"], ["true"]], 0)
+    assert well.return_value is None
+    with pytest.raises(GenfwError, match="job 0 failed: exit code 3"):
+        _ = failed.return_value
+    assert capsys.readouterr().err == ""
 
 
 def test_so_many_side_by_side(tmp_path):

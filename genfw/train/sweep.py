@@ -49,6 +49,21 @@ OWN = ("hydra.sweep.", "hydra.mode=")
 """Those that the folder itself answers."""
 
 
+class Answer(JobReturn):
+    """What became of a job. Asked for a failed one's value, Hydra's own writes a line of its own
+    (`Error executing job with overrides`) beside the table's."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return super().return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
 class Local(Launcher):
     """Runs the jobs of a sweep on this machine.
 
@@ -82,7 +97,7 @@ class Local(Launcher):
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             jobs.append(Job.of(config.hydra))
-            returns.append(JobReturn(overrides=overrides, cfg=config, hydra_cfg=config))
+            returns.append(Answer(overrides=overrides, cfg=config, hydra_cfg=config))
         self._run(jobs)
         ended = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
         for job, answer in zip(jobs, returns, strict=True):
