@@ -88,7 +88,9 @@ def test_a_run_without_a_number_is_no_success(tmp_path, capsys):
     with pytest.raises(Stopped, match="the NLL of 16 of 16 test images is not finite") as stopped:
         run(composed(*VAE[:3], *few, *bare, "optimizer.lr=1e30"), tmp_path)
     assert stopped.value.exit_code == 1 and stopped.value.on_all_ranks
-    assert "nan nats: the NLL of 16 of 16" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "nan nats: the NLL of 16 of 16" in shown.out
+    assert "Epoch" not in shown.out + shown.err, "callbacks=none has no progress bar either"
     results, certificate = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("results", "certificate")
     )

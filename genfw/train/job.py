@@ -317,7 +317,8 @@ def make_trainer(
     callbacks: list[L.Callback],
     files: AtomicIO,
 ) -> L.Trainer:
-    """Lightning's Trainer as configured."""
+    """Lightning's Trainer as configured; without a progress bar among the callbacks it has none,
+    where Lightning's own would show epochs of a run that counts steps."""
     return build(
         config.trainer,
         logger=loggers or False,
@@ -325,6 +326,7 @@ def make_trainer(
         plugins=[files],
         default_root_dir=str(folder),
         val_check_interval=validation_interval(config.trainer),
+        enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
     )
 
 
