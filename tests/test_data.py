@@ -407,6 +407,17 @@ def test_folder_with_bad_images(tmp_path, caplog):
         assert sum(int(text.split("skipped ")[1].split(" of ")[0]) for text in skipped) == 9
 
 
+def test_a_split_without_a_usable_image_is_not_kept(tmp_path, cache):
+    for part in Splits._fields:
+        fill(tmp_path / "set" / part, random_split(3))
+    for file in (tmp_path / "set" / "test").glob("*/*"):
+        file.write_bytes(b"")
+    for source in (Folder(on_error="skip"), Folder()):
+        with pytest.raises(DataError, match=r"cannot use 3 of [39] images"):
+            source.read((1, 4, 4), tmp_path / "set")
+        assert [each for each in (cache / "data").iterdir() if each.suffix != ".lock"] == []
+
+
 @pytest.mark.parametrize(
     ("source", "path", "says"),
     [
