@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -287,6 +288,33 @@ def test_folder_carves_what_is_missing_out_of_train(tmp_path):
     assert 15 < len(splits.validation) < 70
 
 
+def test_a_folder_says_where_its_images_went(tmp_path, caplog):
+    """One image has one split; a tiny test set is told of, and one that somebody made is theirs."""
+    fill(tmp_path / "one", random_split(1))
+    with pytest.raises(DataError) as caught:
+        Folder(validation=0.5, test=0.4).read((1, 4, 4), tmp_path / "one")
+    said = str(caught.value)
+    assert re.search(
+        r"one: no images for \w+: of 1 images, by their names and data.source.val", said
+    )
+    assert sum(int(n) for n in re.findall(r"(\d+) for ", said)) == 1
+    fill(tmp_path / "few", random_split(60))
+    splits = Folder(validation=0.4).read((1, 4, 4), tmp_path / "few")
+    assert len(splits.test) < 10 <= len(splits.validation)
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "few images for test: of 60 images" in warning
+    assert f"{len(splits.train)} for train, {len(splits.validation)} for val" in warning
+    caplog.clear()
+    for part in Splits._fields:
+        fill(tmp_path / "made" / part, random_split(2))
+    Folder().read((1, 4, 4), tmp_path / "made")
+    assert not caplog.records or all(each.levelname == "INFO" for each in caplog.records)
+    for file in (tmp_path / "made" / "test").glob("*/*"):
+        file.unlink()
+    with pytest.raises(DataError, match="made: no images for test; give"):
+        Folder().read((1, 4, 4), tmp_path / "made")
+
+
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 16
 RGB = np.stack([GREY, GREY[::-1], GREY.T], -1)
 
@@ -375,8 +403,19 @@ def test_folder_with_bad_images(tmp_path, caplog):
         splits = Folder(on_error="skip").read((1, 4, 4), tmp_path / "set")
         assert set.union(*map(contents, splits)) == contents(good)
         assert sum(map(len, splits)) == 40
-        skipped = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        skipped = [said for r in caplog.records if "skipped " in (said := r.getMessage())]
         assert sum(int(text.split("skipped ")[1].split(" of ")[0]) for text in skipped) == 9
+
+
+def test_a_split_without_a_usable_image_is_not_kept(tmp_path, cache):
+    for part in Splits._fields:
+        fill(tmp_path / "set" / part, random_split(3))
+    for file in (tmp_path / "set" / "test").glob("*/*"):
+        file.write_bytes(b"")
+    for source in (Folder(on_error="skip"), Folder()):
+        with pytest.raises(DataError, match=r"cannot use 3 of [39] images"):
+            source.read((1, 4, 4), tmp_path / "set")
+        assert [each for each in (cache / "data").iterdir() if each.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize(
@@ -394,16 +433,39 @@ def test_folder_with_bad_images(tmp_path, caplog):
         (HubImages("set", label="img"), "set", "column 'img' holds"),
         (HubImages("set"), "two", "choose one of a, b"),
         (HubImages("set"), "broken", "cannot be read"),
+        (HubImages("set"), "named", "expected splits test, train, found data.parquet, more-1.par"),
     ],
 )
-def test_sources_say_what_is_missing(source, path, says, parquet, tmp_path):
+def test_sources_say_what_is_missing(source, path, says, parquet, tmp_path, cache):
+    """Also of somebody's own files, which are no repository; nothing is kept of them."""
     (tmp_path / "empty").mkdir()
-    for name in ("two/a", "two/b", "broken"):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "train-0.parquet").write_bytes(b"PAR1 no more")
+    places = ("two/a", "two/b", "broken")
+    broken = [f"{place}/{part}-0" for place in places for part in Splits._fields]
+    for name in (*broken, "named/data", "named/more-1"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.parquet").write_bytes(b"PAR1 no more")
     with pytest.raises(DataError) as caught:
         source.read((1, 4, 4), path and tmp_path / path)
     assert says in str(caught.value)
+    if path and path != "here":
+        assert str(tmp_path / path) in str(caught.value)
+    kept = [each for each in (cache / "data").glob("*") if each.suffix != ".lock"]
+    assert path == "set" or not kept
+
+
+def test_a_repository_without_a_split_is_not_decoded(monkeypatch, cache):
+    """Of one that was decoded, the splits it had are remembered."""
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": png(GREY), "path": None}] * 2, "label": [0, 1]}
+    )
+    monkeypatch.setattr(HubImages, "_download", lambda _: {"train": rows, "unsupervised": rows})
+    with pytest.raises(DataError, match=r"^a/b: expected splits test, train, found train, unsup"):
+        HubImages("a/b").read((1, 4, 4), None)
+    assert [each.suffix for each in (cache / "data").iterdir()] == [".lock"]
+    monkeypatch.setattr(HubImages, "_download", lambda _: {"train": rows, "test": rows})
+    assert len(HubImages("a/b", validation=1).read((1, 4, 4), None).train) == 1
+    with pytest.raises(DataError, match="test, train, validation, found train, test: hold out"):
+        HubImages("a/b", validation=0).read((1, 4, 4), None)
 
 
 def test_cache_that_cannot_be_written(parquet, monkeypatch, tmp_path):
@@ -457,6 +519,20 @@ def test_every_split_is_checked():
         )
         with pytest.raises(DataError, match=f"{part} split"):
             data.setup()
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_folder_has_as_many_classes_as_folders(classes, tmp_path):
+    """Also a label that only the test has counts."""
+    split = random_split(40)
+    fill(tmp_path / "set" / "train", Split(split.images, split.labels % 2), "ab")
+    fill(tmp_path / "set" / "test", Split(split.images, np.full(40, 0)), "c")
+    facts = {"path": tmp_path / "set", "name": "folder"}
+    ImageData(Folder(), (1, 4, 4), 256, 3, **facts).setup()
+    with pytest.raises(DataError) as caught:
+        ImageData(Folder(), (1, 4, 4), 256, classes, **facts).setup()
+    said = f"folder: data.classes={classes}, and there are 3: a, b, c. Give data.classes=3"
+    assert str(caught.value) == said
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from genfw.train import certificate, checkpoint
 from genfw.train.compose import compose, session
 from genfw.train.config import build
 from genfw.train.data import Digits
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError, GenfwError, Stopped
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import assemble, restore, run, table, validation_interval
 from genfw.train.runs import command
@@ -66,6 +66,36 @@ def test_the_table_says_what_kind_of_number_and_whether_to_believe_it():
     assert shown["khat_over_0.7"] == "0.25 (mean over images)"
     less = {key: value for key, value in said.items() if not key.startswith("khat")}
     assert "khat" not in rows(table({f"test/{k}": v for k, v in less.items()}, lightning))
+
+
+def test_a_table_without_a_number_says_so():
+    said = {f"test/{key}": math.nan for key in NUMBERS} | {"test/count": 447, "test/nonfinite": 3}
+    shown = rows(table(said, tiny.module()))
+    assert shown["NLL"] == "nan nats: the NLL of 3 of 447 test images is not finite"
+    assert "" not in shown and shown["images"] == "447", "no bits, and no spread"
+    one_draw = {f"test/{key}": value for key, value in NUMBERS.items()}
+    one_draw["test/nll_stderr"] = math.nan
+    shown = rows(table(one_draw, tiny.module()))
+    assert shown["NLL"] == "80.00 nats (one draw, no standard error)"
+    assert shown["images"] == "447, NLL spread over them 9.0 nats"
+    assert rows(table({**one_draw, "test/count": 1}, tiny.module()))["images"] == "1"
+
+
+def test_a_run_without_a_number_is_no_success(tmp_path, capsys):
+    """It has its files, with null for what is no number."""
+    few = [f"trainer.{each}" for each in ("max_steps=2", "limit_test_batches=1", "accelerator=cpu")]
+    bare = ("logger=none", "metrics=none", "callbacks=none", "data.eval_batch_size=16")
+    with pytest.raises(Stopped, match="the NLL of 16 of 16 test images is not finite") as stopped:
+        run(composed(*VAE[:3], *few, *bare, "optimizer.lr=1e30"), tmp_path)
+    assert stopped.value.exit_code == 1 and stopped.value.on_all_ranks
+    shown = capsys.readouterr()
+    assert "nan nats: the NLL of 16 of 16" in shown.out
+    assert "Epoch" not in shown.out + shown.err, "callbacks=none has no progress bar either"
+    results, certificate = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("results", "certificate")
+    )
+    assert results["test/nll"] is results["test/bpd"] is certificate["result"]["nll"] is None
+    assert results["test/nonfinite"] == 16
 
 
 def test_levels_are_denoising_where_they_are():

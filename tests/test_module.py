@@ -9,10 +9,13 @@ import pytest
 import tiny
 import torch
 from omegaconf import OmegaConf
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 import genfw
 from genfw import ELBO, Estimate
 from genfw.noise import Noise, mix
+from genfw.train.data.images import as_batch
 from genfw.train.metrics import NLL
 from genfw.train.module import on_schedule, warmup_cosine
 from genfw.train.resolvers import fused
@@ -174,6 +177,68 @@ def test_reported_nll_is_the_estimators_and_knows_no_batches(tmp_path):
         assert found["test/nll"] == pytest.approx(float(expected.nats.mean()), rel=1e-6)
         error = float(expected.variance.sum().sqrt()) / len(x)
         assert found["test/nll_stderr"] == pytest.approx(error, rel=1e-5)
+
+
+def loader(images, batch, kind="(x,)"):
+    """As somebody has one who never heard of genfw."""
+    x, y = images.long(), torch.zeros(len(images), dtype=torch.int32)
+    sets = {"x": x, "(x,)": TensorDataset(x), "(x, y)": TensorDataset(x, y)}
+    return DataLoader(sets[kind], batch)
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("x", 3), ("(x,)", 2), ("(x,)", 7), ("(x, y)", 4)])
+def test_ordinary_batches_are_evaluated_as_ours(tmp_path, kind, batch):
+    """Example by example: noise is of the place in the loader's order, each time anew."""
+    ours, trainer = tiny.Images(), tiny.trainer(tmp_path)
+    expected = trainer.test(tiny.module(), ours, verbose=False)
+    module = tiny.module()
+    for _ in range(2):
+        found = trainer.test(module, loader(ours.images["test"], batch, kind), verbose=False)
+        assert found == [pytest.approx(expected[0], rel=1e-6)]
+
+
+def test_ordinary_batches_train_as_ours(tmp_path):
+    """To the bit, and what is validated on the way too."""
+    ours, modules = tiny.Images(), (tiny.module(), tiny.module())
+    settings = {"accumulate_grad_batches": 2, "val_check_interval": 2}
+    given = [ours], [loader(ours.images[split], 4) for split in ("train", "val")]
+    trainers = [tiny.trainer(tmp_path, 3, **settings) for _ in modules]
+    for trainer, module, data in zip(trainers, modules, given, strict=True):
+        trainer.fit(module, *data)
+    one, other = (trainer.callback_metrics["val/nll"] for trainer in trainers)
+    assert one == other
+    for p, q in zip(*(module.parameters() for module in modules), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_places_are_those_of_the_data_on_every_rank():
+    for n, world in ((8, 1), (8, 2), (9, 3)):
+        data, seen = torch.arange(n)[:, None, None, None], []
+        for rank in range(world):
+            sampler = DistributedSampler(data, world, rank, shuffle=False)
+            first = 0
+            for x in DataLoader(data, 2, sampler=sampler):
+                batch = as_batch(x, first=first, rank=rank, world=world)
+                first += len(x)
+                assert (batch.index == x.flatten()).all()
+                seen += batch.index.tolist()
+        assert sorted(seen) == list(range(n)), "and no two examples share one"
+
+
+@pytest.mark.parametrize(
+    ("given", "labelled", "says"),
+    [
+        (torch.rand(4, 1, 2, 2), False, r"x, \(x,\) or \(x, y\) of integers.*torch.float32 \(4, 1"),
+        (torch.zeros(4, 2, 2, dtype=torch.int64), False, r"\(b, C, H, W\).*int64 \(4, 2, 2\)"),
+        ({"image": 1}, False, "got dict"),
+        ([torch.zeros(4, 1, 2, 2).byte()] * 3, False, "got list"),
+        ((torch.zeros(4, 1, 2, 2).byte(), ["a"] * 4), False, "uint8 .*, list"),
+        (torch.zeros(2, 1, 2, 2).byte(), True, r"batches \(x, y\) of integers"),
+    ],
+)
+def test_other_batches_are_refused(given, labelled, says):
+    with pytest.raises(TypeError, match=says):
+        as_batch(given, labelled)
 
 
 def test_reports_are_float32_under_mixed_precision(tmp_path):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hydra._internal.hydra import Hydra
@@ -45,6 +46,19 @@ class Sweeper(Hydra):
             raise self.error
 
 
+class Loader:
+    """Hydra's, as far as a launcher asks it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def load_sweep_config(self, config, overrides):
+        said = {"task": overrides, "hydra": []}
+        sweep = {"dir": str(self.folder), "subdir": "${hydra.job.num}"}
+        hydra = {"job": {"num": 0, "id": 0}, "sweep": sweep, "overrides": said}
+        return OmegaConf.create({"hydra": hydra, "optimized": "val/nll"})
+
+
 def launch(folder, *lines, n_jobs=1):
     launcher = Local(n_jobs)
     launcher.task = Script()
@@ -66,6 +80,19 @@ def test_a_failed_job_stops_no_other(tmp_path):
     assert [each.get("error") for each in records(tmp_path)] == [
         "exit code 3", None, "killed by SIGKILL", None,
     ]  # fmt: skip
+
+
+def test_a_failed_job_is_told_of_once_and_by_us(tmp_path, capsys):
+    """Hydra's sweeper asks every job for its value."""
+    launcher = Local()
+    launcher.task = Script()
+    launcher.config = OmegaConf.create()
+    launcher.context = SimpleNamespace(config_loader=Loader(tmp_path))
+    failed, well = launcher.launch([["exit 3"], ["true"]], 0)
+    assert well.return_value is None
+    with pytest.raises(GenfwError, match="job 0 failed: exit code 3"):
+        _ = failed.return_value
+    assert capsys.readouterr().err == ""
 
 
 def test_so_many_side_by_side(tmp_path):
@@ -421,6 +448,47 @@ def test_what_hydras_own_parts_cannot_do_is_a_line(tmp_path, capsys):
     (tmp_path / "jobs").touch()
     with pytest.raises(ConfigError, match=f"{tmp_path}: cannot write to this folder: .*"):
         sweep.run(Sweeper(), "config", Fresh(), [], tmp_path)
+
+
+def test_a_job_without_a_number_is_no_finished_one(tmp_path, capsys):
+    """Its exit code is that of a run, 1, or 0 of one that was found finished when the sweep went
+    on; a classifier has no NLL, and is finished."""
+    made = {
+        "nets=1 seed=0": (0, {"test/nll": 80.0, "seconds/fit": 1.0}),
+        "nets=1 seed=1": (1, {"test/nll": None, "test/nonfinite": 3.0, "test/count": 7.0}),
+        "nets=1 seed=2": (0, {"test/nll": None, "test/nonfinite": 7.0, "test/count": 7.0}),
+        "nets=2 seed=0": (0, {"test/accuracy": 0.9}),
+        "nets=2 seed=1": (1, {}),
+    }
+    keep(tmp_path, ["nets=1,2"], len(made))
+    for number, (words, (code, results)) in enumerate(made.items()):
+        job = Job(number, tmp_path, tmp_path / str(number), tuple(words.split()))
+        job.folder.mkdir()
+        kept = {"seconds/fit": 9.0, **results} if results else {}
+        (job.folder / "results.json").write_text(json.dumps(kept))
+        job.record(code)
+    assert close(tmp_path) is False
+    with (tmp_path / "jobs.csv").open() as file:
+        said = [row["status"] for row in csv.DictReader(file)]
+    assert said == [
+        "finished",
+        "not finite: the NLL of 3 of 7 test images is not finite",
+        "not finite: the NLL of 7 of 7 test images is not finite",
+        "finished",
+        "failed: exit code 1",
+    ]
+    one, two = groups(records(tmp_path))
+    assert (one.finished, one.mean("test/nll"), one.mean("seconds/fit")) == (1, 80.0, 1.0)
+    assert two.finished == 1
+    assert f"- job 1: {said[1]}" in (tmp_path / "table.md").read_text()
+    shown = capsys.readouterr().out
+    assert "2 of 5 jobs finished, 2 with a NLL that is not finite; table.csv" in shown
+    assert f"job 2 (seed=2): {said[2]}" in shown.replace("nets=1 ", "")
+    for number, code in ((1, 1), (4, 1), (2, 0)):  # 2 alone makes the sweep fail
+        (tmp_path / str(number) / "results.json").write_text('{"test/nll": 1.0}')
+        Job(number, tmp_path, tmp_path / str(number), ("seed=0",)).record(0)
+        assert sweep.run(Sweeper(), "config", Fresh(), [], tmp_path) == code
+    assert "5 of 5 jobs finished; table.csv" in capsys.readouterr().out
 
 
 def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """What went wrong, said to the person who can put it right: a message, no traceback."""
 
+import math
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 
 class GenfwError(Exception):
@@ -28,6 +31,20 @@ class Stopped(GenfwError):
     def __init__(self, message: str, exit_code: int = 1):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def not_finite(results: Mapping[str, Any]) -> str | None:
+    """What is wrong with the NLL of a test, of one without a NLL nothing.
+
+    Example:
+        >>> not_finite({"test/nll": None, "test/nonfinite": 3.0, "test/count": 447.0})
+        'the NLL of 3 of 447 test images is not finite'
+    """
+    nll = results.get("test/nll", 0.0)
+    if nll is not None and math.isfinite(nll):
+        return None
+    bad, count = (results.get(f"test/{key}") or math.nan for key in ("nonfinite", "count"))
+    return f"the NLL of {bad:.0f} of {count:.0f} test images is not finite"
 
 
 def one_line(error: BaseException) -> str:

@@ -50,7 +50,14 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
 from genfw.train.config import build
 from genfw.train.data.module import ImageData
-from genfw.train.errors import ConfigError, GenfwError, Stopped, command_line, one_line
+from genfw.train.errors import (
+    ConfigError,
+    GenfwError,
+    Stopped,
+    command_line,
+    not_finite,
+    one_line,
+)
 from genfw.train.files import replace_text, store
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb, git_commit
@@ -78,7 +85,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         nats; `test/bpd` in bits; seconds, parameters, versions.
 
     Raises:
-        Stopped: a signal asked for it, a loss is not finite, or nothing could be saved any more.
+        Stopped: a signal asked for it, a loss or the tested NLL is not finite, or nothing could be
+            saved any more.
     """
     prepare()
     started = time.monotonic()
@@ -126,15 +134,21 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         if trainer.is_global_zero:
             Console().print(table(results, module))
         certificate = certify(module, data, tested[0], best, versions())
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.summarize({**results, "certificate": certificate})
         finish_pictures(module, trainer, callbacks, folder)
-        if trainer.is_global_zero:
-            again = f"then test again: {command_line('genfw', f'resume={folder}')}"
-            store(folder / "certificate.json", plain(certificate), again)
-            store(folder / "results.json", plain(results), again)  # last: a run with it is whole
-            print(f"run folder: {folder}")
+        try:
+            if trainer.is_global_zero:
+                again = f"then test again: {command_line('genfw', f'resume={folder}')}"
+                store(folder / "certificate.json", plain(certificate), again)
+                store(
+                    folder / "results.json", plain(results), again
+                )  # last: a run with it is whole
+                print(f"run folder: {folder}")
+        finally:  # a full disk leaves the number to W&B, and W&B's end leaves it to the disk
+            for logger in loggers:
+                if isinstance(logger, Wandb):
+                    logger.summarize({**results, "certificate": certificate})
+        if wrong := not_finite(results):
+            raise Stopped(f"{wrong}: there is no number to report")
         return results
 
 
@@ -316,7 +330,8 @@ def make_trainer(
     callbacks: list[L.Callback],
     files: AtomicIO,
 ) -> L.Trainer:
-    """Lightning's Trainer as configured."""
+    """Lightning's Trainer as configured; without a progress bar among the callbacks it has none,
+    where Lightning's own would show epochs of a run that counts steps."""
     return build(
         config.trainer,
         logger=loggers or False,
@@ -324,6 +339,7 @@ def make_trainer(
         plugins=[files],
         default_root_dir=str(folder),
         val_check_interval=validation_interval(config.trainer),
+        enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
     )
 
 
@@ -379,10 +395,13 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     }
     sheet = Table("test set", "")
     name = "NLL given labels" if "given" in test else "NLL"
-    error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
-    how = "standard error" if math.isfinite(error) else "one draw, no standard error"
-    sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
-    sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
+    if wrong := not_finite(results):
+        sheet.add_row(name, f"{test['nll']:.2f} nats: {wrong}")
+    else:
+        error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
+        how = "standard error" if math.isfinite(error) else "one draw, no standard error"
+        sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
+        sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
     sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")
@@ -398,7 +417,10 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     for name in dict.fromkeys(announced):
         if name in test:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
-    sheet.add_row("images", f"{test['count']:.0f}, NLL spread over them {test['nll_std']:.1f} nats")
+    images = f"{test['count']:.0f}"
+    if not wrong and test["count"] > 1:
+        images += f", NLL spread over them {test['nll_std']:.1f} nats"
+    sheet.add_row("images", images)
     return sheet
 
 
@@ -462,6 +484,7 @@ def prepare() -> None:
         ".*LeafSpec.*",
         ".*in eval mode at the start of training.*",
         ".*your dataloader is not resumable.*",  # it is: genfw.train.batches
+        ".*overridden `on_after_batch_transfer`.*",  # which leaves batches of ours alone
         ".*returned a view tensor.*",  # of a network, and nobody writes into it
         ".*sync_dist=True.*",  # what is logged was summed over the ranks already
     ):

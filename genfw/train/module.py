@@ -27,7 +27,7 @@ from genfw.estimators.estimator import Estimator
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
 from genfw.objective import Elbo, Objective
-from genfw.train.data.images import Batch
+from genfw.train.data.images import Batch, as_batch
 from genfw.train.metrics import NLL
 
 
@@ -37,6 +37,11 @@ class LatentModule(L.LightningModule):
     `val/` and `test/` numbers are those of the averaged weights where there are some (`average`,
     see `genfw.train.ema`), in float32 without autocast or TF32, or better. They do not depend on
     the objective.
+
+    Batches are `Batch`, or what a plain `DataLoader(TensorDataset(x, y))` yields: x, (x,) or
+    (x, y), integers. An example of those is known in evaluation by its place in the loader's order,
+    which is to be the same each time (no shuffling); in training noise is that of the step, and its
+    index is only its place in the batch.
 
     Args:
         model: what is trained.
@@ -54,6 +59,7 @@ class LatentModule(L.LightningModule):
 
     Raises:
         ValueError: label_dropout outside [0, 1).
+        TypeError: in a step, batches of something else, or without labels for a model of p(x | y).
     """
 
     def __init__(
@@ -109,6 +115,13 @@ class LatentModule(L.LightningModule):
                 yield model.eval()
             finally:
                 model.train(training)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
+        if isinstance(batch, Batch):
+            return batch
+        trainer, labelled = self.trainer, self.model.classes is not None
+        seen = 0 if trainer.training else int(self.nll.count)
+        return as_batch(batch, labelled, seen, trainer.global_rank, trainer.world_size)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = noise_of_step(self.trainer, self.seed, batch, batch_idx)

@@ -49,6 +49,21 @@ OWN = ("hydra.sweep.", "hydra.mode=")
 """Those that the folder itself answers."""
 
 
+class Answer(JobReturn):
+    """What became of a job. Asked for a failed one's value, Hydra's own writes a line of its own
+    (`Error executing job with overrides`) beside the table's."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return super().return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
 class Local(Launcher):
     """Runs the jobs of a sweep on this machine.
 
@@ -82,7 +97,7 @@ class Local(Launcher):
             with open_dict(config):
                 config.hydra.job.id = config.hydra.job.num = number
             jobs.append(Job.of(config.hydra))
-            returns.append(JobReturn(overrides=overrides, cfg=config, hydra_cfg=config))
+            returns.append(Answer(overrides=overrides, cfg=config, hydra_cfg=config))
         self._run(jobs)
         ended = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
         for job, answer in zip(jobs, returns, strict=True):
@@ -266,8 +281,9 @@ def _writable(folder: Path) -> None:
 
 
 def close(sweep: Path) -> bool:
-    """Writes and prints the tables of a sweep; whether all its jobs are finished."""
-    from genfw.train.sweep_table import show, write
+    """Writes and prints the tables of a sweep; whether all its jobs are finished, each with a
+    number."""
+    from genfw.train.sweep_table import FINISHED, show, status, write
 
     found = records(sweep)
     if not found:
@@ -278,7 +294,7 @@ def close(sweep: Path) -> bool:
     except OSError as error:
         print(f"{sweep}: the tables cannot be written: {error.strerror}", file=sys.stderr)
     show(sweep, found, planned)
-    done = sum(each["exit"] == 0 for each in found)
+    done = sum(status(each) == FINISHED for each in found)
     return done == (planned or len(found))
 
 

@@ -7,6 +7,8 @@ over the n finished jobs of a group; one job has no standard error. In the sweep
 
 table.csv, table.md, table.png     a row per group
 jobs.csv                           a row per job: status, overrides and everything in its results
+
+A job whose tested NLL is not finite has no number: it is none of the finished ones.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from genfw.train.errors import not_finite
 from genfw.train.files import replace_text
 
 Record = Mapping[str, Any]
+
+FINISHED, NOT_FINITE = "finished", "not finite: "
 
 MAIN = ("test/bpd", "test/nll", "val/nll", "seconds/fit")
 """Shown of every sweep, with the distances between samples and data where they were measured."""
@@ -83,7 +88,7 @@ def groups(records: Sequence[Record]) -> list[Group]:
         key = tuple(own.values())
         group = made.setdefault(key, Group(own, 0, {metric: [] for metric in shown}))
         counts[key] = counts.get(key, 0) + 1
-        if each["exit"] == 0:
+        if status(each) == FINISHED:
             for metric, values in group.values.items():
                 if isinstance(value := each["results"].get(metric), int | float):
                     values.append(value)
@@ -98,11 +103,13 @@ def metrics(records: Sequence[Record]) -> list[str]:
 
 
 def status(record: Record) -> str:
-    """`finished`, `running`, or `failed: ` and why."""
+    """`finished`, `running`, `not finite: ` and what, or `failed: ` and why."""
     if record["exit"] is None:
         return "running"
+    if wrong := not_finite(record["results"]):
+        return f"{NOT_FINITE}{wrong}"
     if record["exit"] == 0:
-        return "finished"
+        return FINISHED
     said = str(record.get("error", ""))
     return said if said == "interrupted" else f"failed: {said}"
 
@@ -125,7 +132,8 @@ def write(sweep: Path, records: Sequence[Record]) -> None:
     replace_text(sweep / "jobs.csv", _jobs(records))
     heads, body = _cells(made, shown)
     lines = [heads, ["---"] * len(heads), *body]
-    bad = [f"- job {each['number']}: {status(each)}" for each in records if each["exit"] != 0]
+    said = [(each["number"], status(each)) for each in records]
+    bad = [f"- job {number}: {how}" for number, how in said if how != FINISHED]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     replace_text(sweep / "table.md", "\n".join([text, *([""] if bad else []), *bad]) + "\n")
     if shown and any(group.finished for group in made):
@@ -165,17 +173,22 @@ def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
     console = Console()
     console.print(sheet)
     same = set(records[0]["overrides"]).intersection(*(each["overrides"] for each in records))
-    for each in records:
-        if each["exit"] != 0:
+    ends = [status(each) for each in records]
+    for each, how in zip(records, ends, strict=True):
+        if how != FINISHED:
             own = " ".join(word for word in each["overrides"] if word not in same)
             console.print(
-                f"job {each['number']}{f' ({own})' if own else ''}: {status(each)}",
+                f"job {each['number']}{f' ({own})' if own else ''}: {how}",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,
             )
-    done = sum(each["exit"] == 0 for each in records)
-    print(f"{done} of {planned or len(records)} jobs finished; table.csv, .md, .png in {sweep}")
+    without = sum(how.startswith(NOT_FINITE) for how in ends)
+    print(
+        f"{ends.count(FINISHED)} of {planned or len(records)} jobs finished"
+        + f", {without} with a NLL that is not finite" * (without > 0)
+        + f"; table.csv, .md, .png in {sweep}"
+    )
 
 
 def _cells(made: Sequence[Group], shown: Sequence[str]) -> tuple[list[str], list[list[str]]]:

@@ -3,7 +3,8 @@
 Measured on 28x28 images, one thread: 8 to 12 thousand a second are decoded, hundreds of thousands
 are mapped. An entry is a folder `<cache>/data/<name>-<key>` with `<split>.images.npy`,
 `<split>.labels.npy` and `about.json`. It is built in a folder of its own and renamed when complete,
-under a lock: of many starts at once one builds, and an entry that is there is whole.
+under a lock: of many starts at once one builds, and an entry that is there is whole. An entry, or
+the whole folder, may be removed whenever no run uses it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def decoded(
             and says so.
 
     Raises:
-        DataError: unreadable images under `fail`; a cache folder that cannot be written.
+        DataError: unreadable images under `fail`; a split without a usable one, which is not kept;
+            a cache folder that cannot be written.
     """
     entry = cache_folder() / "data" / f"{name}-{key}"
     if not entry.exists():
@@ -110,6 +112,9 @@ def _build(
                 _report(f"{name}: cannot use", bad, sum(count.values()))
                 + "\n  remove them, or leave them out with data.source.on_error=skip"
             )
+        for part, bad in skipped.items():
+            if len(bad) == count[part]:
+                raise DataError(_report(f"{name}, {part} split: cannot use", bad, count[part]))
         (work / "about.json").write_text(json.dumps({"files": count, "skipped": skipped}, indent=1))
         shutil.rmtree(scratch)
         os.replace(work, entry)
@@ -145,15 +150,8 @@ def _header(file: io.BufferedWriter, shape: tuple[int, ...]) -> None:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """As a plain array, whose indexing is quicker. A file without images cannot be mapped."""
-    array = np.load(path, mmap_mode="r") if _has_images(path) else np.load(path)
-    return array.view(np.ndarray)
-
-
-def _has_images(path: Path) -> bool:
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        return np.lib.format.read_array_header_1_0(file)[0][0] > 0
+    """As a plain array, whose indexing is quicker."""
+    return np.load(path, mmap_mode="r").view(np.ndarray)
 
 
 def _report(what: str, bad: list[str], count: int, shown: int = 5) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,12 @@ from genfw.train.data.cache import Encoded, OnError, decoded, fingerprint
 from genfw.train.data.images import DataError, Source, Splits
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+FEW = 10
+"""Images of a split below which their mean is unknown to more than a third (1 / sqrt(10)) of how
+much they differ."""
+
+_log = logging.getLogger(__name__)
 
 
 class Folder(Source, name="folder"):
@@ -24,6 +32,10 @@ class Folder(Source, name="folder"):
         validation: share of the images that are carved out for validation.
         test: the same for the test.
         on_error: what to do with images that cannot be used: `fail`, or `skip` them and say so.
+
+    Raises:
+        ValueError: an argument out of its range.
+        DataError: when read, no image for a split.
     """
 
     def __init__(self, validation: float = 0.1, test: float = 0.1, on_error: OnError = "fail"):
@@ -42,7 +54,8 @@ class Folder(Source, name="folder"):
         if not path.is_dir():
             raise DataError(f"data.path={path}: no such folder")
         files = self._files(path)
-        classes = sorted({file.parent.name for part in files.values() for file in part})
+        self._enough(path, files)
+        classes = _classes(files)
         stats = [
             (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
             for part in files
@@ -60,6 +73,10 @@ class Folder(Source, name="folder"):
             }
 
         return Splits(**decoded(path.name or "folder", key, encoded, shape, self.on_error))
+
+    def classes(self, path: Path | None) -> list[str]:
+        assert path is not None  # it was read
+        return _classes(self._files(path))
 
     def _files(self, path: Path) -> dict[str, list[Path]]:
         """Image files of each split, in an order that depends on names alone."""
@@ -86,6 +103,29 @@ class Folder(Source, name="folder"):
             else:
                 given["train"].append(file)
         return {part: given[part] for part in Splits._fields}
+
+    def _enough(self, path: Path, files: Mapping[str, Sequence[Path]]) -> None:
+        """Warns of a split that was carved out and is so small that its mean says little.
+
+        Raises:
+            DataError: a split is empty.
+        """
+        shares = {"validation": self.validation, "test": self.test}
+        carved = {part: share for part, share in shares.items() if not (path / part).is_dir()}
+        pool = sum(len(files[part]) for part in ("train", *carved))
+        sizes = ", ".join(f"{len(files[part])} for {part}" for part in Splits._fields)
+        said = ", ".join(f"data.source.{part}={share}" for part, share in carved.items())
+        by = f": of {pool} images, by their names and {said}, {sizes}" if carved else ""
+        give = f"give more images, other shares, or folders {', '.join(Splits._fields)}"
+        for part in Splits._fields:
+            if not files[part]:
+                raise DataError(f"data.path={path}: no images for {part}{by}; {give}")
+            if part in carved and len(files[part]) < FEW:
+                _log.warning(f"data.path={path}: few images for {part}{by}; {give}")
+
+
+def _classes(files: Mapping[str, Sequence[Path]]) -> list[str]:
+    return sorted({file.parent.name for part in files.values() for file in part})
 
 
 def _images(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,44 +54,53 @@ class HubImages(Source, name="hub"):
 
     def read(self, shape: tuple[int, int, int], path: Path | None) -> Splits:
         if path is None:
+            where = self.repository
             origin: object = (self.repository, self.revision, self.config)
             parts = decoded(
                 self.repository.replace("/", "--"),
                 fingerprint("hub", origin, self.label, shape, self.on_error),
-                lambda _: self._encoded(self._download()),
+                lambda _: self._encoded(self._download(), where),
                 shape,
                 self.on_error,
             )
         else:
-            files = _parquet(path)
+            where, files = f"data.path={path}", _parquet(path)
+            names = [f.name for part in files for f in files[part]]
+            self._complete(files, where, f"{_some(names)} (train-*.parquet is train)")
             origin = [(part, f.name, _sha256(f)) for part in files for f in files[part]]
             parts = decoded(
                 path.name or "parquet",
                 fingerprint("parquet", origin, self.label, shape, self.on_error),
-                lambda scratch: self._encoded(_load_parquet(files, scratch)),
+                lambda scratch: self._encoded(_load_parquet(files, scratch), where),
                 shape,
                 self.on_error,
             )
-        return self._splits(parts)
+        self._complete(parts, where, _some(list(parts)))
+        return self._splits(parts, where)
 
-    def _splits(self, parts: dict[str, Split]) -> Splits:
+    def _complete(self, parts: Collection[str], where: str, found: str) -> None:
+        """
+        Raises:
+            DataError: a split is missing.
+        """
         needed = {"train", "test"} | ({"validation"} if self.validation == 0 else set())
-        if missing := sorted(needed - parts.keys()):
+        if missing := sorted(needed - set(parts)):
             raise DataError(
-                f"{self.repository}: expected splits {', '.join(sorted(needed))}, "
-                f"found {', '.join(parts)}"
+                f"{where}: expected splits {', '.join(sorted(needed))}, found {found}"
                 + (
                     ": hold out images of train with data.source.validation=<count>"
                     if missing == ["validation"]
                     else ""
                 )
             )
+
+    def _splits(self, parts: dict[str, Split], where: str) -> Splits:
         train, test = parts["train"], parts["test"]
         if self.validation == 0:
             return Splits(train, parts["validation"], test)
         if self.validation >= len(train):
             raise DataError(
-                f"{self.repository}: {self.validation} images are to be held out for validation "
+                f"{where}: {self.validation} images are to be held out for validation "
                 f"(data.source.validation), train has {len(train)}"
             )
         cut = len(train) - self.validation
@@ -121,9 +130,10 @@ class HubImages(Source, name="hub"):
             ) from error
         return {str(part): found[part] for part in found}
 
-    def _encoded(self, found: dict[str, Dataset]) -> dict[str, Encoded]:
+    def _encoded(self, found: dict[str, Dataset], where: str) -> dict[str, Encoded]:
         import datasets
 
+        self._complete(found, where, _some(list(found)))
         encoded = {}
         for part in Splits._fields:
             if part not in found:
@@ -131,19 +141,21 @@ class HubImages(Source, name="hub"):
             rows = found[part]
             if self.label not in rows.features:
                 raise DataError(
-                    f"{self.repository}: no column {self.label!r} for the labels, there are "
+                    f"{where}: no column {self.label!r} for the labels, there are "
                     f"{', '.join(rows.features)}: give data.source.label=<column>"
                 )
-            image = _image_column(rows, self.repository)
+            image = _image_column(rows, where)
             feature = rows.features[self.label]
             if not re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "")):
-                raise DataError(
-                    f"{self.repository}: column {self.label!r} holds {feature}, not integers"
-                )
+                raise DataError(f"{where}: column {self.label!r} holds {feature}, not integers")
             labels = np.asarray(rows[self.label], np.int64)
             rows = rows.cast_column(image, datasets.Image(decode=False))
             encoded[part] = Encoded(labels, _bytes(rows, image, part))
         return encoded
+
+
+def _some(names: Sequence[str], shown: int = 5) -> str:
+    return ", ".join([*names[:shown], *([f"{len(names) - shown} more"] if names[shown:] else [])])
 
 
 def _image_column(rows: Dataset, name: str) -> str:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from genfw.registry import Registered
@@ -36,6 +37,41 @@ class Batch(NamedTuple):
     """int64 (b,), 0..classes-1."""
     index: Tensor  # type: ignore[override]  # hides tuple.index, which nobody asks a batch for
     """int64 (b,), position in the split."""
+
+
+def as_batch(
+    given: Any, labelled: bool = False, first: int = 0, rank: int = 0, world: int = 1
+) -> Batch:
+    """What a loader yields, as a `Batch`: x, (x,) or (x, y) of integers as well.
+
+    Indices are then places in the order that all ranks read, of which `rank` has every `world`-th.
+
+    Args:
+        given: images (b, C, H, W), alone or with labels (b,).
+        labelled: whether labels are needed; without, all are 0.
+        first: how many images of this pass over the data this rank has had before.
+
+    Raises:
+        TypeError: something else came.
+    """
+    if isinstance(given, Batch):
+        return given
+    parts = list(given) if isinstance(given, list | tuple) else [given]
+    fits = 1 + labelled <= len(parts) <= 2 and all(isinstance(each, Tensor) for each in parts)
+    if not fits or parts[0].ndim != 4 or any(each.dtype.is_floating_point for each in parts):
+        said = ", ".join(
+            f"{each.dtype} {(*each.shape,)}" if isinstance(each, Tensor) else type(each).__name__
+            for each in parts
+        )
+        raise TypeError(
+            f"expected batches {'' if labelled else 'x, (x,) or '}(x, y) of integers, images "
+            "(b, C, H, W) and labels (b,), or genfw.train.data.Batch; "
+            f"got {type(given).__name__} of {said}"
+        )
+    x = parts[0]
+    place = torch.arange(first, first + len(x), device=x.device) * world + rank
+    y = parts[1].long() if len(parts) == 2 else torch.zeros_like(place)
+    return Batch(x, y, place)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +121,10 @@ class Source(Registered, ABC, group="data"):
         Raises:
             DataError: files that are missing, unreadable, or not of this shape.
         """
+
+    def classes(self, path: Path | None) -> list[str] | None:
+        """The classes' names, in the order of their labels; None: the source knows labels alone."""
+        return None
 
 
 def check(splits: Splits, shape: Sequence[int], bins: int, classes: int, name: str) -> None:

@@ -106,8 +106,21 @@ class ImageData(L.LightningDataModule):
     def raw(self) -> Splits:
         """The splits as the source has them, read and checked at first use."""
         splits = self.source.read(self.shape, self.path)
+        self._as_many_classes(self.source.classes(self.path))
         check(splits, self.shape, self.raw_bins, self.classes, str(self.name))
         return splits
+
+    def _as_many_classes(self, names: Sequence[str] | None) -> None:
+        """
+        Raises:
+            DataError: `classes` is not the number of those that the source names.
+        """
+        if names is not None and len(names) != self.classes:
+            some = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
+            raise DataError(
+                f"{self.name}: data.classes={self.classes}, and there are {len(names)}: {some}. "
+                f"Give data.classes={len(names)}"
+            )
 
     def split(self, name: SplitName) -> Split:
         """A split as evaluation sees it: if binarized, then by one draw for good."""
