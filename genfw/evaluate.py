@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.errors import ConfigError, GenfwError, not_finite
 from genfw.train.runs import all_but, checkpoint, command, read
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         if trainer.is_global_zero:
             held = {"kind": kind(module), "changed": changed, **results, "certificate": found}
             keep(folder, name, held)
+    if wrong := not_finite(results):
+        raise GenfwError(f"{wrong}: there is no number to report")
 
 
 def _no_matter(key: str) -> str | None:

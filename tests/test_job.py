@@ -96,6 +96,12 @@ def test_a_run_without_a_number_is_no_success(tmp_path, capsys):
     )
     assert results["test/nll"] is results["test/bpd"] is certificate["result"]["nll"] is None
     assert results["test/nonfinite"] == 16
+    assert (
+        command(evaluate.evaluate, [f"run={tmp_path}", "checkpoint=last", "estimator.strata=1"])
+        == 1
+    )
+    assert "the NLL of 16 of 16" in capsys.readouterr().err
+    assert "bound(sets=2, strata=1) of last" in (tmp_path / "evaluation.json").read_text()
 
 
 def test_levels_are_denoising_where_they_are():

@@ -139,9 +139,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             if trainer.is_global_zero:
                 again = f"then test again: {command_line('genfw', f'resume={folder}')}"
                 store(folder / "certificate.json", plain(certificate), again)
-                store(
-                    folder / "results.json", plain(results), again
-                )  # last: a run with it is whole
+                # last: a run with it is whole
+                store(folder / "results.json", plain(results), again)
                 print(f"run folder: {folder}")
         finally:  # a full disk leaves the number to W&B, and W&B's end leaves it to the disk
             for logger in loggers:
