@@ -31,7 +31,7 @@ def classify(arguments: Sequence[str]) -> None:
     if resume.asked(arguments):
         resume.resume(arguments)
         return
-    with session():
+    with session(overrides=arguments):
         config = compose(arguments, "classifier")
         data_are_there(config)
         folder = own_folder(config, "hydra.run.dir")

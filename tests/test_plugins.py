@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+
+from genfw.__main__ import main
+from genfw.train.compose import searched
+from genfw.train.config import conf_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +134,82 @@ def test_file_beside_the_person(tmp_path):
     assert "param.foo" in done.stderr
     done = genfw("param._target_=my_file.Velocty", cwd=tmp_path)
     assert "Velocity" in done.stderr
+
+
+# ---- a conf folder of one's own, --config-dir ----------------------------------------------------
+
+
+COPIED = {
+    "model": "vdm",
+    "param": "v",
+    "schedule": "linear",
+    "net": "conv",
+    "likelihood": "bins",
+    "sampler": "ddim",
+    "grid": "karras",
+    "times": "log_snr",
+    "guidance": "none",
+    "estimator": "ode",
+    "objective": "elbo",
+    "optimizer": "adamw",
+    "metrics": "none",
+}
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A folder with an option `own` in every group, a copy of one of genfw's."""
+    monkeypatch.chdir(tmp_path)
+    for group, option in COPIED.items():
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        text = (conf_folder() / group / f"{option}.yaml").read_text()
+        (tmp_path / "conf" / group / "own.yaml").write_text(text)
+    return tmp_path / "conf"
+
+
+def test_a_folder_may_be_named_in_three_ways(conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    for each in (conf, "conf", f"'file://{conf}'", "pkg://conf"):
+        assert searched(["seed=1", f"hydra.searchpath=[{each}]"]) == [conf]
+
+
+def test_every_group_may_have_options_there(conf, capsys):
+    copies = [f"{group}=own" for group in COPIED]
+    assert main([f"--config-dir={conf}", "--cfg", "job", *copies]) == 0
+    composed = OmegaConf.create(capsys.readouterr().out)
+    for group in {*COPIED} - {"guidance", "metrics"}:
+        said = OmegaConf.load(conf / group / "own.yaml")
+        assert composed[group]._target_ == said.get(group, said)._target_
+
+
+def test_help_names_them(conf, capsys):
+    for by in ("--config-dir=conf", "hydra.searchpath=[conf]"):
+        assert main([by, "--help", "seed=1"]) == 0
+        assert len(re.findall(r"  \*?own\b", capsys.readouterr().out)) >= len(COPIED)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("param=owm", "Did you mean param=own?"),
+        ("model=own param=own sampler=owm", "Did you mean sampler=own?"),
+        ("model=vae param=own", "It belongs to model=own, model=vdm"),
+        ("param=own param.x=1", "param.x: there is no such key"),
+    ],
+)
+def test_advice_knows_them(wrong, said, conf, capsys):
+    assert main(["hydra.searchpath=[conf]", "--cfg", "job", *wrong.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_one_sentence(conf, capsys):
+    nope = ("--config-dir=nope", "--config-dir=nope --help", "hydra.searchpath=[nope]")
+    for by in (*nope, "hydra.searchpath=[pkg://no_such.conf]"):
+        assert main(by.split()) == 2
+        said = capsys.readouterr().err
+        assert "there is no folder" in said and len(said.splitlines()) == 1
+    assert main(["hydra.searchpath=conf"]) == 2
+    assert "expected a list" in capsys.readouterr().err
 
 
 SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")
