@@ -85,7 +85,7 @@ def _command(arguments: Sequence[str]) -> int:
         for config in composed:
             data_are_there(config)
         config = composed[0]
-        trusted = [*config.trusted, *typed(parse(overrides))]
+        trusted = [*(config.trusted or []), *typed(parse(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
         if multirun:

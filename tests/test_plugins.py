@@ -11,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from genfw.__main__ import main
-from genfw.train.compose import searched
-from genfw.train.config import conf_folder
+from genfw.train.compose import compose, searched, session
+from genfw.train.config import build, conf_folder
+from genfw.train.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 
@@ -134,6 +135,47 @@ def test_file_beside_the_person(tmp_path):
     assert "param.foo" in done.stderr
     done = genfw("param._target_=my_file.Velocty", cwd=tmp_path)
     assert "Velocity" in done.stderr
+
+
+OWN = """
+import genfw
+
+
+class Own(genfw.VAE):
+    def __init__(self, encoder, decoder, likelihood, latents: int):
+        super().__init__(encoder, decoder, likelihood, latents)
+
+
+class Soft(genfw.CategoricalLikelihood):
+    pass
+"""
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A file beside the person."""
+    (tmp_path / "beside_me.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("beside_me", None)
+
+
+def test_a_typed_likelihood_is_trusted_where_its_outputs_are_asked_for(beside):
+    with session():
+        config = compose(["model=vae", "likelihood._target_=beside_me.Soft"])
+    assert config.decoder.outputs == 17 and config.trusted == ["beside_me.Soft"]
+
+
+def test_a_model_that_knows_no_labels_may_stand_for_one_that_does(beside):
+    with session():
+        config = compose(["model=vae", "model._target_=beside_me.Own"])
+        model = build(config.model)
+        with pytest.raises(ConfigError, match=r"Add 'model.classes=null' to leave"):
+            compose(["model=vae", "model._target_=beside_me.Own", "model.classes=10"])
+        with pytest.raises(ConfigError, match=r"~model.classes: model.classes is null"):
+            compose(["model=vae", "model._target_=beside_me.Own", "~model.classes"])
+    assert type(model).__name__ == "Own" and config.encoder.classes is None
 
 
 # ---- a conf folder of one's own, --config-dir ----------------------------------------------------

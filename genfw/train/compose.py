@@ -27,7 +27,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
@@ -115,7 +115,9 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
     named = typed(parse(overrides))
     check_hydra(config.hydra, trusted_by(config, named))
-    check(_job(config), _job(_known(chosen, name)), folders(), named)
+    vouched = [*(config.trusted or []), *named]
+    config.trusted = list(dict.fromkeys(vouched))  # interpolations build too
+    check(_job(config), _job(_known(chosen, name)), folders())
     times_are_looked_at(config)
     samples_have_labels(config)
     return config
@@ -271,7 +273,7 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
                 return _no_option(override, groups)
             if _key(override) not in choices and not override.is_add():
                 return _not_of_model(_key(override), choices)
-        elif key not in known and not override.is_add():
+        elif key.removesuffix("._target_") not in known and not override.is_add():
             group = key.partition(".")[0]
             if group in groups and group not in base:  # sampler.steps of a VAE
                 return _not_of_model(group, choices)
@@ -282,6 +284,8 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
                 f"{text}: there is no group or key {key}. Did you mean {near}?\n"
                 f"Groups: {', '.join(groups)}"
             )
+        elif override.is_delete() and OmegaConf.select(base, key) is None:
+            return ConfigError(f"{text}: {key} is null already: leave this out")
     return ConfigError(_short(error))
 
 
