@@ -14,6 +14,7 @@ from genfw.__main__ import main
 from genfw.train.compose import compose, searched, session
 from genfw.train.config import build, conf_folder
 from genfw.train.errors import ConfigError
+from genfw.train.job import implemented
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +177,16 @@ def test_a_model_that_knows_no_labels_may_stand_for_one_that_does(beside):
         with pytest.raises(ConfigError, match=r"~model.classes: model.classes is null"):
             compose(["model=vae", "model._target_=beside_me.Own", "~model.classes"])
     assert type(model).__name__ == "Own" and config.encoder.classes is None
+
+
+@pytest.mark.parametrize(
+    ("group", "interface"), [("param", "Parameterization"), ("likelihood", "Likelihood")]
+)
+def test_a_class_is_of_the_kind_of_its_group(group, interface, beside):
+    chosen = {group: {"_target_": "beside_me.Own"}, "trusted": ["beside_me"]}
+    with pytest.raises(ConfigError, match=rf"{group}._target_=beside_me.Own: .*genfw.{interface}"):
+        implemented(OmegaConf.create(chosen))
+    implemented(OmegaConf.create({"model": {"_target_": "genfw.VAE"}, "guidance": None}))
 
 
 # ---- a conf folder of one's own, --config-dir ----------------------------------------------------

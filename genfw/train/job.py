@@ -44,11 +44,12 @@ from genfw.estimators.estimator import Estimator
 from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
+from genfw.registry import Registered
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given, kind
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
-from genfw.train.config import build
+from genfw.train.config import build, locate, trusted_by
 from genfw.train.data.module import ImageData
 from genfw.train.errors import ConfigError, GenfwError, Stopped, one_line
 from genfw.train.files import replace_text, write_json
@@ -202,6 +203,7 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
     Raises:
         ConfigError: a value that a constructor refuses, or a network that gives too little.
     """
+    implemented(config)
     data = build(config.data)
     torch.manual_seed(config.seed)
     model = build(config.model, **guides(config))
@@ -217,6 +219,23 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
         label_dropout=config.get("label_dropout", 0.0),
     )
     return module, data
+
+
+def implemented(config: DictConfig) -> None:
+    """Asks each class of a group, which may be somebody else's, whether it is of its kind. Networks
+    need be none.
+
+    Raises:
+        ConfigError: one of them does not implement the group's interface.
+    """
+    for group, interface in Registered.groups.items():
+        target = OmegaConf.select(config, f"{group}._target_")
+        made = locate(target, trusted_by(config)) if target and group not in ("net", "data") else None
+        if isinstance(made, type) and not issubclass(made, interface):
+            raise ConfigError(
+                f"{group}._target_={target}: expected a subclass of genfw.{interface.__name__}, "
+                f"which {made.__name__} is not"
+            )
 
 
 def read_alike(model: LatentModel, config: DictConfig) -> None:
