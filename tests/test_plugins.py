@@ -1,20 +1,26 @@
 """Somebody else's class, on genfw's command line, without a line in genfw."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from genfw.__main__ import main
+from genfw.train import plugins
 from genfw.train.compose import compose, searched, session
-from genfw.train.config import build, conf_folder
+from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
 from genfw.train.job import implemented
+from genfw.train.schema import ConfFiles, from_signature
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,6 +193,41 @@ def test_a_class_is_of_the_kind_of_its_group(group, interface, beside):
     with pytest.raises(ConfigError, match=rf"{group}._target_=beside_me.Own: .*genfw.{interface}"):
         implemented(OmegaConf.create(chosen))
     implemented(OmegaConf.create({"model": {"_target_": "genfw.VAE"}, "guidance": None}))
+
+
+# ---- examples/plugin, which has laws of its own --------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """As pip would install it."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")
+    project = tomllib.loads((ROOT / "examples" / "plugin" / "pyproject.toml").read_text())
+    (announced,) = project["project"]["entry-points"][plugins.GROUP].items()
+    monkeypatch.setattr(plugins, "installed", lambda: [EntryPoint(*announced, plugins.GROUP)])
+    return announced[1]
+
+
+def test_model_of_the_example_is_built_from_its_file(example):
+    with session():
+        model = build(compose(["model=mixture_vae", "model.components=3"]).model)
+    assert model.elbo(torch.zeros(2, 1, 8, 8).long()).total.shape == (2,)
+    assert "3 normals, z in R^16" in repr(model)
+
+
+def test_file_of_the_example_names_real_arguments(example):
+    (folder,) = plugins.conf_folders()
+    (target,) = (each for each in ConfFiles([folder]).files if each.startswith(example))
+    said = ConfFiles([folder]).schema(target).arguments
+    assert [*from_signature(locate(target, [example])).arguments, "classes"] == [*said]
+
+
+def test_class_of_the_example_without_a_file_has_its_signatures_defaults(example):
+    module = importlib.import_module(example)
+    assert plugins.defaults(module.Blend) == {
+        "_target_": "genfw_mixture.blend.Blend",
+        "power": 2.0,
+    }
 
 
 # ---- a conf folder of one's own, --config-dir ----------------------------------------------------

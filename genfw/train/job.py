@@ -230,7 +230,9 @@ def implemented(config: DictConfig) -> None:
     """
     for group, interface in Registered.groups.items():
         target = OmegaConf.select(config, f"{group}._target_")
-        made = locate(target, trusted_by(config)) if target and group not in ("net", "data") else None
+        made = (
+            locate(target, trusted_by(config)) if target and group not in ("net", "data") else None
+        )
         if isinstance(made, type) and not issubclass(made, interface):
             raise ConfigError(
                 f"{group}._target_={target}: expected a subclass of genfw.{interface.__name__}, "
