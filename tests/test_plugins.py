@@ -19,7 +19,7 @@ from genfw.train import plugins
 from genfw.train.compose import compose, searched, session
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
-from genfw.train.job import implemented
+from genfw.train.job import implemented, make_callbacks
 from genfw.train.schema import ConfFiles, from_signature
 
 ROOT = Path(__file__).parents[1]
@@ -193,6 +193,14 @@ def test_a_class_is_of_the_kind_of_its_group(group, interface, beside):
     with pytest.raises(ConfigError, match=rf"{group}._target_=beside_me.Own: .*genfw.{interface}"):
         implemented(OmegaConf.create(chosen))
     implemented(OmegaConf.create({"model": {"_target_": "genfw.VAE"}, "guidance": None}))
+
+
+@pytest.mark.parametrize("group", ["callbacks", "metrics"])
+def test_metrics_are_callbacks(group, beside):
+    groups = {"callbacks": {"off": None}, "metrics": {}, "trusted": ["torchmetrics"]}
+    groups[group] = {"ink": {"_target_": "torchmetrics.MeanMetric"}}
+    with pytest.raises(ConfigError, match=rf"{group}.ink._target_=.*a Lightning Callback.*a Mean"):
+        make_callbacks(OmegaConf.create(groups))
 
 
 # ---- examples/plugin, which has laws of its own --------------------------------------------------

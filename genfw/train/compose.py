@@ -248,6 +248,10 @@ PLUGINS = {
 """Hydra's launchers and sweepers, and what brings them; said where one is not there."""
 
 
+OF_NODES = ("callbacks", "logger", "metrics")
+"""Groups that hold any number of nodes, under names of their own."""
+
+
 def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
     """What was wrong with a command line that Hydra could not compose."""
     groups = _groups()
@@ -277,6 +281,8 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
             group = key.partition(".")[0]
             if group in groups and group not in base:  # sampler.steps of a VAE
                 return _not_of_model(group, choices)
+            if group in OF_NODES and key.endswith("._target_"):
+                return ConfigError(f"{key}: there is no such key. To add a node: '+{text}'")
             near = nearest(key, groups) if "." not in key else None
             if near is None:
                 return unknown_key(key, known)

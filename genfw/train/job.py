@@ -322,9 +322,28 @@ def steerable(module: LatentModule) -> None:
 
 def make_callbacks(config: DictConfig) -> list[L.Callback]:
     """Those of the configuration; metrics beside the likelihood are callbacks too."""
-    made = [build(node) for node in (*nodes(config.callbacks), *nodes(config.metrics))]
+    made = [
+        _callback(f"{group}.{name}", node)
+        for group in ("callbacks", "metrics")
+        for name, node in (config[group] or {}).items()
+        if node is not None
+    ]
     if not config.trainer.enable_progress_bar:
         made = [one for one in made if not isinstance(one, ProgressBar)]
+    return made
+
+
+def _callback(place: str, node: DictConfig) -> L.Callback:
+    """
+    Raises:
+        ConfigError: it is something else.
+    """
+    made = build(node)
+    if not isinstance(made, L.Callback):
+        raise ConfigError(
+            f"{place}._target_={node.get('_target_')}: expected a Lightning Callback, which may "
+            f"log what it measures, got a {type(made).__name__}"
+        )
     return made
 
 
