@@ -255,6 +255,11 @@ OF_NODES = ("callbacks", "logger", "metrics")
 def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
     """What was wrong with a command line that Hydra could not compose."""
     groups = _groups()
+    if name == "classifier":
+        own = [key for key in defaults(folders()[0] / "classifier.yaml") if key in groups]
+        for key in (each.key_or_group for each in overrides if not each.is_add()):
+            if key in groups and key not in own:
+                return ConfigError(f"{key}: a classifier has none. Its groups: {', '.join(own)}")
     chosen = [each for each in overrides if each.key_or_group in groups and _has_option(each)]
     try:
         parts = [each for each in chosen if each.key_or_group in ("model", "experiment")]
