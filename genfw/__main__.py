@@ -53,14 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(arguments: Sequence[str]) -> int:
-    from genfw.train.config import conf_folder
-
     if "--help" in arguments or "-h" in arguments:
-        from genfw.train import help, plugins
-
-        names = [f"{each.name} ({each.module})" for each in plugins.installed()]
-        print(help.text([conf_folder(), *plugins.conf_folders()], names), end="")
-        return 0
+        return _help(arguments)
 
     from genfw.train import resume
 
@@ -70,21 +64,19 @@ def _command(arguments: Sequence[str]) -> int:
 
     from genfw.train import sweep
     from genfw.train.compose import compose, jobs, parse, session, typed
-    from genfw.train.config import data_are_there
-    from genfw.train.jobs import quoted
+    from genfw.train.config import conf_folder, data_are_there
 
     flags = _flags(arguments)
     _trains(flags.overrides)
     name = flags.config_name or "config"
     begun, overrides = sweep.reopen(flags.overrides)
     multirun = flags.multirun or begun is not None
-    if flags.config_dir:
-        overrides.append(f"hydra.searchpath=[{quoted(Path(flags.config_dir).absolute())}]")
-    folder = Path(flags.config_path) if flags.config_path else None
+    folder, more = _conf(flags)
+    overrides += more
     if flags.hydra_help or flags.info or flags.shell_completion:
         return _hydra(arguments, folder or conf_folder(), name)
 
-    with session(folder) as hydra:
+    with session(folder, overrides) as hydra:
         if flags.cfg:
             compose(overrides, name)
             hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
@@ -94,12 +86,41 @@ def _command(arguments: Sequence[str]) -> int:
         for config in composed:
             data_are_there(config)
         config = composed[0]
-        trusted = [*config.trusted, *typed(parse(overrides))]
+        trusted = [*(config.trusted or []), *typed(parse(overrides))]
         if trusted:
             overrides.append(f"trusted=[{','.join(dict.fromkeys(trusted))}]")
         if multirun:
             return _sweep(hydra, flags, overrides, config, begun, len(commands))
         return _start(hydra, name, overrides, config, trusted)
+
+
+def _help(arguments: Sequence[str]) -> int:
+    """The groups and their options, also those of folders that this command line names."""
+    from genfw.train import help, plugins
+    from genfw.train.compose import folders, session
+
+    flags = _flags(arguments)
+    folder, more = _conf(flags)
+    names = [f"{each.name} ({each.module})" for each in plugins.installed()]
+    with session(folder, [*flags.overrides, *more]):
+        print(help.text(folders(), names), end="")
+    return 0
+
+
+def _conf(flags: Namespace) -> tuple[Path | None, list[str]]:
+    """The conf folder of --config-path; that of --config-dir, as Hydra's override.
+
+    Raises:
+        ConfigError: the latter is not there.
+    """
+    from genfw.train.jobs import quoted
+
+    folder = Path(flags.config_path) if flags.config_path else None
+    if flags.config_dir is None:
+        return folder, []
+    if not Path(flags.config_dir).is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {flags.config_dir}")
+    return folder, [f"hydra.searchpath=[{quoted(Path(flags.config_dir).absolute())}]"]
 
 
 def _sweep(
@@ -211,7 +232,7 @@ def _flags(arguments: Sequence[str]) -> Namespace:
 
     parser = get_args_parser()
     parser.error = error
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _shared(flags: Namespace) -> list[str]:

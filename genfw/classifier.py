@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from omegaconf import open_dict
 
 from genfw.train import resume
-from genfw.train.compose import compose, parse, session, typed
+from genfw.train.compose import compose, session
 from genfw.train.config import data_are_there
 from genfw.train.errors import ConfigError
 from genfw.train.jobs import locked, noted, own_folder
@@ -31,13 +31,12 @@ def classify(arguments: Sequence[str]) -> None:
     if resume.asked(arguments):
         resume.resume(arguments)
         return
-    with session():
+    with session(overrides=arguments):
         config = compose(arguments, "classifier")
         data_are_there(config)
         folder = own_folder(config, "hydra.run.dir")
         with open_dict(config):
             config.pop("hydra")
-            config.trusted = [*config.trusted, *typed(parse(arguments))]
 
     from genfw.train.classifier_job import run
 

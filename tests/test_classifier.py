@@ -331,7 +331,7 @@ def test_a_folder_does_not_vouch_for_itself(trained, tmp_path):
     [
         (("seeed=1",), "Did you mean seed?"),
         (("classifier.dropuot=0.1",), "classifier.dropout"),
-        (("model=vae",), "model"),
+        (("model=vae",), "model: a classifier has none. Its groups: data, schedule, "),
         (("--multirun",), "--multirun: expected group=option or key=value"),
         (("resume=/nope",), "resume=/nope: there is no"),
     ],

@@ -49,6 +49,7 @@ WRONG = [
     ("trainer.max_step=5", ["trainer.max_steps"]),
     ("callbacks.ema.deca=0.1", ["callbacks.ema.decay"]),
     ("lr=0.1", ["optimizer.lr"]),
+    ("metrics.ink._target_=mine.Ink", ["metrics.ink", "add a node: '+metrics.ink._target_=mine"]),
     ("hydra.run.dri=x", ["hydra.run.dri"]),
     # groups that belong to another model
     ("model=vae param=x0", ["model=vae", "net@encoder", "likelihood", "model=vdm"]),

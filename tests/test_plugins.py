@@ -1,13 +1,26 @@
 """Somebody else's class, on genfw's command line, without a line in genfw."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+
+from genfw.__main__ import main
+from genfw.train import plugins
+from genfw.train.compose import compose, searched, session
+from genfw.train.config import build, conf_folder, locate
+from genfw.train.errors import ConfigError
+from genfw.train.job import implemented, make_callbacks
+from genfw.train.schema import ConfFiles, from_signature
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,6 +142,176 @@ def test_file_beside_the_person(tmp_path):
     assert "param.foo" in done.stderr
     done = genfw("param._target_=my_file.Velocty", cwd=tmp_path)
     assert "Velocity" in done.stderr
+
+
+OWN = """
+import genfw
+
+
+class Own(genfw.VAE):
+    def __init__(self, encoder, decoder, likelihood, latents: int):
+        super().__init__(encoder, decoder, likelihood, latents)
+
+
+class Soft(genfw.CategoricalLikelihood):
+    pass
+"""
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    """A file beside the person."""
+    (tmp_path / "beside_me.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("beside_me", None)
+
+
+def test_a_typed_likelihood_is_trusted_where_its_outputs_are_asked_for(beside):
+    with session():
+        config = compose(["model=vae", "likelihood._target_=beside_me.Soft"])
+    assert config.decoder.outputs == 17 and config.trusted == ["beside_me.Soft"]
+
+
+def test_a_model_that_knows_no_labels_may_stand_for_one_that_does(beside):
+    with session():
+        config = compose(["model=vae", "model._target_=beside_me.Own"])
+        model = build(config.model)
+        with pytest.raises(ConfigError, match=r"Add 'model.classes=null' to leave"):
+            compose(["model=vae", "model._target_=beside_me.Own", "model.classes=10"])
+        with pytest.raises(ConfigError, match=r"~model.classes: model.classes is null"):
+            compose(["model=vae", "model._target_=beside_me.Own", "~model.classes"])
+    assert type(model).__name__ == "Own" and config.encoder.classes is None
+
+
+@pytest.mark.parametrize(
+    ("group", "interface"), [("param", "Parameterization"), ("likelihood", "Likelihood")]
+)
+def test_a_class_is_of_the_kind_of_its_group(group, interface, beside):
+    chosen = {group: {"_target_": "beside_me.Own"}, "trusted": ["beside_me"]}
+    with pytest.raises(ConfigError, match=rf"{group}._target_=beside_me.Own: .*genfw.{interface}"):
+        implemented(OmegaConf.create(chosen))
+    implemented(OmegaConf.create({"model": {"_target_": "genfw.VAE"}, "guidance": None}))
+
+
+@pytest.mark.parametrize("group", ["callbacks", "metrics"])
+def test_metrics_are_callbacks(group, beside):
+    groups = {"callbacks": {"off": None}, "metrics": {}, "trusted": ["torchmetrics"]}
+    groups[group] = {"ink": {"_target_": "torchmetrics.MeanMetric"}}
+    with pytest.raises(ConfigError, match=rf"{group}.ink._target_=.*a Lightning Callback.*a Mean"):
+        make_callbacks(OmegaConf.create(groups))
+
+
+# ---- examples/plugin, which has laws of its own --------------------------------------------------
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """As pip would install it."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")
+    project = tomllib.loads((ROOT / "examples" / "plugin" / "pyproject.toml").read_text())
+    (announced,) = project["project"]["entry-points"][plugins.GROUP].items()
+    monkeypatch.setattr(plugins, "installed", lambda: [EntryPoint(*announced, plugins.GROUP)])
+    return announced[1]
+
+
+def test_model_of_the_example_is_built_from_its_file(example):
+    with session():
+        model = build(compose(["model=mixture_vae", "model.components=3"]).model)
+    assert model.elbo(torch.zeros(2, 1, 8, 8).long()).total.shape == (2,)
+    assert "3 normals, z in R^16" in repr(model)
+
+
+def test_file_of_the_example_names_real_arguments(example):
+    (folder,) = plugins.conf_folders()
+    (target,) = (each for each in ConfFiles([folder]).files if each.startswith(example))
+    said = ConfFiles([folder]).schema(target).arguments
+    assert [*from_signature(locate(target, [example])).arguments, "classes"] == [*said]
+
+
+def test_class_of_the_example_without_a_file_has_its_signatures_defaults(example):
+    module = importlib.import_module(example)
+    assert plugins.defaults(module.Blend) == {
+        "_target_": "genfw_mixture.blend.Blend",
+        "power": 2.0,
+    }
+
+
+# ---- a conf folder of one's own, --config-dir ----------------------------------------------------
+
+
+COPIED = {
+    "model": "vdm",
+    "param": "v",
+    "schedule": "linear",
+    "net": "conv",
+    "likelihood": "bins",
+    "sampler": "ddim",
+    "grid": "karras",
+    "times": "log_snr",
+    "guidance": "none",
+    "estimator": "ode",
+    "objective": "elbo",
+    "optimizer": "adamw",
+    "metrics": "none",
+}
+
+
+@pytest.fixture
+def conf(tmp_path, monkeypatch):
+    """A folder with an option `own` in every group, a copy of one of genfw's."""
+    monkeypatch.chdir(tmp_path)
+    for group, option in COPIED.items():
+        (tmp_path / "conf" / group).mkdir(parents=True)
+        text = (conf_folder() / group / f"{option}.yaml").read_text()
+        (tmp_path / "conf" / group / "own.yaml").write_text(text)
+    return tmp_path / "conf"
+
+
+def test_a_folder_may_be_named_in_three_ways(conf, monkeypatch):
+    monkeypatch.syspath_prepend(conf.parent)
+    for each in (conf, "conf", f"'file://{conf}'", "pkg://conf"):
+        assert searched(["seed=1", f"hydra.searchpath=[{each}]"]) == [conf]
+
+
+def test_every_group_may_have_options_there(conf, capsys):
+    copies = [f"{group}=own" for group in COPIED]
+    assert main([f"--config-dir={conf}", "--cfg", "job", *copies]) == 0
+    composed = OmegaConf.create(capsys.readouterr().out)
+    for group in {*COPIED} - {"guidance", "metrics"}:
+        said = OmegaConf.load(conf / group / "own.yaml")
+        assert composed[group]._target_ == said.get(group, said)._target_
+
+
+def test_help_names_them(conf, capsys):
+    for by in ("--config-dir=conf", "hydra.searchpath=[conf]"):
+        assert main([by, "--help", "seed=1"]) == 0
+        assert len(re.findall(r"  \*?own\b", capsys.readouterr().out)) >= len(COPIED)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("param=owm", "Did you mean param=own?"),
+        ("model=own param=own sampler=owm", "Did you mean sampler=own?"),
+        ("model=vae param=own", "It belongs to model=own, model=vdm"),
+        ("param=own param.x=1", "param.x: there is no such key"),
+    ],
+)
+def test_advice_knows_them(wrong, said, conf, capsys):
+    assert main(["hydra.searchpath=[conf]", "--cfg", "job", *wrong.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_folder_is_one_sentence(conf, capsys):
+    nope = ("--config-dir=nope", "--config-dir=nope --help", "hydra.searchpath=[nope]")
+    for by in (*nope, "hydra.searchpath=[pkg://no_such.conf]"):
+        assert main(by.split()) == 2
+        said = capsys.readouterr().err
+        assert "there is no folder" in said and len(said.splitlines()) == 1
+    assert main(["hydra.searchpath=conf"]) == 2
+    assert "expected a list" in capsys.readouterr().err
 
 
 SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")

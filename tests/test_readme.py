@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from genfw import Parameterization
 from genfw.train.compose import compose, jobs, session
@@ -33,3 +34,9 @@ def test_commands_compose(command):
 def test_blocks_run(block):
     exec(block, {"__name__": "readme"})
     Parameterization.registry.pop("velocity", None)
+
+
+def test_yaml_of_a_model_is_the_examples():
+    (block,) = re.findall(r"```yaml\n# conf/(model/\w+.yaml)\n(.*?)```", TEXT, re.S)
+    (file,) = (ROOT / "examples" / "plugin").rglob(block[0])
+    assert yaml.safe_load(block[1]) == yaml.safe_load(file.read_text())

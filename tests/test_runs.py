@@ -133,6 +133,12 @@ def test_no_folder_is_not_the_one_that_one_is_in(word, tmp_path, monkeypatch):
         read([f"{word}="], {}, "", word=word)
 
 
+def test_a_model_without_a_sampler_has_no_settings_of_one(tmp_path):
+    OmegaConf.save({"model": {"_target_": "genfw.VAE"}, "seed": 0}, tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match=r"=3: sampler is of diffusion models.*genfw.VAE"):
+        read([f"run={tmp_path}", "sampler.steps=3"], {}, "")
+
+
 def test_values_are_checked_for_finished_runs_too(tmp_path):
     OmegaConf.save(composed(*BARE), tmp_path / "config.yaml", resolve=True)
     for wrong, said in (("estimator.strata=abc", "strata"), ("n=abc", "n=abc: expected int")):

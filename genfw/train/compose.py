@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.util
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -18,13 +19,15 @@ from typing import Any, cast
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, ListConfig, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
@@ -45,8 +48,13 @@ from genfw.train.help import defaults, options
 
 
 @contextmanager
-def session(folder: Path | None = None) -> Iterator[Hydra]:
-    """Hydra, looking into a conf folder (genfw's own by default) and those of plug-ins."""
+def session(folder: Path | None = None, overrides: Sequence[str] = ()) -> Iterator[Hydra]:
+    """Hydra, looking into a conf folder (genfw's own by default), those of plug-ins, and those that
+    `hydra.searchpath` names on a command line.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
     resolvers.register()
     folder = conf_folder() if folder is None else folder
     if not folder.is_dir():
@@ -54,9 +62,46 @@ def session(folder: Path | None = None) -> Iterator[Hydra]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(folder.absolute()), job_name="genfw", version_base="1.3"):
-            yield cast(Hydra, GlobalHydra.instance().hydra)
+            hydra = cast(Hydra, GlobalHydra.instance().hydra)
+            path = hydra.config_loader.get_search_path()
+            for each in searched(overrides):
+                path.prepend("command-line", f"file://{each}", SearchPathQuery(provider="schema"))
+            hydra.config_loader = ConfigLoaderImpl(path)
+            yield hydra
     finally:
         GlobalHydra.instance().clear()
+
+
+def searched(overrides: Sequence[str]) -> list[Path]:
+    """The folders that `hydra.searchpath=[folder, file://folder, pkg://package.conf]` names. Hydra
+    itself would look into them while it composes, and nobody else would know of them.
+
+    Raises:
+        ConfigError: one of them is not there.
+    """
+    found = []
+    for override in parse([each for each in overrides if "hydra.searchpath" in each]):
+        named = override.value()
+        if not isinstance(named, list):
+            raise ConfigError(
+                f"{override.input_line}: expected a list of folders, hydra.searchpath=[<folder>]"
+            )
+        for each in named:
+            text = each.text if isinstance(each, QuotedString) else str(each)
+            place = _package(text) if text.startswith("pkg://") else text.removeprefix("file://")
+            if not Path(place).is_dir():
+                raise ConfigError(f"hydra.searchpath: there is no folder {place}")
+            found.append(Path(place).absolute())
+    return found
+
+
+def _package(text: str) -> str:
+    """The folder of `pkg://package.conf`; itself, where there is no such package."""
+    try:
+        spec = importlib.util.find_spec(text.removeprefix("pkg://").replace("/", "."))
+    except ModuleNotFoundError:
+        return text
+    return next(iter((spec and spec.submodule_search_locations) or ()), text)
 
 
 def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
@@ -70,7 +115,9 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
     named = typed(parse(overrides))
     check_hydra(config.hydra, trusted_by(config, named))
-    check(_job(config), _job(_known(chosen, name)), _folders(), named)
+    vouched = [*(config.trusted or []), *named]
+    config.trusted = list(dict.fromkeys(vouched))  # interpolations build too
+    check(_job(config), _job(_known(chosen, name)), folders())
     times_are_looked_at(config)
     samples_have_labels(config)
     return config
@@ -201,9 +248,18 @@ PLUGINS = {
 """Hydra's launchers and sweepers, and what brings them; said where one is not there."""
 
 
+OF_NODES = ("callbacks", "logger", "metrics")
+"""Groups that hold any number of nodes, under names of their own."""
+
+
 def explain(error: Exception, overrides: Sequence[Override], name: str = "config") -> ConfigError:
     """What was wrong with a command line that Hydra could not compose."""
     groups = _groups()
+    if name == "classifier":
+        own = [key for key in defaults(folders()[0] / "classifier.yaml") if key in groups]
+        for key in (each.key_or_group for each in overrides if not each.is_add()):
+            if key in groups and key not in own:
+                return ConfigError(f"{key}: a classifier has none. Its groups: {', '.join(own)}")
     chosen = [each for each in overrides if each.key_or_group in groups and _has_option(each)]
     try:
         parts = [each for each in chosen if each.key_or_group in ("model", "experiment")]
@@ -226,10 +282,12 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
                 return _no_option(override, groups)
             if _key(override) not in choices and not override.is_add():
                 return _not_of_model(_key(override), choices)
-        elif key not in known and not override.is_add():
+        elif key.removesuffix("._target_") not in known and not override.is_add():
             group = key.partition(".")[0]
             if group in groups and group not in base:  # sampler.steps of a VAE
                 return _not_of_model(group, choices)
+            if group in OF_NODES and key.endswith("._target_"):
+                return ConfigError(f"{key}: there is no such key. To add a node: '+{text}'")
             near = nearest(key, groups) if "." not in key else None
             if near is None:
                 return unknown_key(key, known)
@@ -237,6 +295,8 @@ def explain(error: Exception, overrides: Sequence[Override], name: str = "config
                 f"{text}: there is no group or key {key}. Did you mean {near}?\n"
                 f"Groups: {', '.join(groups)}"
             )
+        elif override.is_delete() and OmegaConf.select(base, key) is None:
+            return ConfigError(f"{text}: {key} is null already: leave this out")
     return ConfigError(_short(error))
 
 
@@ -246,7 +306,7 @@ def _compose(overrides: Sequence[str | None], name: str) -> DictConfig:
 
 def _known(overrides: Sequence[str | None], name: str) -> DictConfig:
     """The same, once for as long as no conf file changes: what others are held against."""
-    files = sorted(file for folder in _folders() for file in folder.rglob("*.yaml"))
+    files = sorted(file for folder in folders() for file in folder.rglob("*.yaml"))
     state = tuple((file, file.stat().st_mtime_ns) for file in files)
     return _known_by_files(tuple(overrides), name, state)
 
@@ -266,8 +326,8 @@ def _job(config: DictConfig) -> DictConfig:
     return config
 
 
-def _folders() -> list[Path]:
-    """The conf folder of this session, and those of plug-ins."""
+def folders() -> list[Path]:
+    """The conf folders of this session: its own, those of plug-ins, those of `hydra.searchpath`."""
     places = GlobalHydra.instance().config_loader().get_search_path().get_path()
     paths = [place.path.removeprefix("file://") for place in places]
     return [Path(path) for path in paths if "://" not in path]
@@ -320,16 +380,16 @@ def _no_option(override: Override, groups: Sequence[str]) -> ConfigError:
 
 
 def _not_of_model(key: str, choices: dict[str, str]) -> ConfigError:
-    folders = _folders()
+    places = folders()
     model = choices.get("model")
     others = [
         option
-        for option in options("model", folders)
-        for folder in folders
+        for option in options("model", places)
+        for folder in places
         if (folder / "model" / f"{option}.yaml").is_file()
         and key in defaults(folder / "model" / f"{option}.yaml")
     ]
-    shared = defaults(folders[0] / "config.yaml")
+    shared = defaults(places[0] / "config.yaml")
     own = [f"{group}={option}" for group, option in choices.items() if group not in shared]
     lines = [f"{key} does not belong to model={model}, which has {', '.join(own)}."]
     if others:

@@ -57,7 +57,6 @@ def check(
     config: DictConfig,
     reference: DictConfig,
     conf_folders: Sequence[Path] | None = None,
-    trusted: Iterable[str] = (),
 ) -> None:
     """Refuses a configuration that cannot run.
 
@@ -66,7 +65,6 @@ def check(
         reference: the same choices of groups, composed without other settings: its keys and types
             are the known ones.
         conf_folders: genfw's own conf/ and those of plug-ins.
-        trusted: what may be imported besides `config.trusted`.
 
     Raises:
         ConfigError: the first thing that is wrong, with what was expected.
@@ -77,7 +75,7 @@ def check(
             raise ConfigError(
                 f"{', '.join(missing)} must be given: add {missing[0]}=... to the command"
             )
-        checker = _Checker(ConfFiles(conf_folders or [conf_folder()]), trusted_by(config, trusted))
+        checker = _Checker(ConfFiles(conf_folders or [conf_folder()]), trusted_by(config))
         checker.node(config, reference, "")
         for at, value, argument in checker.copies:  # a wrong value is named where it was given
             _fit(at, value, argument)
@@ -141,7 +139,7 @@ class _Checker:
         given = [str(key) for key in node if key not in RESERVED]
         arguments = self.arguments(target, at, given)
         for key in given:
-            if key not in arguments:
+            if key not in arguments and (node[key] is not None or target.startswith(PREFIXES)):
                 raise _not_taken(key, target, arguments, like, path)
         for key, argument in arguments.items():
             if argument.required and key not in node and not node.get("_partial_"):
@@ -171,9 +169,10 @@ def _not_taken(
 ) -> ConfigError:
     at = _join(path, key)
     if isinstance(like, DictConfig) and key in like and like.get("_target_") != target:
+        left_out = f"~{at}" if target.startswith(PREFIXES) else f"{at}=null"
         return ConfigError(
             f"{at} belongs to {like.get('_target_')}; {target} takes {_listed(arguments)}.\n"
-            f"Add '~{at}' to leave it out"
+            f"Add '{left_out}' to leave it out"
         )
     return unknown_key(at, [_join(path, each) for each in arguments], f"{target} takes")
 
@@ -351,7 +350,10 @@ def locate(target: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
         ConfigError: it may not be imported, or is not there.
     """
     if not allowed(target, trusted):
-        raise ConfigError(f"{target} is not among what a config may import: see `trusted`")
+        raise ConfigError(
+            f"{target} is not among what a config may import: if you trust it, name it: "
+            f"'trusted=[{target}]'"
+        )
     found = _imported(target)
     if vouched_for(target, trusted):
         return found
@@ -426,10 +428,20 @@ def _build(value: Any, path: str, trusted: Sequence[str], more: dict[str, Any]) 
     if "_target_" not in value:
         return built
     made = locate(value["_target_"], trusted)
-    given = {**built, **more}
+    given = {**_spared(value["_target_"], made, built), **more}
     named = f"{path} ({value['_target_']})"
     call = functools.partial(_call, named, made, **given)
     return call if value.get("_partial_") else call()
+
+
+def _spared(target: str, made: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Without nulls that somebody else's class does not take: of the class that it stands for,
+    `model._target_=mine.VAE`, whose keys others may interpolate."""
+    if target.startswith(PREFIXES) or None not in given.values():
+        return given
+    takes = from_signature(made)
+    kept = takes.arguments if takes.complete else given
+    return {key: value for key, value in given.items() if value is not None or key in kept}
 
 
 def _call(named: str, made: Callable[..., Any], /, *args: Any, **given: Any) -> Any:

@@ -44,11 +44,12 @@ from genfw.estimators.estimator import Estimator
 from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
+from genfw.registry import Registered
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given, kind
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, same_data
-from genfw.train.config import build
+from genfw.train.config import build, locate, trusted_by
 from genfw.train.data.module import ImageData
 from genfw.train.errors import (
     ConfigError,
@@ -217,6 +218,7 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
     Raises:
         ConfigError: a value that a constructor refuses, or a network that gives too little.
     """
+    implemented(config)
     data = build(config.data)
     torch.manual_seed(config.seed)
     model = build(config.model, **guides(config))
@@ -232,6 +234,25 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
         label_dropout=config.get("label_dropout", 0.0),
     )
     return module, data
+
+
+def implemented(config: DictConfig) -> None:
+    """Asks each class of a group, which may be somebody else's, whether it is of its kind. Networks
+    need be none.
+
+    Raises:
+        ConfigError: one of them does not implement the group's interface.
+    """
+    for group, interface in Registered.groups.items():
+        target = OmegaConf.select(config, f"{group}._target_")
+        made = (
+            locate(target, trusted_by(config)) if target and group not in ("net", "data") else None
+        )
+        if isinstance(made, type) and not issubclass(made, interface):
+            raise ConfigError(
+                f"{group}._target_={target}: expected a subclass of genfw.{interface.__name__}, "
+                f"which {made.__name__} is not"
+            )
 
 
 def read_alike(model: LatentModel, config: DictConfig) -> None:
@@ -316,9 +337,28 @@ def steerable(module: LatentModule) -> None:
 
 def make_callbacks(config: DictConfig) -> list[L.Callback]:
     """Those of the configuration; metrics beside the likelihood are callbacks too."""
-    made = [build(node) for node in (*nodes(config.callbacks), *nodes(config.metrics))]
+    made = [
+        _callback(f"{group}.{name}", node)
+        for group in ("callbacks", "metrics")
+        for name, node in (config[group] or {}).items()
+        if node is not None
+    ]
     if not config.trainer.enable_progress_bar:
         made = [one for one in made if not isinstance(one, ProgressBar)]
+    return made
+
+
+def _callback(place: str, node: DictConfig) -> L.Callback:
+    """
+    Raises:
+        ConfigError: it is something else.
+    """
+    made = build(node)
+    if not isinstance(made, L.Callback):
+        raise ConfigError(
+            f"{place}._target_={node.get('_target_')}: expected a Lightning Callback, which may "
+            f"log what it measures, got a {type(made).__name__}"
+        )
     return made
 
 

@@ -117,6 +117,11 @@ def _may_change(config: DictConfig, key: str, value: str, known: Sequence[str]) 
         ConfigError: the run's configuration has no such key, or it is a group.
     """
     group, dot, rest = key.partition(".")
+    if group in CHOSEN_ANEW[1:] and group not in config:
+        raise ConfigError(
+            f"{key}={value}: {group} is of diffusion models, and this run is of "
+            f"{config.model._target_}"
+        )
     if key not in known:
         node = config.get(group) if dot and group in CHOSEN_ANEW else None
         if isinstance(node, DictConfig) and all(str(each).startswith("_") for each in node):
