@@ -123,6 +123,10 @@ class MarkovianHierarchy(LatentModel):
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
         """p(z_{t-1} | z_t) given z = z_t; t = 1 is p(x | z_1), a distribution over integers."""
 
+    def prior_of(self, z: Tensor) -> Normal:
+        """p(z_T), for the examples whose z_T are z (b, ...)."""
+        return self.prior(len(z))
+
     def climb(
         self,
         x: Image,
@@ -183,7 +187,8 @@ class MarkovianHierarchy(LatentModel):
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> ELBO:
         """`bound` of one sampled chain."""
-        return bound(self.climb(x, y, noise=noise), self.prior(len(x)))
+        rungs = self.climb(x, y, noise=noise)
+        return bound(rungs, self.prior_of(rungs[-1].z))
 
     def log_weight(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
@@ -198,7 +203,7 @@ class MarkovianHierarchy(LatentModel):
         for rung in self.walk(x, y, noise=noise, k=k):
             log_w = log_w + (rung.log_below - log_q)  # level by level, or large sums would cancel
             log_q, top = rung.q.log_prob(rung.z), rung.z
-        return log_w + (self.prior(len(top)).log_prob(top) - log_q)
+        return log_w + (self.prior_of(top).log_prob(top) - log_q)
 
     def ancestral_sample(
         self, n: int, y: Labels | None = None, *, noise: Draws | None = None

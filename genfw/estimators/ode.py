@@ -317,7 +317,7 @@ def _bins(vdm: VDM, x: Image) -> tuple[Data, Tensor, Tensor, int]:
         )
     start = torch.zeros((), dtype=torch.float64, device=x.device)
     alpha, sigma = vdm.schedule.alpha(start), vdm.schedule.sigma(start)
-    return vdm.likelihood.normalize(x).double(), alpha, sigma, bins
+    return vdm.likelihood.normalize(vdm.checked(x)).double(), alpha, sigma, bins
 
 
 @contextmanager

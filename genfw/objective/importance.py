@@ -192,7 +192,7 @@ def _apart(
 
     rungs = model.climb(x, y, noise=draws(noise, x).each(0, k), k=k, draw=copied)
     z = [rung.z for rung in rungs]
-    log_p = model.prior(len(z[-1])).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
+    log_p = model.prior_of(z[-1]).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
     log_w = log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
     path = torch.zeros_like(log_w)
     slopes = torch.autograd.grad(log_w.sum(), z, retain_graph=True)
