@@ -94,6 +94,15 @@ class Normal(Distribution):
         return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))
 
 
+def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
+    """KL(q || p), (b,) nats: in closed form of two normals, otherwise log q(z) - log p(z) at z from
+    q, unbiased, which may be negative. In float64: near equals leave little."""
+    if isinstance(p, Normal):
+        return q.kl(p)
+    log_q = Normal(q.mean.double(), q.std.double()).log_prob(z)
+    return (log_q - p.log_prob(z)).to(q.mean.dtype)
+
+
 def normal_head(h: Tensor) -> Normal:
     """A network's output (b, 2 C, ...) as a normal over (b, C, ...): means, then log standard
     deviations.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from genfw.check import at_least_one
-from genfw.distributions import Normal, per_example
+from genfw.distributions import Distribution, Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed
 from genfw.estimators.importance import chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
@@ -123,9 +123,8 @@ class Annealed(Estimator, name="annealed"):
         """Bounds on log p(x) from both sides, on n images simulated from the model."""
         model = _one_level(model)
         with torch.inference_mode(False), torch.no_grad():
-            prior = model.prior(n)
-            noise = keyed(noise, prior.mean)
-            z = prior.sample(noise.fold("simulated z"))
+            noise = keyed(noise, torch.empty(n, device=model.device))
+            z = model.prior(n).sample(noise.fold("simulated z"))
             x = model.decode(z, 1, y).sample(noise.fold("simulated x"))
             lower, upper, done = [], [], 0
             for bridge, of, ranges in self._groups(model, x, y, noise):
@@ -145,8 +144,8 @@ class Annealed(Estimator, name="annealed"):
         for rows, ranges in chunks(len(x), self.chains, self.chunk):
             given = None if y is None else y[rows].clone()
             here = x[rows].clone()
-            start = model.encode(here, 1, given) if self.from_encoder else model.prior(len(here))
-            yield _Bridge(model, here, given, start), noise.of(rows), ranges
+            q = model.encode(here, 1, given) if self.from_encoder else None
+            yield _Bridge(model, here, given, q), noise.of(rows), ranges
 
     def _betas(self) -> Tensor:
         """(T + 1,) from 0 to 1: a sigmoid between -4 and 4, slow at both ends (Wu et al.)."""
@@ -224,20 +223,25 @@ class Annealed(Estimator, name="annealed"):
 
 @dataclass(frozen=True)
 class _Bridge:
-    """The densities between the start and the posterior, for a batch of examples."""
+    """The densities between the start (q where it is given, else the prior) and the posterior, for
+    a batch of examples."""
 
     model: MarkovianHierarchy
     x: Image
     y: Labels | None
-    start: Normal
+    q: Normal | None
+
+    @property
+    def start(self) -> Distribution:
+        return self.model.prior(len(self.x)) if self.q is None else self.q
 
     def repeat(self, k: int) -> _Bridge:
         """Every example k times, side by side."""
-        x, mean, std = (
-            v.repeat_interleave(k, 0) for v in (self.x, self.start.mean, self.start.std)
-        )
-        y = None if self.y is None else self.y.repeat_interleave(k, 0)
-        return _Bridge(self.model, x, y, Normal(mean, std))
+        x, y, q = self.x.repeat_interleave(k, 0), self.y, self.q
+        y = None if y is None else y.repeat_interleave(k, 0)
+        if q is not None:
+            q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
+        return _Bridge(self.model, x, y, q)
 
     def log_ratio(self, z: Tensor) -> Nats:
         """log p(x, z) - log p_0(z), (b,) float64."""
