@@ -30,9 +30,10 @@ from torch import Tensor
 from genfw.check import at_least_one
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import chunks
+from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -95,6 +96,9 @@ class Annealed(Estimator, name="annealed"):
             raise ValueError(f"step: expected a positive number, got {step}")
         self.step, self.from_encoder = step, from_encoder
         self.chunk = at_least_one("chunk", chunk)
+
+    def check(self, model: LatentModel) -> None:
+        _one_level(model)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
@@ -259,9 +263,9 @@ class _Bridge:
 
 
 def _one_level(model: LatentModel) -> MarkovianHierarchy:
-    if not isinstance(model, MarkovianHierarchy) or model.levels != 1:
-        raise ValueError(
-            f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "
-            "of one level: use estimator=importance_weighted"
-        )
-    return model
+    if isinstance(model, MarkovianHierarchy) and not isinstance(model, VDM) and model.levels == 1:
+        return model
+    raise ValueError(
+        f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "
+        f"of one level: use {alternatives(model)}"
+    )

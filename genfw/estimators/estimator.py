@@ -52,6 +52,13 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
     continuous: ClassVar[bool] = False
     diagnostics: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, model: LatentModel) -> None:
+        """Says, before anything is computed, whether this model can be measured so.
+
+        Raises:
+            TypeError, ValueError: it cannot, in one sentence with what can be.
+        """
+
     @abstractmethod
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None

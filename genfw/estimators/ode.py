@@ -41,7 +41,7 @@ from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
 from genfw.estimators.dormand_prince import adaptive, fixed
 from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import chunks
+from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import log_mean
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
@@ -110,6 +110,9 @@ class ProbabilityFlow(Estimator, name="ode"):
         self.exact_dims = at_least(0, "exact_dims", exact_dims)
         self.probe = _one_of("probe", probe, PROBES)
         self.chunk = at_least_one("chunk", chunk)
+
+    def check(self, model: LatentModel) -> None:
+        _diffusion(model)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
@@ -338,7 +341,7 @@ def _diffusion(model: LatentModel) -> VDM:
     if not isinstance(model, VDM):
         raise TypeError(
             f"estimator=ode follows the probability flow of a diffusion model, and "
-            f"{type(model).__name__} has none: use estimator=bound or importance_weighted"
+            f"{type(model).__name__} has none: use {alternatives(model)}"
         )
     return model
 
