@@ -87,7 +87,8 @@ class Normal(Distribution):
 
     def kl_by_dimension(self, other: Normal) -> Tensor:
         """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`."""
-        return self.by_dimension().kl(other.by_dimension()).view(len(self.mean), -1)
+        kl = self.by_dimension().kl(other.by_dimension())
+        return kl.view_as(self.mean).flatten(1)
 
     def by_dimension(self) -> Normal:
         """Its D dimensions, of which each example's stand side by side, as b D normals over one."""

@@ -91,3 +91,23 @@ def test_a_job_is_told_in_one_sentence():
             served(Bare(), genfw.Elbo(), wrong)
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_of_no_image_there_is_an_empty_bound_and_no_likelihood(make, keyed):
+    model, x = make(shape=(1, 2, 2), bins=3), torch.zeros(0, 1, 2, 2).long()
+    noise = genfw.Noise(0, torch.arange(0)) if keyed else None
+    assert model.elbo(x, noise=noise).total.shape == (0,)
+    for name, way in ways().items():
+        if refusal(way.check, model) is None and name in ESTIMATORS:
+            with pytest.raises(ValueError, match="at least one image to estimate the likelihood"):
+                way(model, x, noise=noise)
+        elif refusal(way.check, model) is None:
+            assert way(model, x, noise=noise).shape == (0,), name
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("make", [make for name, make in MODELS.items() if name != "bare"])
+def test_no_samples_are_an_empty_batch(make, keyed):
+    noise = genfw.Noise(0, torch.arange(0)) if keyed else None
+    drawn = make(shape=(1, 2, 2), bins=3).sample(0, noise=noise)
+    assert drawn.shape == (0, 1, 2, 2) and not drawn.is_floating_point()

@@ -68,7 +68,13 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
 
 
 def keyed(noise: Noise | None, x: Tensor) -> Noise:
-    """`noise`, or a fresh seed for this batch."""
+    """`noise`, or a fresh seed for this batch.
+
+    Raises:
+        ValueError: the batch is empty: no mean is that of no image.
+    """
+    if not len(x):
+        raise ValueError("x: expected at least one image to estimate the likelihood of, got none")
     if noise is not None:
         return noise
     return Noise(int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device))

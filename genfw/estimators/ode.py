@@ -121,7 +121,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         if self.k > 1 and not self._exact(x):
             raise ValueError(
                 f"k={self.k}: the mean of weights is a bound only where log p_ode is exact, and "
-                f"D={x[0].numel()} is above exact_dims={self.exact_dims}: use k=1"
+                f"D={math.prod(x.shape[1:])} is above exact_dims={self.exact_dims}: use k=1"
             )
         with _undisturbed(vdm):
             noise, parts = keyed(noise, x), []
@@ -176,7 +176,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         return torch.stack(found).unflatten(1, (-1, j - i))
 
     def _exact(self, x: Tensor) -> bool:
-        return x[0].numel() <= self.exact_dims
+        return math.prod(x.shape[1:]) <= self.exact_dims
 
     def extra_repr(self) -> str:
         solver = f"tolerance={self.tolerance:g}" if self.steps is None else f"steps={self.steps}"
