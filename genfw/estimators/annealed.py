@@ -29,7 +29,7 @@ from torch import Tensor
 
 from genfw.check import at_least_one
 from genfw.distributions import Distribution, Normal, per_example
-from genfw.estimators.estimator import Estimate, Estimator, keyed
+from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
 from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
@@ -104,29 +104,28 @@ class Annealed(Estimator, name="annealed"):
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
         model = _one_level(model)
-        with torch.inference_mode(False), torch.no_grad():
-            noise, log_w, accepted = keyed(noise, x), [], []
-            for bridge, of, ranges in self._groups(model, x, y, noise):
-                steps = self._pilot(bridge, of)
-                runs = [self._up(bridge.repeat(j - i), steps, of, i, j) for i, j in ranges]
-                log_w.append(torch.cat([run[0] for run in runs], 1))
-                accepted.append(torch.cat([run[1] for run in runs], 1).mean(1))
-            weights = torch.cat(log_w)
-            return Estimate(
-                nats=-log_mean(weights),
-                variance=log_mean_variance(weights),
-                diagnostics={
-                    "ess": effective_sample_size(weights),
-                    "acceptance": torch.cat(accepted),
-                },
-            )
+        noise, log_w, accepted = keyed(noise, x), [], []
+        for bridge, of, ranges in self._groups(model, x, y, noise):
+            steps = self._pilot(bridge, of)
+            runs = [self._up(bridge.repeat(j - i), steps, of, i, j) for i, j in ranges]
+            log_w.append(torch.cat([run[0] for run in runs], 1))
+            accepted.append(torch.cat([run[1] for run in runs], 1).mean(1))
+        weights = torch.cat(log_w)
+        return Estimate(
+            nats=-log_mean(weights),
+            variance=log_mean_variance(weights),
+            diagnostics={
+                "ess": effective_sample_size(weights),
+                "acceptance": torch.cat(accepted),
+            },
+        )
 
     def bidirectional(
         self, model: LatentModel, n: int, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Sandwich:
         """Bounds on log p(x) from both sides, on n images simulated from the model."""
         model = _one_level(model)
-        with torch.inference_mode(False), torch.no_grad():
+        with undisturbed(model):
             noise = keyed(noise, torch.empty(n, device=model.device))
             z = model.prior(n).sample(noise.fold("simulated z"))
             x = model.decode(z, 1, y).sample(noise.fold("simulated x"))

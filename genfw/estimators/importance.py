@@ -65,7 +65,6 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
     def check(self, model: LatentModel) -> None:
         _weighing(model)
 
-    @torch.no_grad()
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:

@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         guidance: what is put around the denoiser to sample, and only then.
 
     Raises:
+        TypeError: a denoiser that is guided already.
         ValueError: `steps` below 1; when asked about images, they are of another shape.
     """
 
@@ -76,6 +78,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
         guidance: Guide = Unguided,
     ):
         super().__init__()
+        if isinstance(denoiser, Guidance):
+            raise TypeError(
+                "denoiser: expected the bare one, of which a likelihood is; samples are guided by "
+                f"VDM(..., guidance=...), got {type(denoiser).__name__}"
+            )
         self.steps = None if steps is None else at_least_one("steps", steps)
         self.denoiser, self.likelihood = denoiser, likelihood
         self.shape = None if shape is None else tuple(shape)
@@ -186,17 +193,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 
     def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
-        """The same modules."""
-        return VDM(
-            self.denoiser,
-            self.likelihood,
-            steps,
-            shape=self.shape,
-            sampler=sampler,
-            times=times,
-            classes=self.classes,
-            guidance=self.guidance,
-        )
+        """The same model, of the same modules, read so."""
+        read = copy.copy(self)
+        read._modules = dict(self._modules)
+        read.steps, read.sampler, read.times = steps, sampler, times
+        return read
 
     def _time(self, level: int) -> Tensor:
         """The time of latent `level`: (level - 1) / T."""
