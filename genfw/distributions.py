@@ -87,11 +87,21 @@ class Normal(Distribution):
 
     def kl_by_dimension(self, other: Normal) -> Tensor:
         """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`."""
-        return self.by_dimension().kl(other.by_dimension()).view(len(self.mean), -1)
+        kl = self.by_dimension().kl(other.by_dimension())
+        return kl.view_as(self.mean).flatten(1)
 
     def by_dimension(self) -> Normal:
         """Its D dimensions, of which each example's stand side by side, as b D normals over one."""
         return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))
+
+
+def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
+    """KL(q || p), (b,) nats: in closed form of two normals, otherwise log q(z) - log p(z) at z from
+    q, unbiased, which may be negative. In float64: near equals leave little."""
+    if isinstance(p, Normal):
+        return q.kl(p)
+    log_q = Normal(q.mean.double(), q.std.double()).log_prob(z)
+    return (log_q - p.log_prob(z)).to(q.mean.dtype)
 
 
 def normal_head(h: Tensor) -> Normal:

@@ -27,7 +27,8 @@ class ELBO:
         reconstruction: (b,) log p(x | z_1) at a draw from q.
         levels: what each level between costs, (b,) each; () for a VAE; one entry for a diffusion
             model (an unbiased estimate of their sum).
-        prior: (b,) KL(q(z_T | .) || p(z_T)).
+        prior: (b,) KL(q(z_T | .) || p(z_T)); under a prior that is no Normal an unbiased draw of
+            it.
     """
 
     reconstruction: Nats

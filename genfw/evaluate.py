@@ -66,11 +66,12 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from genfw.train.certificate import certify, given, kind
     from genfw.train.config import build
-    from genfw.train.job import prepare, restore, table, versions
+    from genfw.train.job import prepare, restore, served, table, versions
 
     prepare()
     weights = checkpoint(folder, options.checkpoint)
     module, data = restore(config, weights)
+    served(module.model, module.estimator)
     trainer = build(
         config.trainer,
         logger=False,

@@ -24,7 +24,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from genfw.distributions import Distribution, Normal
+from genfw.distributions import Distribution, Normal, divergence
 from genfw.elbo import ELBO
 from genfw.noise import Draws, draws
 from genfw.registry import Registered
@@ -112,8 +112,9 @@ class MarkovianHierarchy(LatentModel):
     levels: int
 
     @abstractmethod
-    def prior(self, n: int) -> Normal:
-        """p(z_T), for n examples."""
+    def prior(self, n: int) -> Distribution:
+        """p(z_T), for n examples: anything with log_prob and sample. What it costs is known in
+        closed form of a Normal, of others at the draw."""
 
     @abstractmethod
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
@@ -122,6 +123,10 @@ class MarkovianHierarchy(LatentModel):
     @abstractmethod
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
         """p(z_{t-1} | z_t) given z = z_t; t = 1 is p(x | z_1), a distribution over integers."""
+
+    def prior_of(self, z: Tensor) -> Distribution:
+        """p(z_T), for the examples whose z_T are z (b, ...)."""
+        return self.prior(len(z))
 
     def climb(
         self,
@@ -165,11 +170,12 @@ class MarkovianHierarchy(LatentModel):
     def divergences(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> tuple[Nats, list[tuple[Normal, Normal]]]:
-        """`Diverges`, for one level.
+        """`Diverges`, for one level under a normal prior.
 
         Raises:
             TypeError: there are more: below the top, q(z_t | z_{t-1}) and p(z_t | z_{t+1}) do not
-                stand on the same draws, and a level costs a log ratio at one draw.
+                stand on the same draws, and a level costs a log ratio at one draw; or the prior is
+                no Normal.
         """
         if self.levels != 1:
             raise TypeError(
@@ -177,13 +183,21 @@ class MarkovianHierarchy(LatentModel):
                 "a log ratio at a draw, no divergence in closed form"
             )
         (rung,) = self.climb(x, y, noise=noise)
-        return rung.log_below, [(rung.q, self.prior(len(x)))]
+        prior = self.prior_of(rung.z)
+        if not isinstance(prior, Normal):
+            raise TypeError(
+                f"{type(self).__name__} has a prior that is no Normal but a "
+                f"{type(prior).__name__}: it costs a log ratio at a draw, no divergence in closed "
+                "form"
+            )
+        return rung.log_below, [(rung.q, prior)]
 
     def ancestral_elbo(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> ELBO:
         """`bound` of one sampled chain."""
-        return bound(self.climb(x, y, noise=noise), self.prior(len(x)))
+        rungs = self.climb(x, y, noise=noise)
+        return bound(rungs, self.prior_of(rungs[-1].z))
 
     def log_weight(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
@@ -198,16 +212,15 @@ class MarkovianHierarchy(LatentModel):
         for rung in self.walk(x, y, noise=noise, k=k):
             log_w = log_w + (rung.log_below - log_q)  # level by level, or large sums would cancel
             log_q, top = rung.q.log_prob(rung.z), rung.z
-        return log_w + (self.prior(len(top)).log_prob(top) - log_q)
+        return log_w + (self.prior_of(top).log_prob(top) - log_q)
 
     def ancestral_sample(
         self, n: int, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Image:
         """Down the chain: z_T from the prior, then every conditional in turn, (n, *shape)
         integers."""
-        prior = self.prior(n)
-        noise = draws(noise, prior.mean)
-        z = prior.sample(noise.fold("prior"))
+        noise = draws(noise, torch.empty(n, device=self.device))
+        z = self.prior(n).sample(noise.fold("prior"))
         for t in range(self.levels, 0, -1):
             z = self.decode(z, t, y).sample(noise.fold(f"z{t - 1}"))
         return z
@@ -236,8 +249,9 @@ def repeated(x: Tensor, k: int) -> Tensor:
     return x.unsqueeze(1).expand(-1, k, *x.shape[1:]).flatten(0, 1)
 
 
-def bound(rungs: Sequence[Rung], prior: Normal) -> ELBO:
-    r"""The joint log ratio on one sampled chain, the top level in closed form.
+def bound(rungs: Sequence[Rung], prior: Distribution) -> ELBO:
+    r"""The joint log ratio on one sampled chain, the top level in closed form where there is one
+    (`divergence`).
 
     .. math:: \log p(x|z_1) - \sum_{t<T} [\log q(z_t|z_{t-1}) - \log p(z_t|z_{t+1})]
         - KL(q(z_T|z_{T-1}) \| p(z_T))
@@ -246,4 +260,5 @@ def bound(rungs: Sequence[Rung], prior: Normal) -> ELBO:
     KL(q(z_t|z_{t-1}) || p(z_t|z_{t+1})) is not the bound: under q, z_t and z_{t+1} are dependent.
     """
     levels = tuple(rung.q.log_prob(rung.z) - above.log_below for rung, above in pairwise(rungs))
-    return ELBO(reconstruction=rungs[0].log_below, levels=levels, prior=rungs[-1].q.kl(prior))
+    top = divergence(rungs[-1].q, prior, rungs[-1].z)
+    return ELBO(reconstruction=rungs[0].log_below, levels=levels, prior=top)

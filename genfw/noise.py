@@ -244,7 +244,7 @@ class Noise(Draws):
         _, m = self.stratum
         seed = self._by_stratum(lambda j: mix(self.seed, purpose, j, m))
         key = self._stream(seed).to(like.device)
-        count = torch.arange(like[0].numel(), device=like.device)
+        count = torch.arange(math.prod(like.shape[1:]), device=like.device)
         return _uniform(_splitmix(key[:, None] + count * _signed(_GAMMA))).reshape(like.shape)
 
 

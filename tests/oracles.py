@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from genfw import Denoiser, GaussianLikelihood, MarkovianHierarchy, Normal
+from genfw import Denoiser, Distribution, GaussianLikelihood, MarkovianHierarchy, Normal
+from genfw.noise import draws
 from genfw.testing.oracles import FiniteDenoiser as FiniteDenoiser
 from genfw.testing.oracles import GaussianDenoiser as GaussianDenoiser
 
@@ -14,6 +15,28 @@ def gaussian_log_prob(x, mean, std):
     error = (x - mean) / std
     terms = -0.5 * error**2 - torch.as_tensor(std).log() - 0.5 * math.log(2 * math.pi)
     return terms.flatten(1).sum(1)
+
+
+class Mixture(Distribution):
+    """An even mixture of K normals, for each of n examples. means (K, *dims), std (K,)."""
+
+    def __init__(self, means, std, n):
+        self.means, self.std, self.n = means, std, n
+
+    @property
+    def mean(self):
+        return self.means.mean(0).expand(self.n, *self.means.shape[1:])
+
+    def log_prob(self, value):
+        parts = [gaussian_log_prob(value, m, s) for m, s in zip(self.means, self.std, strict=True)]
+        return torch.stack(parts, 1).logsumexp(1) - math.log(len(self.std))
+
+    def sample(self, noise=None, purpose="sample"):
+        noise = draws(noise, self.mean)
+        u = noise.uniform("component", self.mean.flatten(1)[:, 0])
+        k = (u * len(self.std)).long()
+        std = self.std[k].view(-1, *[1] * (self.means.ndim - 1))
+        return self.means[k] + std * noise.normal(purpose, self.mean)
 
 
 class LinearDenoiser(Denoiser):

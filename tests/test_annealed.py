@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import LinearGaussianChain
+from oracles import LinearGaussianChain, Mixture
 from test_vae import random_vae
 
 from genfw import Annealed, BernoulliLikelihood, Elbo, Noise
@@ -49,7 +49,7 @@ def test_few_temperatures_far_from_the_prior_are_unbiased_both_ways(double):
     n, chain = 4000, LinearGaussianChain(1, dims=1, a=1.0, s=0.6)
     ais, noise = Annealed(4, chains=1, leapfrog=3, step=0.3), Noise(0, torch.arange(n))
     x = torch.full((n, 1), 2.0)
-    bridge, steps, log_p = _Bridge(chain, x, None, chain.prior(n)), None, chain.log_prob(x)
+    bridge, steps, log_p = _Bridge(chain, x, None, None), None, chain.log_prob(x)
     steps = ais._pilot(bridge, noise)
     up = (ais._up(bridge, steps, noise, 0, 1)[0][:, 0] - log_p).exp()
     z = chain.encode(x, 1).sample(noise.fold("exact"))
@@ -170,3 +170,24 @@ def test_other_models_and_bad_numbers_are_refused():
             Annealed(**{wrong: 0})
     with pytest.raises(ValueError, match="step: expected a positive"):
         Annealed(step=0.0)
+
+
+@pytest.mark.parametrize("from_encoder", [False, True])
+def test_a_prior_may_be_any_distribution(from_encoder, double):
+    """A mixture of one normal gives the normal's numbers; of two, E[w] = p(x) up and back."""
+    ais, noise = Annealed(2, 2, leapfrog=2, from_encoder=from_encoder), Noise(0, torch.arange(3))
+    chain, x = LinearGaussianChain(1, dims=3, bias=0.2), torch.randn(3, 3)
+    plain, both = ais(chain, x, noise=noise), ais.bidirectional(chain, 3, noise=noise)
+    chain.prior = lambda n: Mixture(torch.zeros(1, 3), torch.ones(1), n)
+    assert torch.allclose(ais(chain, x, noise=noise).nats, plain.nats)
+    assert torch.allclose(ais.bidirectional(chain, 3, noise=noise).lower, both.lower)
+
+    means, std, n = torch.tensor([[-1.0], [1.0]]), torch.tensor([0.5, 0.7]), 2000
+    chain = LinearGaussianChain(1, dims=1, a=1.0, s=1.2, stretch=1.5)
+    chain.prior = lambda n: Mixture(means, std, n)
+    evidence = Mixture(chain.a * means, (chain.a**2 * std**2 + chain.s**2).sqrt(), n)
+    x, noise = torch.full((n, 1), 0.7), Noise(0, torch.arange(n))
+    up = (-ais(chain, x, noise=noise).nats - evidence.log_prob(x)).exp()
+    both = ais.bidirectional(chain, n, noise=noise)
+    for w in (up, (evidence.log_prob(both.x) - both.upper).exp()):
+        assert abs(w.mean() - 1) < 4 * w.std() / n**0.5 < 0.2

@@ -145,6 +145,19 @@ def test_what_units_cost_is_known_of_normals():
         Chain(model).costs(torch.randn(3, 2), noise=noise(3))
 
 
+def test_under_a_prior_that_is_no_normal_units_have_activity_and_no_cost(tmp_path):
+    model = chain()
+    model.prior = lambda n: oracles.Mixture(torch.eye(2), torch.ones(2), n)
+    found = look(model, torch.randint(3, (6, 1, 2, 2)), None, noise(6), 2).findings()
+    assert found.kl[0].isfinite().all() and found.kl[1].isnan().all()
+    assert all(each.isfinite().all() for each in found.activity)
+    trainer = tiny.trainer(tmp_path, 1, callbacks=[Diagnostics(3, draws=2, every=0)])
+    (logged,) = trainer.validate(module(model), tiny.Images(), verbose=False)
+    of_units = {key for key in logged if key[-2:] in ("_1", "_2")}
+    names = ("kl_1", "informative_units_1", "active_units_1", "active_units_2")
+    assert of_units == {f"val/{name}" for name in names}
+
+
 def test_sums_of_batches_add_up():
     x, model = torch.randint(3, (6, 1, 2, 2)), chain()
     whole = look(model, x, None, noise(6), 3).findings()

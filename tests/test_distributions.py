@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import Mixture
 from scipy import stats
 
 from genfw import (
@@ -16,7 +17,7 @@ from genfw import (
     Noise,
     Normal,
 )
-from genfw.distributions import normal_head
+from genfw.distributions import divergence, normal_head
 
 
 def test_normal_log_prob_and_kl_against_torch(double):
@@ -139,3 +140,27 @@ def test_normal_head_is_the_identity_in_its_range(double):
     expected = torch.tensor([[-9.0, -9.0, -8.5, -4.5, 0.0, 2.9, 3.0, 3.0]])
     q = normal_head(torch.cat([torch.zeros(1, 8), log_std], 1))
     torch.testing.assert_close(q.std.log(), expected)
+
+
+def test_a_divergence_is_the_closed_form_of_two_normals_and_unbiased_otherwise(double):
+    n, std = 40_000, torch.tensor([0.3, 1.2])
+    q, means = Normal(torch.tensor([[0.4]]), torch.tensor([[0.7]])), torch.tensor([[-1.0], [2.0]])
+    many = Normal(q.mean.expand(n, 1), q.std.expand(n, 1))
+    z = many.sample(Noise(0, torch.arange(n)))
+    p = Mixture(means, std, n)
+    grid = torch.linspace(-8, 8, 4001)[:, None]
+    log_q = q.log_prob(grid)
+    exact = torch.trapezoid(log_q.exp() * (log_q - p.log_prob(grid)), grid[:, 0])
+    found = divergence(many, p, z)
+    assert abs(found.mean() - exact) < 4 * found.std() / n**0.5 < 0.05
+    normal = Normal(means[:1], std[:1])
+    assert torch.equal(divergence(q, normal, z[:1]), q.kl(normal))
+
+
+def test_a_divergence_at_a_draw_is_float32_as_the_other_and_loses_little():
+    """Of two that are the same it is 0 at every draw, with and without a mixture's detour."""
+    torch.manual_seed(0)
+    mean = torch.randn(1, 500)
+    q = Normal(mean.expand(64, 500), torch.full((64, 500), 1e-2))
+    found = divergence(q, Mixture(mean, torch.tensor([1e-2]), 64), q.sample())
+    assert found.dtype == torch.float32 and found.abs().max() < 2e-3

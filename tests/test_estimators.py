@@ -1,9 +1,13 @@
 """The reported number and its error bar."""
 
+import dataclasses
+from functools import partial
+
 import pytest
 import torch
 from test_vdm import network_vdm
 
+import genfw
 from genfw import VDM, BinsLikelihood, Bound, Cosine, Denoiser, Noise, Prediction, bits_per_dim
 from genfw.model import LatentModel
 from genfw.parameterization import broadcast
@@ -115,3 +119,81 @@ def test_one_set_has_no_variance():
         Bound(sets=1)
     with pytest.raises(ValueError, match="chunk: expected an integer of at least 1"):
         Bound(chunk=0)
+
+
+class Noisy(torch.nn.Module):
+    """A network with dropout; a part of it, frozen, stays in evaluation."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.drop, self.map = torch.nn.Dropout(0.5), torch.nn.Linear(inputs, outputs)
+        self.frozen = torch.nn.Dropout(0.5).eval()
+
+    def forward(self, z, *_):
+        return self.map(self.frozen(self.drop(z)))
+
+
+def noisy_vae():
+    return genfw.VAE(Noisy(4, 4), Noisy(2, 12), genfw.CategoricalLikelihood(3), latents=2)
+
+
+def noisy_vdm(steps=None):
+    denoiser = genfw.NetworkDenoiser(Noisy(4, 4), genfw.Eps(), Cosine(7.9, -10.0))
+    return VDM(denoiser, BinsLikelihood(3), steps, shape=(4,))
+
+
+MEASURED = [
+    (Bound(2, 2), noisy_vae),
+    (Bound(2, 2), noisy_vdm),
+    (genfw.ImportanceWeighted(4), noisy_vae),
+    (genfw.ImportanceWeighted(4), partial(noisy_vdm, 3)),
+    (genfw.Annealed(chains=2, temperatures=3, leapfrog=1), noisy_vae),
+    (genfw.ProbabilityFlow(draws=2, steps=4), noisy_vdm),
+]
+
+
+@pytest.mark.parametrize(("estimator", "built"), MEASURED, ids=lambda each: type(each).__name__)
+def test_a_number_is_one_of_the_model_in_evaluation_and_leaves_every_mode_as_it_was(
+    estimator, built
+):
+    model, x, noise = built(), torch.randint(3, (5, 4)), Noise(0, torch.arange(5))
+    modes = [each.training for each in model.modules()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = estimator(model, x, noise=noise).nats
+    assert [each.training for each in model.modules()] == modes and len({*modes}) == 2
+    assert torch.equal(found, estimator(model.eval(), x, noise=noise).nats)
+    assert not any(each.training for each in model.modules())
+
+
+def test_a_mode_is_restored_after_a_failure_too():
+    vdm = noisy_vdm()
+    with pytest.raises(ValueError):
+        Bound(2, 2)(vdm, torch.randint(3, (5, 7)))
+    assert vdm.training and vdm.denoiser.training
+
+
+def test_a_kind_of_vdm_is_measured_as_it_is(double):
+    """Also where it is read at other steps or for evaluation: what it overrides counts."""
+
+    class Dearer(VDM):
+        price = 5.0
+
+        def elbo(self, x, y=None, *, noise=None):
+            terms = super().elbo(x, y, noise=noise)
+            return dataclasses.replace(terms, prior=terms.prior + self.price)
+
+    plain = network_vdm(Cosine(7.9, -10.0))
+    dearer = Dearer(plain.denoiser, plain.likelihood, shape=plain.shape)
+    dearer.price = 7.0
+    x, noise = torch.randint(17, (4, 4)), Noise(0, torch.arange(4))
+    paid = Bound(2, 2)(dearer, x, noise=noise).nats - Bound(2, 2)(plain, x, noise=noise).nats
+    assert torch.allclose(paid, torch.full_like(paid, 7.0))
+    read = dearer.eval().at(3)
+    assert type(read) is Dearer and read.steps == 3 and dearer.steps is None and not read.training
+    assert read.denoiser is dearer.denoiser and dearer.times is not read.for_evaluation().times
+
+
+def test_what_samples_are_guided_by_is_no_part_of_a_model(double):
+    plain = network_vdm(Cosine(7.9, -10.0))
+    with pytest.raises(TypeError, match=r"guidance=.*Unguided"):
+        VDM(genfw.Unguided(plain.denoiser), plain.likelihood)

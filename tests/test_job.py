@@ -15,7 +15,7 @@ from PIL import Image as PIL
 from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
 
-from genfw import ImportanceWeighted, evaluate, sample
+from genfw import Bound, ImportanceWeighted, evaluate, sample
 from genfw.train import certificate, checkpoint
 from genfw.train.compose import compose, session
 from genfw.train.config import build
@@ -474,6 +474,28 @@ def test_what_somebody_elses_parameterization_reads_is_asked_of_it():
         assemble(config)
     config.model.denoiser.network.out_channels = config.net.out_channels = 17
     assemble(config)
+
+
+class Picky(Bound):
+    """An estimator that serves no model."""
+
+    def check(self, model):
+        raise TypeError(f"{type(model).__name__} is not\nmine: use estimator=bound")
+
+
+@pytest.mark.parametrize("of", ["estimator", "validation_estimator"])
+def test_a_model_that_cannot_be_measured_so_is_not_trained(of, tmp_path, monkeypatch):
+    monkeypatch.setattr("genfw.train.job.fit", lambda *_: pytest.fail("was trained"))
+    given = (f"{of}._target_=test_job.Picky", "trusted=[test_job.Picky]")
+    with pytest.raises(ConfigError, match="VDM is not mine: use estimator=bound"):
+        run(composed(*VDM, *given), tmp_path)
+
+
+def test_nor_evaluated(vdm, monkeypatch, capsys):
+    monkeypatch.setattr(Bound, "check", Picky.check)
+    monkeypatch.setattr(Bound, "forward", lambda *_, **__: pytest.fail("was asked"))
+    assert command(evaluate.evaluate, [f"run={vdm[0]}"]) == 2
+    assert "VDM is not mine: use estimator=bound" in capsys.readouterr().err
 
 
 def test_restore_says_which_file_does_not_fit(vdm, tmp_path):

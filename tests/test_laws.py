@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import Mixture
 from torch import nn
 
 import genfw
@@ -115,6 +116,13 @@ def by_categories(shape, bins, classes=None):
     return vdm(shape, bins, classes, param, CategoricalLikelihood(bins))
 
 
+def of_mixture(shape, bins):
+    model = vae(shape, bins)
+    means, std = torch.tensor([[-2.0, 0.0], [1.0, 1.0]]), torch.tensor([0.3, 0.8])
+    model.prior = lambda n: Mixture(means, std, n)
+    return model
+
+
 MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
 
 
@@ -126,7 +134,7 @@ def test_every_model_is_put_through():
 
 
 @laws(MODEL_LAWS)
-@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories, of_mixture])
 def test_models(law, make):
     law(make, shape=(1, 2, 2), bins=3)
 

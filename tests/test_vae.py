@@ -2,8 +2,20 @@
 
 import pytest
 import torch
+from oracles import Mixture
 
-from genfw import VAE, BernoulliLikelihood, Bound, CategoricalLikelihood, Noise
+from genfw import (
+    VAE,
+    BernoulliLikelihood,
+    Bound,
+    CategoricalLikelihood,
+    Elbo,
+    FreeBits,
+    ImportanceWeighted,
+    Iwae,
+    Noise,
+    Stl,
+)
 
 
 class Map(torch.nn.Module):
@@ -91,3 +103,55 @@ def test_half_precision_stops_at_the_networks():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         elbo = vae.elbo(x)
     assert elbo.reconstruction.dtype == elbo.prior.dtype == torch.float32
+
+
+def of_one(n, latents=2):
+    """N(0, I), but no Normal."""
+    return Mixture(torch.zeros(1, latents), torch.ones(1), n)
+
+
+def test_a_mixture_of_one_as_prior_gives_the_normals_numbers(double):
+    """The bound in the mean, where the normal has a divergence and the mixture a draw of it;
+    importance weights and samples exactly."""
+    vae, n = random_vae(CategoricalLikelihood(5)), 4000
+    x = torch.randint(5, (2, 4)).repeat_interleave(n, 0)
+    noise, few = Noise(0, torch.arange(2 * n)), Noise(0, torch.arange(50))
+    weighted = ImportanceWeighted(k=5, chunk=100)
+    plain, weights, drawn = vae.elbo(x), weighted(vae, x[:50], noise=few).nats, vae.sample(50)
+    sampled = vae.sample(50, noise=few)
+    vae.prior = of_one
+    mixed = vae.elbo(x, noise=noise)
+    gap = (mixed.prior - plain.prior).view(2, n)
+    assert (gap.mean(1).abs() < 4 * gap.std(1) / n**0.5).all() and (gap.std(1) > 0.1).all()
+    assert torch.allclose(mixed.prior - mixed.total, 2 * mixed.prior - mixed.reconstruction)
+    assert torch.allclose(weighted(vae, x[:50], noise=few).nats, weights, rtol=1e-12)
+    assert torch.equal(vae.sample(50, noise=few), sampled) and drawn.shape == sampled.shape
+
+
+def test_the_bound_under_a_mixture_is_one_log_weight_in_float32_too():
+    """log p(x, z) - log q(z | x) at the same draw; keyed, so a batch does not matter."""
+    vae, x, noise = random_vae(CategoricalLikelihood(5)), torch.randint(5, (8, 4)), Noise(3, EIGHT)
+    vae.prior = lambda n: Mixture(torch.tensor([[-1.0, 0.0], [2.0, 1.0]]), torch.ones(2), n)
+    total = vae.elbo(x, noise=noise).total
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, vae.log_weight(x, noise=noise))
+    part = vae.elbo(x[[5, 2]], noise=Noise(3, EIGHT[[5, 2]])).total
+    torch.testing.assert_close(part, total[[5, 2]])
+
+
+EIGHT = torch.arange(8)
+
+
+def test_a_learned_prior_is_trained_whatever_the_objective(double):
+    vae, x, means = (
+        random_vae(CategoricalLikelihood(5)),
+        torch.randint(5, (8, 4)),
+        torch.randn(3, 2),
+    )
+    means.requires_grad_()
+    vae.prior = lambda n: Mixture(means, torch.ones(3), n)
+    for objective in (Elbo(), Iwae(3), Stl()):
+        (gradient,) = torch.autograd.grad(objective(vae, x).sum(), means)
+        assert gradient.abs().min() > 0
+    with pytest.raises(TypeError, match="a prior that is no Normal but a Mixture: it costs a log"):
+        FreeBits(0.1, "batch_dimension")(vae, x)

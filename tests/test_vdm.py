@@ -1,6 +1,9 @@
 """The diffusion bound against exact log p, against the generic hierarchy, and against itself in
 other coordinates."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 from oracles import FiniteDenoiser, GaussianDenoiser, LinearDenoiser, gaussian_log_prob
@@ -269,3 +272,44 @@ def test_the_decoder_is_bayes_under_a_uniform_prior_however_noisy_z_0_is(double)
     for k in range(3):
         log_mass = vdm.at(steps=5).decode(z, 1).log_prob(torch.full((9, 1), k))
         assert torch.allclose(log_mass, masses[:, k].log())
+
+
+def asked(vdm, x):
+    """Every way to ask a diffusion model about images."""
+    ways = {
+        "elbo": vdm.elbo,
+        "denoising": vdm.denoising,
+        "for_evaluation": vdm.for_evaluation().elbo,
+        "steps": vdm.at(steps=3).elbo,
+        "ancestral_elbo": vdm.at(steps=3).ancestral_elbo,
+        "log_weight": vdm.at(steps=3).log_weight,
+        "encode": lambda x: vdm.at(steps=3).encode(x, 1),
+        "bound": partial(Bound(sets=2, strata=1), vdm),
+        "importance_weighted": partial(genfw.ImportanceWeighted(k=2, chunk=4), vdm.at(steps=3)),
+        "simple": partial(genfw.Simple(), vdm),
+        "iwae": partial(genfw.Iwae(k=2), vdm.at(steps=3)),
+        "stl": partial(genfw.Stl(), vdm.at(steps=3)),
+    }
+    for name in ("decoder", "uniform", "truncated_normal"):
+        ways[name] = partial(genfw.ProbabilityFlow(1, name, steps=1), vdm)
+    return {name: partial(way, x) for name, way in ways.items()}
+
+
+def any_shape(shape=None):
+    """Its denoiser takes images of any shape."""
+    denoiser = GaussianDenoiser(Cosine(4.0, -4.0), 0.1, 0.5)
+    return VDM(denoiser, BinsLikelihood(17), shape=shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (5,), (1, 4)])
+def test_images_of_another_shape_are_refused_by_whoever_asks(shape, double):
+    said = re.escape(f"of shape (4,), which this VDM was built for, got {shape}")
+    for ask in asked(any_shape((4,)), torch.zeros(2, *shape).long()).values():
+        with pytest.raises(ValueError, match=said):
+            ask()
+
+
+@pytest.mark.parametrize("built", [None, (2, 2)])
+def test_without_a_shape_images_may_have_any(built, double):
+    for name, ask in asked(any_shape(built), torch.zeros(2, 2, 2).long()).items():
+        assert ask() is not None, name

@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from genfw.check import at_least_one
-from genfw.distributions import Normal, per_example
-from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import chunks
+from genfw.distributions import Distribution, Normal, per_example
+from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
+from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
+from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -96,36 +97,37 @@ class Annealed(Estimator, name="annealed"):
         self.step, self.from_encoder = step, from_encoder
         self.chunk = at_least_one("chunk", chunk)
 
+    def check(self, model: LatentModel) -> None:
+        _one_level(model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
         model = _one_level(model)
-        with torch.inference_mode(False), torch.no_grad():
-            noise, log_w, accepted = keyed(noise, x), [], []
-            for bridge, of, ranges in self._groups(model, x, y, noise):
-                steps = self._pilot(bridge, of)
-                runs = [self._up(bridge.repeat(j - i), steps, of, i, j) for i, j in ranges]
-                log_w.append(torch.cat([run[0] for run in runs], 1))
-                accepted.append(torch.cat([run[1] for run in runs], 1).mean(1))
-            weights = torch.cat(log_w)
-            return Estimate(
-                nats=-log_mean(weights),
-                variance=log_mean_variance(weights),
-                diagnostics={
-                    "ess": effective_sample_size(weights),
-                    "acceptance": torch.cat(accepted),
-                },
-            )
+        noise, log_w, accepted = keyed(noise, x), [], []
+        for bridge, of, ranges in self._groups(model, x, y, noise):
+            steps = self._pilot(bridge, of)
+            runs = [self._up(bridge.repeat(j - i), steps, of, i, j) for i, j in ranges]
+            log_w.append(torch.cat([run[0] for run in runs], 1))
+            accepted.append(torch.cat([run[1] for run in runs], 1).mean(1))
+        weights = torch.cat(log_w)
+        return Estimate(
+            nats=-log_mean(weights),
+            variance=log_mean_variance(weights),
+            diagnostics={
+                "ess": effective_sample_size(weights),
+                "acceptance": torch.cat(accepted),
+            },
+        )
 
     def bidirectional(
         self, model: LatentModel, n: int, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Sandwich:
         """Bounds on log p(x) from both sides, on n images simulated from the model."""
         model = _one_level(model)
-        with torch.inference_mode(False), torch.no_grad():
-            prior = model.prior(n)
-            noise = keyed(noise, prior.mean)
-            z = prior.sample(noise.fold("simulated z"))
+        with undisturbed(model):
+            noise = keyed(noise, torch.empty(n, device=model.device))
+            z = model.prior(n).sample(noise.fold("simulated z"))
             x = model.decode(z, 1, y).sample(noise.fold("simulated x"))
             lower, upper, done = [], [], 0
             for bridge, of, ranges in self._groups(model, x, y, noise):
@@ -145,8 +147,8 @@ class Annealed(Estimator, name="annealed"):
         for rows, ranges in chunks(len(x), self.chains, self.chunk):
             given = None if y is None else y[rows].clone()
             here = x[rows].clone()
-            start = model.encode(here, 1, given) if self.from_encoder else model.prior(len(here))
-            yield _Bridge(model, here, given, start), noise.of(rows), ranges
+            q = model.encode(here, 1, given) if self.from_encoder else None
+            yield _Bridge(model, here, given, q), noise.of(rows), ranges
 
     def _betas(self) -> Tensor:
         """(T + 1,) from 0 to 1: a sigmoid between -4 and 4, slow at both ends (Wu et al.)."""
@@ -224,20 +226,25 @@ class Annealed(Estimator, name="annealed"):
 
 @dataclass(frozen=True)
 class _Bridge:
-    """The densities between the start and the posterior, for a batch of examples."""
+    """The densities between the start (q where it is given, else the prior) and the posterior, for
+    a batch of examples."""
 
     model: MarkovianHierarchy
     x: Image
     y: Labels | None
-    start: Normal
+    q: Normal | None
+
+    @property
+    def start(self) -> Distribution:
+        return self.model.prior(len(self.x)) if self.q is None else self.q
 
     def repeat(self, k: int) -> _Bridge:
         """Every example k times, side by side."""
-        x, mean, std = (
-            v.repeat_interleave(k, 0) for v in (self.x, self.start.mean, self.start.std)
-        )
-        y = None if self.y is None else self.y.repeat_interleave(k, 0)
-        return _Bridge(self.model, x, y, Normal(mean, std))
+        x, y, q = self.x.repeat_interleave(k, 0), self.y, self.q
+        y = None if y is None else y.repeat_interleave(k, 0)
+        if q is not None:
+            q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
+        return _Bridge(self.model, x, y, q)
 
     def log_ratio(self, z: Tensor) -> Nats:
         """log p(x, z) - log p_0(z), (b,) float64."""
@@ -255,9 +262,9 @@ class _Bridge:
 
 
 def _one_level(model: LatentModel) -> MarkovianHierarchy:
-    if not isinstance(model, MarkovianHierarchy) or model.levels != 1:
-        raise ValueError(
-            f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "
-            "of one level: use estimator=importance_weighted"
-        )
-    return model
+    if isinstance(model, MarkovianHierarchy) and not isinstance(model, VDM) and model.levels == 1:
+        return model
+    raise ValueError(
+        f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "
+        f"of one level: use {alternatives(model)}"
+    )

@@ -33,7 +33,6 @@ class Bound(Estimator, name="bound"):
         self.draws = sets * strata
         self.chunk = at_least_one("chunk", chunk)
 
-    @torch.no_grad()
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:

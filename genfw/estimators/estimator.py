@@ -4,9 +4,10 @@ objectives."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Estimate:
 
 
 class Estimator(Registered, nn.Module, ABC, group="estimator"):
-    """A way to measure the negative log-likelihood of a model.
+    """A way to measure the negative log-likelihood of a model: of its weights in evaluation, as
+    `undisturbed` has them, whatever mode it is in.
 
     Attributes:
         kind: what `nats` is in the mean: "upper bound on -log p(x)", "unbiased", ...
@@ -52,6 +54,17 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
     continuous: ClassVar[bool] = False
     diagnostics: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, model: LatentModel) -> None:
+        """Says, before anything is computed, whether this model can be measured so.
+
+        Raises:
+            TypeError, ValueError: it cannot, in one sentence with what can be.
+        """
+
+    def __call__(self, model: LatentModel, *args: Any, **kwargs: Any) -> Estimate:
+        with undisturbed(model):
+            return super().__call__(model, *args, **kwargs)
+
     @abstractmethod
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
@@ -60,8 +73,30 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
         seed."""
 
 
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """A number must be the same each time it is asked for: no dropout, no autocast, no gradients;
+    nor inference mode, in which an estimator could take none of its own. Afterwards every module
+    is in its own mode again."""
+    modes = [(each, each.training) for each in model.modules()]
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        try:
+            model.eval()
+            yield
+        finally:
+            for each, training in modes:
+                each.training = training
+
+
 def keyed(noise: Noise | None, x: Tensor) -> Noise:
-    """`noise`, or a fresh seed for this batch."""
+    """`noise`, or a fresh seed for this batch.
+
+    Raises:
+        ValueError: the batch is empty: no mean is that of no image.
+    """
+    if not len(x):
+        raise ValueError("x: expected at least one image to estimate the likelihood of, got none")
     if noise is not None:
         return noise
     return Noise(int(torch.randint(2**62, ())), torch.arange(len(x), device=x.device))

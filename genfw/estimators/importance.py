@@ -62,23 +62,15 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
         self.k = self.draws = at_least_one("k", k)
         self.chunk = None if chunk is None else at_least_one("chunk", chunk)
 
-    @torch.no_grad()
+    def check(self, model: LatentModel) -> None:
+        _weighing(model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
-        if not isinstance(model, Weighs):
-            raise TypeError(
-                f"estimator=importance_weighted needs importance weights and "
-                f"{type(model).__name__} has none: use estimator=bound"
-            )
-        if isinstance(model, VDM) and model.steps is None:
-            raise ValueError(
-                "estimator=importance_weighted goes through the levels of a chain, and a VDM in "
-                "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
-            )
-        noise = keyed(noise, x)
+        noise, weighing = keyed(noise, x), _weighing(model)
         chunk = self.chunk or within_memory(model, x, y, noise, self.k)
-        return assembled(len(x), self._groups(model, x, y, noise, chunk))
+        return assembled(len(x), self._groups(weighing, x, y, noise, chunk))
 
     def _groups(
         self, model: Weighs, x: Image, y: Labels | None, noise: Noise, chunk: int
@@ -93,6 +85,27 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
+
+
+def alternatives(model: LatentModel) -> str:
+    """Other estimators, which can serve this model."""
+    endless = isinstance(model, VDM) and model.steps is None
+    more = " or importance_weighted" if isinstance(model, Weighs) and not endless else ""
+    return f"estimator=bound{more}"
+
+
+def _weighing(model: LatentModel) -> Weighs:
+    if not isinstance(model, Weighs):
+        raise TypeError(
+            f"estimator=importance_weighted needs importance weights (log_weight), and "
+            f"{type(model).__name__} has a bound alone: use estimator=bound"
+        )
+    if isinstance(model, VDM) and model.steps is None:
+        raise ValueError(
+            "estimator=importance_weighted goes through the levels of a chain, and a VDM in "
+            "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
+        )
+    return model
 
 
 def weighed(log_w: Tensor) -> Estimate:

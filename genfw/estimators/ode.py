@@ -28,8 +28,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +39,8 @@ from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
 from genfw.estimators.dormand_prince import adaptive, fixed
-from genfw.estimators.estimator import Estimate, Estimator, keyed
-from genfw.estimators.importance import chunks
+from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
+from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import log_mean
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
@@ -111,6 +110,9 @@ class ProbabilityFlow(Estimator, name="ode"):
         self.probe = _one_of("probe", probe, PROBES)
         self.chunk = at_least_one("chunk", chunk)
 
+    def check(self, model: LatentModel) -> None:
+        _diffusion(model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
@@ -118,14 +120,13 @@ class ProbabilityFlow(Estimator, name="ode"):
         if self.k > 1 and not self._exact(x):
             raise ValueError(
                 f"k={self.k}: the mean of weights is a bound only where log p_ode is exact, and "
-                f"D={x[0].numel()} is above exact_dims={self.exact_dims}: use k=1"
+                f"D={math.prod(x.shape[1:])} is above exact_dims={self.exact_dims}: use k=1"
             )
-        with _undisturbed(vdm):
-            noise, parts = keyed(noise, x), []
-            for rows, ranges in chunks(len(x), each, self.chunk):
-                of = noise.of(rows)
-                solved = [self._weigh(vdm, x, y, rows, of, i, j) for i, j in ranges]
-                parts.append(torch.cat(solved, 2))
+        noise, parts = keyed(noise, x), []
+        for rows, ranges in chunks(len(x), each, self.chunk):
+            of = noise.of(rows)
+            solved = [self._weigh(vdm, x, y, rows, of, i, j) for i, j in ranges]
+            parts.append(torch.cat(solved, 2))
         log_w, error, calls, reconstruction, prior = torch.cat(parts, 1)
         reconstruction, prior = reconstruction.mean(1), prior.mean(1)
         values = -log_mean(log_w.view(-1, self.k)).view(-1, self.draws)
@@ -142,7 +143,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         self, vdm: VDM, z_0: Data, y: Labels | None = None, *, noise: Noise | None = None
     ) -> FlowDensity:
         """log p_ode at the first latent z_0 (b, *shape). `noise` keys the probes."""
-        with _undisturbed(vdm):
+        with undisturbed(vdm):
             exact = self._exact(z_0)
             z = z_0.clone().double()
             probe = None if exact else PROBES[self.probe](keyed(noise, z), z)
@@ -173,7 +174,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         return torch.stack(found).unflatten(1, (-1, j - i))
 
     def _exact(self, x: Tensor) -> bool:
-        return x[0].numel() <= self.exact_dims
+        return math.prod(x.shape[1:]) <= self.exact_dims
 
     def extra_repr(self) -> str:
         solver = f"tolerance={self.tolerance:g}" if self.steps is None else f"steps={self.steps}"
@@ -317,28 +318,14 @@ def _bins(vdm: VDM, x: Image) -> tuple[Data, Tensor, Tensor, int]:
         )
     start = torch.zeros((), dtype=torch.float64, device=x.device)
     alpha, sigma = vdm.schedule.alpha(start), vdm.schedule.sigma(start)
-    return vdm.likelihood.normalize(x).double(), alpha, sigma, bins
-
-
-@contextmanager
-def _undisturbed(model: LatentModel) -> Iterator[None]:
-    """An ODE must be the same each time it is asked: no dropout. Nor autocast, nor inference mode,
-    in which nothing can be differentiated."""
-    training = model.training
-    autocast = torch.autocast(model.device.type, enabled=False)
-    with torch.inference_mode(False), torch.no_grad(), autocast:
-        try:
-            model.eval()
-            yield
-        finally:
-            model.train(training)
+    return vdm.likelihood.normalize(vdm.checked(x)).double(), alpha, sigma, bins
 
 
 def _diffusion(model: LatentModel) -> VDM:
     if not isinstance(model, VDM):
         raise TypeError(
             f"estimator=ode follows the probability flow of a diffusion model, and "
-            f"{type(model).__name__} has none: use estimator=bound or importance_weighted"
+            f"{type(model).__name__} has none: use {alternatives(model)}"
         )
     return model
 

@@ -71,7 +71,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
             raise ValueError(f"latents: expected positive sizes, got {list(latents)}")
         self.levels = len(self.latents)
 
-    def prior(self, n: int) -> Normal:
+    def prior(self, n: int) -> Distribution:
         zero = torch.zeros((), device=self.device, dtype=self.dtype)
         return Normal(zero.expand(n, *self.latents[-1]), torch.ones_like(zero))
 

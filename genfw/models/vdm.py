@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -51,12 +52,17 @@ class VDM(MarkovianHierarchy, name="vdm"):
         likelihood: p(x | z_0), given (z_0 / alpha_0, sigma_0 / alpha_0), or where it takes no
             pair, `denoiser.posterior` at t = 0.
         steps: T, or None for continuous time.
-        shape: of the data, (C, H, W) or (D,); needed to sample.
+        shape: of the data, (C, H, W) or (D,): images of another are refused; needed to sample.
+            None: images of any shape that the denoiser takes.
         sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
         times: which noise levels `elbo` and the objectives look at in continuous time; default
             uniform in t.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
         guidance: what is put around the denoiser to sample, and only then.
+
+    Raises:
+        TypeError: a denoiser that is guided already.
+        ValueError: `steps` below 1; when asked about images, they are of another shape.
     """
 
     def __init__(
@@ -72,6 +78,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
         guidance: Guide = Unguided,
     ):
         super().__init__()
+        if isinstance(denoiser, Guidance):
+            raise TypeError(
+                "denoiser: expected the bare one, of which a likelihood is; samples are guided by "
+                f"VDM(..., guidance=...), got {type(denoiser).__name__}"
+            )
         self.steps = None if steps is None else at_least_one("steps", steps)
         self.denoiser, self.likelihood = denoiser, likelihood
         self.shape = None if shape is None else tuple(shape)
@@ -104,7 +115,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return ELBO(
             reconstruction=self.decode(z_0, 1, y).log_prob(x),
             levels=(self.denoising(x, y, noise=noise).cost,),
-            prior=self._at_end(x).kl(self.prior(len(x), x.shape[1:])),
+            prior=self._at_end(x).kl(self.prior_of(x)),
         )
 
     def denoising(
@@ -152,6 +163,9 @@ class VDM(MarkovianHierarchy, name="vdm"):
         zero = torch.zeros(n, *shape, device=self.device, dtype=self.dtype)
         return Normal(zero, zero.new_ones(()))
 
+    def prior_of(self, z: Tensor) -> Normal:
+        return self.prior(len(z), z.shape[1:])
+
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         if t == 1:
             return marginal(self._normalize(z), self._time(1), self.schedule)
@@ -179,25 +193,32 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 
     def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
-        """The same modules."""
-        return VDM(
-            self.denoiser,
-            self.likelihood,
-            steps,
-            shape=self.shape,
-            sampler=sampler,
-            times=times,
-            classes=self.classes,
-            guidance=self.guidance,
-        )
+        """The same model, of the same modules, read so."""
+        read = copy.copy(self)
+        read._modules = dict(self._modules)
+        read.steps, read.sampler, read.times = steps, sampler, times
+        return read
 
     def _time(self, level: int) -> Tensor:
         """The time of latent `level`: (level - 1) / T."""
         time = 0.0 if level == 1 else (level - 1) / (self.levels - 1)
         return torch.tensor(time, dtype=torch.float64, device=self.device)
 
+    def checked(self, x: Image) -> Image:
+        """x itself.
+
+        Raises:
+            ValueError: its images are not of `shape`.
+        """
+        if self.shape is not None and tuple(x.shape[1:]) != self.shape:
+            raise ValueError(
+                f"x: expected images of shape {self.shape}, which this VDM was built for, got "
+                f"{tuple(x.shape[1:])}: VDM(..., shape=None) takes any"
+            )
+        return x
+
     def _normalize(self, x: Image) -> Data:
-        data = self.likelihood.normalize(x)
+        data = self.likelihood.normalize(self.checked(x))
         return data.to(torch.promote_types(data.dtype, self.dtype))
 
     def _at_end(self, x: Image) -> Normal:

@@ -173,7 +173,7 @@ class Output(nn.Module):
 
     def forward(self, h: Features, z: Features, condition: Features) -> Features:
         gain = _behind(self.gain(nn.functional.silu(condition)), z.ndim - 1)
-        raw = self.layer(h).reshape(len(z), -1, *z.shape[1:])
+        raw = self.layer(h).reshape(len(z), gain.shape[1], *z.shape[1:])
         return torch.addcmul(raw, gain, z[:, None]).flatten(1, 2)  # one tensor, not a product too
 
 

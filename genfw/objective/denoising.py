@@ -46,6 +46,9 @@ class DenoisingObjective(Objective, ABC):
     def measure(self, draw: Denoising) -> Tensor:
         """(b,) what the weight is stated per."""
 
+    def check(self, model: LatentModel) -> None:
+        self._denoising(model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
@@ -55,13 +58,7 @@ class DenoisingObjective(Objective, ABC):
             TypeError: a model that does not denoise.
             ValueError: a schedule that learns: its gradient would have no meaning.
         """
-        if not isinstance(model, Denoises):
-            raise TypeError(
-                f"objective={self.name} weighs a denoising error and "
-                f"{type(model).__name__} has none: "
-                "use objective=elbo, or a diffusion model"
-            )
-        draw = model.denoising(x, y, noise=noise)
+        draw = self._denoising(model).denoising(x, y, noise=noise)
         if draw.log_snr.requires_grad:
             raise ValueError(
                 f"objective={self.name} says nothing of a learned schedule, which follows the "
@@ -69,6 +66,15 @@ class DenoisingObjective(Objective, ABC):
             )
         weight = 0.5 * self.weight(draw.log_snr) * self.measure(draw)
         return (weight * draw.eps_error).to(draw.eps_error.dtype)
+
+    def _denoising(self, model: LatentModel) -> Denoises:
+        if not isinstance(model, Denoises):
+            raise TypeError(
+                f"objective={self.name} weighs a denoising error and "
+                f"{type(model).__name__} has none: "
+                "use objective=elbo, or a diffusion model"
+            )
+        return model
 
 
 class PerLogSNR(DenoisingObjective):

@@ -51,6 +51,9 @@ class Iwae(Objective, name="iwae"):
         super().__init__()
         self.k = at_least_one("k", k)
 
+    def check(self, model: LatentModel) -> None:
+        _weighing(self, model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
@@ -73,6 +76,9 @@ class Miwae(Objective, name="miwae"):
     def __init__(self, m: int = 8, k: int = 8):
         super().__init__()
         self.m, self.k = at_least_one("m", m), at_least_one("k", k)
+
+    def check(self, model: LatentModel) -> None:
+        _weighing(self, model)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -100,6 +106,9 @@ class Ciwae(Objective, name="ciwae"):
             raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
         self.weight = weight
 
+    def check(self, model: LatentModel) -> None:
+        _weighing(self, model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
@@ -113,6 +122,9 @@ class Ciwae(Objective, name="ciwae"):
 class Stl(Objective, name="stl"):
     """The negative bound of one draw, its encoder gradient by the path alone: no variance where the
     encoder is the true posterior. The decoder's gradient is the plain one."""
+
+    def check(self, model: LatentModel) -> None:
+        _chain(self, model)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -140,6 +152,9 @@ class Dreg(Objective, name="dreg"):
         super().__init__()
         self.k = at_least_one("k", k)
 
+    def check(self, model: LatentModel) -> None:
+        _chain(self, model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
@@ -166,12 +181,8 @@ def _log_weights(
     k: int,
 ) -> Tensor:
     """k log weights per example, (b, k)."""
-    if not isinstance(model, Weighs):
-        raise TypeError(
-            f"objective={objective.name} needs importance weights and {type(model).__name__} has "
-            "none: use objective=elbo, or a model with log_weight"
-        )
-    return model.log_weight(x, y, noise=draws(noise, x).each(0, k), k=k).unflatten(0, (-1, k))
+    weights = _weighing(objective, model).log_weight
+    return weights(x, y, noise=draws(noise, x).each(0, k), k=k).unflatten(0, (-1, k))
 
 
 def _apart(
@@ -192,7 +203,7 @@ def _apart(
 
     rungs = model.climb(x, y, noise=draws(noise, x).each(0, k), k=k, draw=copied)
     z = [rung.z for rung in rungs]
-    log_p = model.prior(len(z[-1])).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
+    log_p = model.prior_of(z[-1]).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
     log_w = log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
     path = torch.zeros_like(log_w)
     slopes = torch.autograd.grad(log_w.sum(), z, retain_graph=True)
@@ -215,10 +226,22 @@ def _moved(value: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + gradient - gradient.detach()
 
 
+def _weighing(objective: Objective, model: LatentModel) -> Weighs:
+    if not isinstance(model, Weighs):
+        raise TypeError(
+            f"objective={objective.name} needs importance weights and {type(model).__name__} has "
+            "none: use objective=elbo, or a model with log_weight"
+        )
+    if isinstance(model, MarkovianHierarchy):
+        at_least_one("levels", model.levels)  # in continuous time there is no number of them
+    return model
+
+
 def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
     if not isinstance(model, MarkovianHierarchy):
         raise TypeError(
             f"objective={objective.name} follows a chain of latents from x up, which "
             f"{type(model).__name__} is not: use objective=elbo or iwae, or a VAE or MHVAE"
         )
+    at_least_one("levels", model.levels)
     return model

@@ -21,6 +21,13 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
 
     step: int | None = None
 
+    def check(self, model: LatentModel) -> None:
+        """Says, before anything is computed, whether this model can be trained so.
+
+        Raises:
+            TypeError, ValueError: it cannot, in one sentence with what can be.
+        """
+
     @abstractmethod
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoises
-from genfw.distributions import per_example
+from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws
@@ -194,16 +194,22 @@ class FreeBits(Objective, name="free_bits"):
             raise ValueError(f"per: expected one of {', '.join(values)}, got {per!r}")
         self.per = Floor(per)
 
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
+    def check(self, model: LatentModel) -> None:
         if isinstance(model, Denoises):
             raise TypeError(
                 "objective=free_bits lays a floor under what learned latents cost, and those of "
                 f"{type(model).__name__} are fixed noise: use objective=elbo"
             )
-        if self.per in (Floor.EXAMPLE_DIMENSION, Floor.BATCH_DIMENSION):
-            reconstruction, costs = self._dimensions(model, x, y, noise)
+        if self._by_dimension:
+            _diverging(self, model)
+
+    def forward(
+        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
+    ) -> Nats:
+        self.check(model)
+        if self._by_dimension:
+            reconstruction, pairs = _diverging(self, model).divergences(x, y, noise=noise)
+            costs = torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
         else:
             elbo = model.elbo(x, y, noise=noise)
             reconstruction, costs = elbo.reconstruction, torch.stack((*elbo.levels, elbo.prior), 1)
@@ -211,19 +217,9 @@ class FreeBits(Objective, name="free_bits"):
         judged = costs if alone else costs.mean(0, keepdim=True)
         return torch.where(judged > self.nats, costs, self.nats).sum(1) - reconstruction
 
-    def _dimensions(
-        self, model: LatentModel, x: Image, y: Labels | None, noise: Draws | None
-    ) -> tuple[Nats, Tensor]:
-        """Reconstruction and the KL of every latent dimension, (b, D)."""
-        chain = isinstance(model, MarkovianHierarchy) and model.levels > 1
-        if chain or not isinstance(model, Diverges):
-            raise TypeError(
-                f"objective=free_bits with per={self.per.value} needs divergences in closed form, "
-                "and below the top of a chain a level costs a log ratio at one draw: use "
-                f"per=batch_level, got {type(model).__name__}"
-            )
-        reconstruction, pairs = model.divergences(x, y, noise=noise)
-        return reconstruction, torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
+    @property
+    def _by_dimension(self) -> bool:
+        return self.per in (Floor.EXAMPLE_DIMENSION, Floor.BATCH_DIMENSION)
 
     def extra_repr(self) -> str:
         return f"at least {self.nats:g} nats per {self.per.value.replace('_', ' and ')}"
@@ -247,27 +243,52 @@ class L2(Objective, name="l2"):
         super().__init__()
         self.rate = _price("rate", rate)
 
+    def check(self, model: LatentModel) -> None:
+        _decoding(model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        likelihood = getattr(model, "likelihood", None)
-        if (
-            not isinstance(model, MarkovianHierarchy)
-            or isinstance(model, Denoises)
-            or not isinstance(likelihood, Likelihood)
-        ):
-            raise TypeError(
-                "objective=l2 compares data with what a learned decoder means, and "
-                f"{type(model).__name__} is no chain with one: use objective=elbo, or a VAE"
-            )
-        rungs = model.climb(x, y, noise=noise)
+        chain, likelihood = _decoding(model)
+        rungs = chain.climb(x, y, noise=noise)
         mean = rungs[0].p.mean
         error = likelihood.normalize(x).to(mean) - _normalized(mean, likelihood)
-        rate = bound(rungs, model.prior(len(x))).rate
+        rate = bound(rungs, chain.prior(len(x))).rate
         return per_example(error.square()) + self.rate * rate
 
     def extra_repr(self) -> str:
         return f"||x - E[x|z]||^2 + {self.rate:g} rate: no likelihood"
+
+
+def _diverging(objective: FreeBits, model: LatentModel) -> Diverges:
+    chain = isinstance(model, MarkovianHierarchy)
+    several = chain and model.levels > 1
+    if several or not isinstance(model, Diverges):
+        raise TypeError(
+            f"objective=free_bits with per={objective.per.value} needs divergences in closed form, "
+            "and below the top of a chain a level costs a log ratio at one draw: use "
+            f"per=batch_level, got {type(model).__name__}"
+        )
+    if chain and not isinstance(model.prior(1), Normal):
+        raise TypeError(
+            f"objective=free_bits with per={objective.per.value} needs divergences in closed form, "
+            f"and {type(model).__name__}'s prior is no Normal: use per=batch_level"
+        )
+    return model
+
+
+def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:
+    likelihood = getattr(model, "likelihood", None)
+    if (
+        not isinstance(model, MarkovianHierarchy)
+        or isinstance(model, Denoises)
+        or not isinstance(likelihood, Likelihood)
+    ):
+        raise TypeError(
+            "objective=l2 compares data with what a learned decoder means, and "
+            f"{type(model).__name__} is no chain with one: use objective=elbo, or a VAE"
+        )
+    return model, likelihood
 
 
 def _weighted(

@@ -74,6 +74,8 @@ class Diagnostics(L.Callback):
 
     `kl_<t>` is the term of the bound in which z_t stands. In a chain only that of z_T is a
     divergence; the others, and those of their units, may be negative, see `genfw.model.bound`.
+    Under a prior that is no Normal z_T has `active_units_<T>` alone: what its units cost is not
+    known one by one (nan in the table), and all together they cost `prior`, a term of the NLL.
 
     `units.csv`, `interpolation.png` and `traversal_<t>.png` in the run folder are of the last
     weights that were drawn: in the end, those that were tested. The table has a line for every
@@ -192,7 +194,8 @@ class Diagnostics(L.Callback):
             ("informative_units", found.informative()),
         ):
             for t, units in enumerate(levels, 1):
-                module.log(f"{split}/{name}_{t}", float(units.sum()))
+                if name == "active_units" or not found.kl[t - 1].isnan().all():
+                    module.log(f"{split}/{name}_{t}", float(units.sum()))
         whole = module.nll.compute()  # the terms of the number itself, of all images
         if "levels" in whole:
             module.log(f"{split}/rate", (whole["levels"] + whole["prior"]).float())

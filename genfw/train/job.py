@@ -44,6 +44,7 @@ from genfw.estimators.estimator import Estimator
 from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
+from genfw.objective import Objective
 from genfw.registry import Registered
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given, kind
@@ -98,6 +99,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     with obedient(folder) as signals, finished(loggers, signals):
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config)
+        served(module.model, module.objective, module.estimator, module.validation_estimator)
         steerable(module)
         files = AtomicIO()
         keeper = build(
@@ -333,6 +335,19 @@ def steerable(module: LatentModule) -> None:
             module.model.guided()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"guidance: {' '.join(str(error).split())}") from error
+
+
+def served(model: LatentModel, *by: Objective | Estimator) -> None:
+    """Finds out what a model cannot be trained or measured by before it is.
+
+    Raises:
+        ConfigError: one of `by` says so.
+    """
+    for one in by:
+        try:
+            one.check(model)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(" ".join(str(error).split())) from error
 
 
 def make_callbacks(config: DictConfig) -> list[L.Callback]:

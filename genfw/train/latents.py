@@ -41,7 +41,7 @@ class Latents(Protocol):
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> list[Tensor]:
         """What every unit of z_1 .. z_T costs at these draws, (b, units) nats each: their sums over
-        units are the terms of the bound."""
+        units are the terms of the bound. nan where single units have no cost of their own."""
         ...
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
@@ -64,7 +64,8 @@ class Chain:
     def costs(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> list[Tensor]:
-        """As `bound` has them: log ratios at the draw, at the top a divergence.
+        """As `bound` has them: log ratios at the draw, at the top a divergence; nan under a prior
+        that is no Normal, whose units may depend on each other.
 
         Raises:
             TypeError: a p(z_t | z_{t+1}) that is no normal: its units may depend on each other.
@@ -80,7 +81,10 @@ class Chain:
             z = rung.z.reshape(-1, 1)
             ratio = rung.q.by_dimension().log_prob(z) - above.p.by_dimension().log_prob(z)
             costs.append(ratio.view(len(x), -1))
-        return [*costs, rungs[-1].q.kl_by_dimension(self.model.prior(len(x)))]
+        q, prior = rungs[-1].q, self.model.prior_of(rungs[-1].z)
+        if isinstance(prior, Normal):
+            return [*costs, q.kl_by_dimension(prior)]
+        return [*costs, torch.full_like(q.mean.flatten(1), torch.nan)]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         z = above[0]

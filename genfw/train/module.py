@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from genfw.elbo import bits_per_dim
 from genfw.estimators.bound import Bound
-from genfw.estimators.estimator import Estimator
+from genfw.estimators.estimator import Estimator, undisturbed
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
 from genfw.objective import Elbo, Objective
@@ -96,8 +96,7 @@ class LatentModule(L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[LatentModel]:
-        """`evaluated` in evaluation mode, without gradients, autocast or TF32; then back in its
-        mode.
+        """`evaluated` in evaluation mode, as `undisturbed` has it, without TF32.
 
         Raises:
             ValueError: its weights are narrower than float32.
@@ -109,12 +108,8 @@ class LatentModule(L.LightningModule):
                 f"the weights are {' and '.join(narrow)}, and numbers are reported in float32 or "
                 "better: use trainer.precision=bf16-mixed, or 32-true to evaluate these"
             )
-        training = model.training
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), full_float32():
-            try:
-                yield model.eval()
-            finally:
-                model.train(training)
+        with undisturbed(model), full_float32():
+            yield model
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
         if isinstance(batch, Batch):
