@@ -1,5 +1,7 @@
 """Every registered class keeps the laws of its interface, and every law can be broken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import Mixture
@@ -11,6 +13,7 @@ from genfw import (
     Categorical,
     CategoricalLikelihood,
     Eps,
+    Estimator,
     LatentModel,
     Likelihood,
     LinearParameterization,
@@ -24,6 +27,7 @@ from genfw import (
 from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing import (
+    ESTIMATOR_LAWS,
     GRID_LAWS,
     LAWS,
     LIKELIHOOD_LAWS,
@@ -83,6 +87,20 @@ def test_posteriors(law, cls):
     law(cls)
 
 
+ESTIMATORS = {
+    genfw.Bound: {"sets": 2, "strata": 3},
+    genfw.ImportanceWeighted: {"k": 20, "chunk": 4000},
+    genfw.Annealed: {"temperatures": 4, "chains": 4, "leapfrog": 2, "chunk": 4000},
+    genfw.ProbabilityFlow: {"steps": 8},
+}
+
+
+@laws(ESTIMATOR_LAWS)
+@pytest.mark.parametrize("cls", ESTIMATORS)
+def test_estimators(law, cls):
+    law(cls, **ESTIMATORS[cls])
+
+
 def vae(shape, bins, classes=None):
     encoder = MLPEncoder(shape, 2, classes=classes, hidden=[8])
     decoder = MLPDecoder(shape, 2, outputs=bins, classes=classes, hidden=[8])
@@ -126,11 +144,15 @@ def of_mixture(shape, bins):
 MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
 
 
-def test_every_model_is_put_through():
+def test_every_model_and_estimator_is_put_through():
     for name in genfw.__all__:
         getattr(genfw, name)  # which registers it
-    ours = {n for n, c in LatentModel.registry.items() if c.__module__.startswith("genfw.")}
-    assert MODELS.keys() == ours
+    assert set(MODELS) == {cls.name for cls in ours(LatentModel)}
+    assert set(ESTIMATORS) == set(ours(Estimator))
+
+
+def ours(interface):
+    return [c for c in interface.registry.values() if c.__module__.startswith("genfw.")]
 
 
 @laws(MODEL_LAWS)
@@ -289,6 +311,69 @@ class Unbounded(genfw.Posterior):
     def forward(self, h, p):
         mean, log_std = h.chunk(2, 1)
         return genfw.Normal(mean, log_std.exp())
+
+
+class Few(genfw.Bound):
+    """A bound of few draws, of which something is changed."""
+
+    def __init__(self, chunk=4000):
+        super().__init__(2, 3, chunk)
+
+    def forward(self, model, x, y=None, *, noise=None):
+        return self.changed(super().forward(model, x, self.told(y), noise=self.drawn(noise)))
+
+    def changed(self, estimate):
+        return estimate
+
+    def told(self, y):
+        return y
+
+    def drawn(self, noise):
+        return noise
+
+
+def few(**methods):
+    """Estimators with one thing wrong."""
+    return type("Few", (Few,), methods)
+
+
+def only(**changes):
+    """The same estimate but for these of its numbers."""
+    return lambda self, e: replace(e, **{k: f(getattr(e, k)) for k, f in changes.items()})
+
+
+def coarse(nats):
+    return nats.bfloat16().double() if torch.is_autocast_enabled("cpu") else nats
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"changed": only(nats=lambda nats: nats - 0.3)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats + 1.5)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats / 2)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: -nats)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats - nats.mean())}, "depends on its batch"),
+        ({"changed": only(nats=lambda nats: nats.float())}, "nats are torch.float32, not float64"),
+        ({"changed": only(nats=coarse)}, "nats are lost under autocast"),
+        ({"changed": only(variance=lambda variance: variance / 3)}, "stated, .* found"),
+        ({"changed": only(variance=lambda variance: variance * 3)}, "stated, .* found"),
+        ({"changed": only(variance=lambda variance: variance.sqrt())}, "stated, .* found"),
+        ({"told": lambda self, y: None}, r"nats above -log p\(x\|y\)"),
+        ({"told": lambda self, y: None if y is None else y.roll(1)}, "batch|nats above"),
+        ({"drawn": lambda self, noise: None}, "depends on its batch"),
+        ({"drawn": lambda self, noise: noise.fold(self.chunk)}, "depends on the chunk"),
+        ({"kind": "unbiased"}, "kind: unbiased"),
+        ({"kind": "lower bound on -log p(x)"}, "kind: lower"),
+    ],
+)
+def test_a_broken_estimator_is_found(methods, said):
+    with pytest.raises(AssertionError, match=said):
+        check(few(**methods))
+
+
+def test_an_estimator_is_found_whole():
+    check(Few)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,13 @@ from typing import Any
 
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler import Sampler
+from genfw.estimators.estimator import Estimator
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
 from genfw.models.posterior import Posterior
 from genfw.parameterization import Parameterization
 from genfw.schedule import NoiseSchedule
+from genfw.testing.estimator import ESTIMATOR_LAWS as ESTIMATOR_LAWS
 from genfw.testing.grid import GRID_LAWS as GRID_LAWS
 from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
 from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
@@ -40,6 +42,7 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     TimeGrid: GRID_LAWS,
     Sampler: SAMPLER_LAWS,
     Posterior: POSTERIOR_LAWS,
+    Estimator: ESTIMATOR_LAWS,
 }
 
 
