@@ -497,13 +497,34 @@ def test_only_interfaces_with_laws_can_be_checked():
         check(nn.Linear)
 
 
+SMALL = {"shape": (1, 2, 2), "bins": 3}
+
+
+def test_what_a_function_builds_is_checked_as_its_interface():
+    check(vae, LatentModel, **SMALL)
+    check(lambda high, low: genfw.Cosine(high, low), NoiseSchedule)
+    with pytest.raises(AssertionError, match="sums to"):
+        check(broken(vae, elbo=shifted), LatentModel, **SMALL)
+    with pytest.raises(TypeError, match="Linear: expected one of NoiseSchedule"):
+        check(vae, nn.Linear)
+    with pytest.raises(TypeError, match=r"check\(vae\): give shape="):
+        check(vae, LatentModel, bins=3)
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
         (genfw.Cosine, {"log_snr_max": 8.0}, "the laws choose log_snr_max; leave it out"),
         (genfw.Cosine, {"log_snr_min": 8.0}, "the laws choose log_snr_min; leave it out"),
         (genfw.VAE, {"bins": 3}, r"check\(VAE\): give shape=, the smaller the better"),
-        (vae, {"bins": 3}, "expected a class, got <function vae.*one by one"),
+        (vae, {"bins": 3}, r"expected a class, got <function vae.*check\(make, LatentModel, shape"),
+        (
+            genfw.VAE,
+            SMALL,
+            r"VAE cannot be built from shape, bins .*'encoder'.*check\(make, LatentM",
+        ),
+        (genfw.VDM, SMALL, r"VDM cannot be built from shape, bins \(missing .*check\(make, Latent"),
+        (genfw.Cosine, {"powr": 3}, r"Cosine cannot be built from log_snr_max.*, powr .*'powr'"),
     ],
 )
 def test_a_check_says_which_arguments_it_takes(cls, arguments, said):
