@@ -23,6 +23,7 @@ from genfw import (
     Prediction,
     Sampler,
     TimeGrid,
+    TimeSampler,
 )
 from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
@@ -36,6 +37,7 @@ from genfw.testing import (
     POSTERIOR_LAWS,
     SAMPLER_LAWS,
     SCHEDULE_LAWS,
+    TIME_LAWS,
     check,
 )
 from genfw.testing.model import a_sample_is_of_its_label
@@ -78,6 +80,12 @@ def test_grids(law, cls):
 @laws(SAMPLER_LAWS)
 @registered(Sampler)
 def test_samplers(law, cls):
+    law(cls)
+
+
+@laws(TIME_LAWS)
+@registered(TimeSampler)
+def test_times(law, cls):
     law(cls)
 
 
@@ -294,6 +302,24 @@ class Stale(genfw.Euler):
         return alpha * prediction.x + sigma * prediction.eps, prediction
 
 
+class Careless(genfw.UniformLogSNR):
+    """Times uniform in log SNR, weighed as if they were uniform in t."""
+
+    def forward(self, u, schedule):
+        t, _ = super().forward(u, schedule)
+        return t, schedule.slope(t)
+
+
+class Early(genfw.UniformTime):
+    def draw(self, noise, x):
+        return super().draw(noise, x).square()
+
+
+class Shared(genfw.UniformTime):
+    def draw(self, noise, x):
+        return super().draw(noise, x).flip(0)
+
+
 class Apart(genfw.FullPosterior):
     def forward(self, h, p):
         return super().forward(h + 0.1, p)
@@ -379,6 +405,9 @@ def test_an_estimator_is_found_whole():
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
+        (Careless, {}, "the integral of place"),
+        (Early, {}, "u is not uniform"),
+        (Shared, {}, "u depends on the batch"),
         (Apart, {}, "zeros beside N\\(0, I\\) cost"),
         (Fixed, {}, "nats from the nearest posterior"),
         (Unbounded, {}, "10000 gives"),

@@ -21,6 +21,7 @@ from typing import Any
 
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler import Sampler
+from genfw.diffusion.times import TimeSampler
 from genfw.estimators.estimator import Estimator
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
@@ -35,6 +36,7 @@ from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZA
 from genfw.testing.posterior import POSTERIOR_LAWS as POSTERIOR_LAWS
 from genfw.testing.sampler import SAMPLER_LAWS as SAMPLER_LAWS
 from genfw.testing.schedule import SCHEDULE_LAWS as SCHEDULE_LAWS
+from genfw.testing.times import TIME_LAWS as TIME_LAWS
 
 LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     NoiseSchedule: SCHEDULE_LAWS,
@@ -45,6 +47,7 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     Sampler: SAMPLER_LAWS,
     Posterior: POSTERIOR_LAWS,
     Estimator: ESTIMATOR_LAWS,
+    TimeSampler: TIME_LAWS,
 }
 
 
