@@ -1,5 +1,7 @@
 """Every registered class keeps the laws of its interface, and every law can be broken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracles import Mixture
@@ -11,6 +13,7 @@ from genfw import (
     Categorical,
     CategoricalLikelihood,
     Eps,
+    Estimator,
     LatentModel,
     Likelihood,
     LinearParameterization,
@@ -20,10 +23,12 @@ from genfw import (
     Prediction,
     Sampler,
     TimeGrid,
+    TimeSampler,
 )
 from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing import (
+    ESTIMATOR_LAWS,
     GRID_LAWS,
     LAWS,
     LIKELIHOOD_LAWS,
@@ -32,6 +37,7 @@ from genfw.testing import (
     POSTERIOR_LAWS,
     SAMPLER_LAWS,
     SCHEDULE_LAWS,
+    TIME_LAWS,
     check,
 )
 from genfw.testing.model import a_sample_is_of_its_label
@@ -77,10 +83,30 @@ def test_samplers(law, cls):
     law(cls)
 
 
+@laws(TIME_LAWS)
+@registered(TimeSampler)
+def test_times(law, cls):
+    law(cls)
+
+
 @laws(POSTERIOR_LAWS)
 @registered(Posterior)
 def test_posteriors(law, cls):
     law(cls)
+
+
+ESTIMATORS = {
+    genfw.Bound: {"sets": 2, "strata": 3},
+    genfw.ImportanceWeighted: {"k": 20, "chunk": 4000},
+    genfw.Annealed: {"temperatures": 4, "chains": 4, "leapfrog": 2, "chunk": 4000},
+    genfw.ProbabilityFlow: {"steps": 8},
+}
+
+
+@laws(ESTIMATOR_LAWS)
+@pytest.mark.parametrize("cls", ESTIMATORS)
+def test_estimators(law, cls):
+    law(cls, **ESTIMATORS[cls])
 
 
 def vae(shape, bins, classes=None):
@@ -126,11 +152,15 @@ def of_mixture(shape, bins):
 MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
 
 
-def test_every_model_is_put_through():
+def test_every_model_and_estimator_is_put_through():
     for name in genfw.__all__:
         getattr(genfw, name)  # which registers it
-    ours = {n for n, c in LatentModel.registry.items() if c.__module__.startswith("genfw.")}
-    assert MODELS.keys() == ours
+    assert set(MODELS) == {cls.name for cls in ours(LatentModel)}
+    assert set(ESTIMATORS) == set(ours(Estimator))
+
+
+def ours(interface):
+    return [c for c in interface.registry.values() if c.__module__.startswith("genfw.")]
 
 
 @laws(MODEL_LAWS)
@@ -272,6 +302,24 @@ class Stale(genfw.Euler):
         return alpha * prediction.x + sigma * prediction.eps, prediction
 
 
+class Careless(genfw.UniformLogSNR):
+    """Times uniform in log SNR, weighed as if they were uniform in t."""
+
+    def forward(self, u, schedule):
+        t, _ = super().forward(u, schedule)
+        return t, schedule.slope(t)
+
+
+class Early(genfw.UniformTime):
+    def draw(self, noise, x):
+        return super().draw(noise, x).square()
+
+
+class Shared(genfw.UniformTime):
+    def draw(self, noise, x):
+        return super().draw(noise, x).flip(0)
+
+
 class Apart(genfw.FullPosterior):
     def forward(self, h, p):
         return super().forward(h + 0.1, p)
@@ -291,9 +339,75 @@ class Unbounded(genfw.Posterior):
         return genfw.Normal(mean, log_std.exp())
 
 
+class Few(genfw.Bound):
+    """A bound of few draws, of which something is changed."""
+
+    def __init__(self, chunk=4000):
+        super().__init__(2, 3, chunk)
+
+    def forward(self, model, x, y=None, *, noise=None):
+        return self.changed(super().forward(model, x, self.told(y), noise=self.drawn(noise)))
+
+    def changed(self, estimate):
+        return estimate
+
+    def told(self, y):
+        return y
+
+    def drawn(self, noise):
+        return noise
+
+
+def few(**methods):
+    """Estimators with one thing wrong."""
+    return type("Few", (Few,), methods)
+
+
+def only(**changes):
+    """The same estimate but for these of its numbers."""
+    return lambda self, e: replace(e, **{k: f(getattr(e, k)) for k, f in changes.items()})
+
+
+def coarse(nats):
+    return nats.bfloat16().double() if torch.is_autocast_enabled("cpu") else nats
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"changed": only(nats=lambda nats: nats - 0.3)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats + 1.5)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats / 2)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: -nats)}, "nats above -log p"),
+        ({"changed": only(nats=lambda nats: nats - nats.mean())}, "depends on its batch"),
+        ({"changed": only(nats=lambda nats: nats.float())}, "nats are torch.float32, not float64"),
+        ({"changed": only(nats=coarse)}, "nats are lost under autocast"),
+        ({"changed": only(variance=lambda variance: variance / 3)}, "stated, .* found"),
+        ({"changed": only(variance=lambda variance: variance * 3)}, "stated, .* found"),
+        ({"changed": only(variance=lambda variance: variance.sqrt())}, "stated, .* found"),
+        ({"told": lambda self, y: None}, r"nats above -log p\(x\|y\)"),
+        ({"told": lambda self, y: None if y is None else y.roll(1)}, "batch|nats above"),
+        ({"drawn": lambda self, noise: None}, "depends on its batch"),
+        ({"drawn": lambda self, noise: noise.fold(self.chunk)}, "depends on the chunk"),
+        ({"kind": "unbiased"}, "kind: unbiased"),
+        ({"kind": "lower bound on -log p(x)"}, "kind: lower"),
+    ],
+)
+def test_a_broken_estimator_is_found(methods, said):
+    with pytest.raises(AssertionError, match=said):
+        check(few(**methods))
+
+
+def test_an_estimator_is_found_whole():
+    check(Few)
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
+        (Careless, {}, "the integral of place"),
+        (Early, {}, "u is not uniform"),
+        (Shared, {}, "u depends on the batch"),
         (Apart, {}, "zeros beside N\\(0, I\\) cost"),
         (Fixed, {}, "nats from the nearest posterior"),
         (Unbounded, {}, "10000 gives"),
@@ -412,13 +526,34 @@ def test_only_interfaces_with_laws_can_be_checked():
         check(nn.Linear)
 
 
+SMALL = {"shape": (1, 2, 2), "bins": 3}
+
+
+def test_what_a_function_builds_is_checked_as_its_interface():
+    check(vae, LatentModel, **SMALL)
+    check(lambda high, low: genfw.Cosine(high, low), NoiseSchedule)
+    with pytest.raises(AssertionError, match="sums to"):
+        check(broken(vae, elbo=shifted), LatentModel, **SMALL)
+    with pytest.raises(TypeError, match="Linear: expected one of NoiseSchedule"):
+        check(vae, nn.Linear)
+    with pytest.raises(TypeError, match=r"check\(vae\): give shape="):
+        check(vae, LatentModel, bins=3)
+
+
 @pytest.mark.parametrize(
     ("cls", "arguments", "said"),
     [
         (genfw.Cosine, {"log_snr_max": 8.0}, "the laws choose log_snr_max; leave it out"),
         (genfw.Cosine, {"log_snr_min": 8.0}, "the laws choose log_snr_min; leave it out"),
         (genfw.VAE, {"bins": 3}, r"check\(VAE\): give shape=, the smaller the better"),
-        (vae, {"bins": 3}, "expected a class, got <function vae.*one by one"),
+        (vae, {"bins": 3}, r"expected a class, got <function vae.*check\(make, LatentModel, shape"),
+        (
+            genfw.VAE,
+            SMALL,
+            r"VAE cannot be built from shape, bins .*'encoder'.*check\(make, LatentM",
+        ),
+        (genfw.VDM, SMALL, r"VDM cannot be built from shape, bins \(missing .*check\(make, Latent"),
+        (genfw.Cosine, {"powr": 3}, r"Cosine cannot be built from log_snr_max.*, powr .*'powr'"),
     ],
 )
 def test_a_check_says_which_arguments_it_takes(cls, arguments, said):

@@ -7,23 +7,28 @@
     def test_power_is_a_schedule(law):
         law(Power, power=3.0)
 
-or `check(Power, power=3.0)` for all of them at once. A law takes a class (or any function that
-builds an object) and arguments for it, and raises an AssertionError that says what does not hold.
+or `check(Power, power=3.0)` for all of them at once, `check(make, LatentModel, shape=(1, 2, 2),
+bins=3)` for what a function builds. A law takes a class (or any such function) and arguments for
+it, and raises an AssertionError that says what does not hold.
 Laws of random quantities allow five standard errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler import Sampler
+from genfw.diffusion.times import TimeSampler
+from genfw.estimators.estimator import Estimator
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
 from genfw.models.posterior import Posterior
 from genfw.parameterization import Parameterization
 from genfw.schedule import NoiseSchedule
+from genfw.testing.estimator import ESTIMATOR_LAWS as ESTIMATOR_LAWS
 from genfw.testing.grid import GRID_LAWS as GRID_LAWS
 from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
 from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
@@ -31,6 +36,7 @@ from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZA
 from genfw.testing.posterior import POSTERIOR_LAWS as POSTERIOR_LAWS
 from genfw.testing.sampler import SAMPLER_LAWS as SAMPLER_LAWS
 from genfw.testing.schedule import SCHEDULE_LAWS as SCHEDULE_LAWS
+from genfw.testing.times import TIME_LAWS as TIME_LAWS
 
 LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     NoiseSchedule: SCHEDULE_LAWS,
@@ -40,6 +46,8 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     TimeGrid: GRID_LAWS,
     Sampler: SAMPLER_LAWS,
     Posterior: POSTERIOR_LAWS,
+    Estimator: ESTIMATOR_LAWS,
+    TimeSampler: TIME_LAWS,
 }
 
 
@@ -50,33 +58,64 @@ NEEDED = {LatentModel: ("shape", "bins")}
 """What they must be told."""
 
 
-def check(cls: Callable[..., Any], **arguments: Any) -> None:
-    """Puts a class through all laws of its interface.
+def check(make: Callable[..., Any], interface: type | None = None, /, **arguments: Any) -> None:
+    """Puts a class, or what a function builds, through all laws of its interface.
 
     Args:
-        cls: a class; what a function builds goes through the laws one by one, `law(make, ...)`.
+        make: a class, or a function of the same arguments.
+        interface: whose laws; of a class that subclasses it, found by itself.
         arguments: for the constructor, but for what the laws choose: the end points of a schedule.
+            A model is built from `shape` and `bins`: one that takes networks needs a function,
+            `check(make, LatentModel, shape=(1, 2, 2), bins=3)`.
 
     Raises:
         AssertionError: the first law that does not hold.
-        TypeError: no class, or one of no interface that has laws here; an argument too many or too
-            few.
+        TypeError: one of no interface that has laws here; a function without its interface; an
+            argument too many or too few.
     """
-    if not isinstance(cls, type):
+    interface = _interface(make) if interface is None else interface
+    if interface not in LAWS:
+        raise TypeError(f"{_named(interface)}: expected one of {_known()}")
+    for name in CHOSEN.get(interface, ()):
+        if name in arguments:
+            raise TypeError(f"check({_named(make)}): the laws choose {name}; leave it out")
+    for name in NEEDED.get(interface, ()):
+        if name not in arguments:
+            raise TypeError(f"check({_named(make)}): give {name}=, the smaller the better")
+    _can_be_built(make, interface, arguments)
+    for law in LAWS[interface]:
+        law(make, **arguments)
+
+
+def _interface(make: Callable[..., Any]) -> type:
+    """The one that a class implements."""
+    if not isinstance(make, type):
         raise TypeError(
-            f"check: expected a class, got {cls!r}: put what a function builds through the laws "
-            "one by one, `for law in MODEL_LAWS: law(make, shape=(1, 2, 2), bins=3)`"
+            f"check: expected a class, got {make!r}: say what a function builds, "
+            "`check(make, LatentModel, shape=(1, 2, 2), bins=3)`"
         )
-    for interface, laws in LAWS.items():
-        if issubclass(cls, interface):
-            for name in CHOSEN.get(interface, ()):
-                if name in arguments:
-                    raise TypeError(f"check({cls.__name__}): the laws choose {name}; leave it out")
-            for name in NEEDED.get(interface, ()):
-                if name not in arguments:
-                    raise TypeError(f"check({cls.__name__}): give {name}=, the smaller the better")
-            for law in laws:
-                law(cls, **arguments)
-            return
-    known = ", ".join(interface.__name__ for interface in LAWS)
-    raise TypeError(f"{cls.__name__}: expected a subclass of one of {known}")
+    for interface in LAWS:
+        if issubclass(make, interface):
+            return interface
+    raise TypeError(f"{make.__name__}: expected a subclass of one of {_known()}")
+
+
+def _can_be_built(make: Callable[..., Any], interface: type, arguments: Mapping[str, Any]) -> None:
+    """As the laws will build it: the end points of a schedule come first, by position."""
+    try:
+        inspect.signature(make).bind(*CHOSEN.get(interface, ()), **arguments)
+    except TypeError as error:
+        said = ", ".join((*CHOSEN.get(interface, ()), *arguments)) or "nothing"
+        given = "".join(f", {name}={value!r}" for name, value in arguments.items())
+        raise TypeError(
+            f"check({_named(make)}): {_named(make)} cannot be built from {said} ({error}): give a "
+            f"function that builds one, check(make, {interface.__name__}{given})"
+        ) from None
+
+
+def _named(make: Any) -> str:
+    return getattr(make, "__name__", repr(make))
+
+
+def _known() -> str:
+    return ", ".join(interface.__name__ for interface in LAWS)

@@ -1,4 +1,5 @@
-r"""Data whose denoiser, score and density at every noise level are known exactly.
+r"""Data whose denoiser, score and density at every noise level are known exactly, and a hierarchy
+whose evidence is.
 
 With z = alpha x + sigma eps, log p_t(z) is that of the data's law convolved with the noise.
 """
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor
 
 from genfw.diffusion.denoiser import Denoiser
+from genfw.distributions import Distribution, Normal
+from genfw.elbo import ELBO
+from genfw.likelihood import GaussianLikelihood
+from genfw.model import MarkovianHierarchy
+from genfw.noise import Draws
 from genfw.parameterization import Prediction, broadcast
 from genfw.schedule import NoiseSchedule
-from genfw.types import Data, Labels, Nats, Time
+from genfw.types import Data, Image, Labels, Nats, Time
 
 
 class Oracle(Denoiser):
@@ -94,3 +100,67 @@ class FiniteDenoiser(MixtureDenoiser):
 
     def __init__(self, schedule: NoiseSchedule, points: Tensor):
         super().__init__(schedule, points, 0.0)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Nats:
+    """log N(x; mean, std^2), summed over dimensions, (b,)."""
+    error = (x - mean) / std
+    terms = -0.5 * error**2 - torch.as_tensor(std).log() - 0.5 * math.log(2 * math.pi)
+    return terms.flatten(1).sum(1)
+
+
+class LinearGaussianChain(MarkovianHierarchy):
+    """p(z_T) = N(0, 1), p(z_{t-1} | z_t, y) = N(a z_t + y, s^2) in every dimension: the evidence is
+    known exactly. Without labels y is 0.
+
+    `bias` and `stretch` bend the encoder away from the true posterior; with the defaults it is
+    exact.
+    """
+
+    dims: int = 2
+
+    def __init__(
+        self,
+        levels: int,
+        dims: int = 2,
+        a: float = 0.8,
+        s: float = 0.7,
+        bias: float = 0.0,
+        stretch: float = 1.0,
+    ):
+        super().__init__()
+        self.levels, self.dims, self.a, self.s = levels, dims, a, s
+        self.bias, self.stretch = bias, stretch
+        self.likelihood = GaussianLikelihood()
+        self.var = [1.0]  # of z_T, then down to x
+        for _ in range(levels):
+            self.var.append(a**2 * self.var[-1] + s**2)
+        self.var.reverse()
+
+    def prior(self, n: int) -> Distribution:
+        return Normal(torch.zeros(n, self.dims), torch.ones(()))
+
+    def mean(self, t: int, y: Labels | None) -> Tensor | float:
+        """E[z_t | y], (b, 1)."""
+        told = sum(self.a**i for i in range(self.levels - t))
+        return 0.0 if y is None else told * y.double()[:, None]
+
+    def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
+        gain = self.a * self.var[t] / self.var[t - 1]
+        std = (self.var[t] - gain**2 * self.var[t - 1]) ** 0.5
+        mean = self.mean(t, y) + gain * (z - self.mean(t - 1, y))
+        return Normal(mean + self.bias, torch.as_tensor(std * self.stretch))
+
+    def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
+        told = 0.0 if y is None else y.double()[:, None]
+        return Normal(self.a * z + told, torch.as_tensor(self.s))
+
+    def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
+        return self.ancestral_elbo(x, y, noise=noise)
+
+    def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
+        return self.ancestral_sample(n, y, noise=noise)
+
+    def log_prob(self, x: Image, y: Labels | None = None) -> Nats:
+        """log p(x | y), (b,)."""
+        return gaussian_log_prob(x, self.mean(0, y), self.var[0] ** 0.5)
