@@ -1,9 +1,10 @@
 r"""A variational autoencoder whose prior is a learned mixture of normals.
 
-.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z) + \log p(z) - \log q(z|x)], \qquad
-    p(z) = \sum_k \pi_k\, \mathcal{N}(z; m_k, s_k^2 I)
+.. math:: p(z) = \sum_k \pi_k\, \mathcal{N}(z; m_k, s_k^2 I)
 
-A mixture has no divergence in closed form: the second and third term are taken at the draw.
+A prior is all that a hierarchy must be told to have another one: bound, importance weights,
+samples and pictures follow from its `log_prob` and `sample`. A mixture has no divergence in closed
+form, so the bound pays log q(z|x) - log p(z) at the draw.
 
 References:
     VAE with a VampPrior, Tomczak, Welling, 2017, https://arxiv.org/abs/1705.07120.
@@ -12,20 +13,37 @@ References:
 import torch
 from torch import Tensor, nn
 
-from genfw import ELBO, Draws, LatentModel, Likelihood, Normal
-from genfw.distributions import normal_head
+from genfw import VAE, Distribution, Draws, Likelihood, Normal
 from genfw.noise import draws
 
 
-class MixtureVAE(LatentModel, name="mixture_vae"):
-    """`VAE` with another prior, and without labels.
+class Mixture(Distribution):
+    """The same mixture for each of n examples: logits (K,), means (K, d), std (K, 1)."""
+
+    def __init__(self, logits: Tensor, means: Tensor, std: Tensor, n: int):
+        self.weights, self.means, self.std, self.n = logits.log_softmax(0), means, std, n
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.weights.exp() @ self.means).expand(self.n, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        each = zip(self.means, self.std, strict=True)
+        of = [Normal(mean.expand_as(value), std).log_prob(value) for mean, std in each]
+        return torch.logsumexp(torch.stack(of, 1) + self.weights, 1)
+
+    def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
+        noise = draws(noise, self.mean)
+        chosen = noise.uniform("component", self.mean[:, :1])
+        k = (chosen > self.weights.exp().cumsum(0)[:-1]).sum(1)
+        return Normal(self.means[k], self.std[k]).sample(noise, purpose)
+
+
+class MixtureVAE(VAE, name="mixture_vae"):
+    """`VAE` with another prior.
 
     Args:
-        encoder: (normalized x (b, *shape), y) -> (b, 2 * latents): mean and log standard deviation
-            of q(z|x).
-        decoder: (z (b, latents), y) -> what the likelihood reads.
-        likelihood: p(x|z), from a network's output.
-        latents: size of z.
+        encoder, decoder, likelihood, latents, classes: as of `VAE`; z is (b, latents).
         components: K, of the mixture.
 
     Raises:
@@ -38,39 +56,18 @@ class MixtureVAE(LatentModel, name="mixture_vae"):
         decoder: nn.Module,
         likelihood: Likelihood,
         latents: int,
+        classes: int | None = None,
         components: int = 10,
     ):
-        super().__init__()
+        super().__init__(encoder, decoder, likelihood, latents, classes)
         if components < 1:
             raise ValueError(f"components: expected at least 1, got {components}")
-        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.logits = nn.Parameter(torch.zeros(components))
         self.means = nn.Parameter(torch.randn(components, latents))
         self.log_std = nn.Parameter(torch.zeros(components, 1))
 
-    def elbo(self, x: Tensor, y: Tensor | None = None, *, noise: Draws | None = None) -> ELBO:
-        q = normal_head(self.encoder(self.likelihood.normalize(x).to(self.dtype), y))
-        z = q.sample(noise, "z")
-        return ELBO(
-            reconstruction=self.likelihood(self.decoder(z, y)).log_prob(x),
-            levels=(),
-            prior=q.log_prob(z) - self.log_prior(z),
-        )
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        """log p(z), (b,) nats."""
-        of_each = [
-            Normal(mean.expand_as(z), std.exp()).log_prob(z)
-            for mean, std in zip(self.means, self.log_std, strict=True)
-        ]
-        return torch.logsumexp(torch.stack(of_each, 1) + self.logits.log_softmax(0), 1)
-
-    def sample(self, n: int, y: Tensor | None = None, *, noise: Draws | None = None) -> Tensor:
-        noise = draws(noise, self.means.new_zeros(n, 1))
-        chosen = noise.uniform("component", self.means.new_zeros(n, 1))
-        k = (chosen > self.logits.softmax(0).cumsum(0)[:-1]).sum(1)
-        z = Normal(self.means[k], self.log_std[k].exp()).sample(noise, "prior")
-        return self.likelihood(self.decoder(z, y)).sample(noise, "x")
+    def prior(self, n: int) -> Mixture:
+        return Mixture(self.logits, self.means, self.log_std.exp(), n)
 
     def extra_repr(self) -> str:
         k, d = self.means.shape
