@@ -129,6 +129,7 @@ def test_record_states_what_the_distance_depends_on(open_distance):
 
 
 def test_few_images_are_warned_of_once(open_distance, caplog):
+    caplog.set_level(logging.WARNING)
     distance = open_distance()
     refer(distance, random_images(30, 1))
     value(distance, random_images(9, 2))

@@ -447,7 +447,7 @@ def test_a_top_down_hierarchy_is_sampled_at_a_temperature(tmp_path, monkeypatch,
     code, answer = said("temperature=0.5")
     assert code == 2 and "temperature=0.5: genfw.VAE has none" in answer
     code, answer = said("guidance.scale=3")
-    assert code == 2 and "guidance.scale: there is no such key" in answer
+    assert code == 2 and "guidance.scale=3: guidance is of diffusion models" in answer
 
 
 @pytest.mark.parametrize(

@@ -227,7 +227,7 @@ def test_file_of_the_example_names_real_arguments(example):
     (folder,) = plugins.conf_folders()
     (target,) = (each for each in ConfFiles([folder]).files if each.startswith(example))
     said = ConfFiles([folder]).schema(target).arguments
-    assert [*from_signature(locate(target, [example])).arguments, "classes"] == [*said]
+    assert [*from_signature(locate(target, [example])).arguments] == [*said]
 
 
 def test_class_of_the_example_without_a_file_has_its_signatures_defaults(example):

@@ -153,5 +153,5 @@ def test_a_learned_prior_is_trained_whatever_the_objective(double):
     for objective in (Elbo(), Iwae(3), Stl()):
         (gradient,) = torch.autograd.grad(objective(vae, x).sum(), means)
         assert gradient.abs().min() > 0
-    with pytest.raises(TypeError, match="a prior that is no Normal but a Mixture: it costs a log"):
+    with pytest.raises(TypeError, match="VAE's prior is no Normal: use per=batch_level"):
         FreeBits(0.1, "batch_dimension")(vae, x)

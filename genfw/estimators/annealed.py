@@ -125,7 +125,7 @@ class Annealed(Estimator, name="annealed"):
     ) -> Sandwich:
         """Bounds on log p(x) from both sides, on n images simulated from the model."""
         model = _one_level(model)
-        with undisturbed(model):
+        with torch.inference_mode(False), undisturbed(model):
             noise = keyed(noise, torch.empty(n, device=model.device))
             z = model.prior(n).sample(noise.fold("simulated z"))
             x = model.decode(z, 1, y).sample(noise.fold("simulated x"))

@@ -62,7 +62,7 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
         """
 
     def __call__(self, model: LatentModel, *args: Any, **kwargs: Any) -> Estimate:
-        with undisturbed(model):
+        with torch.inference_mode(False), undisturbed(model):  # some take gradients of their own
             return super().__call__(model, *args, **kwargs)
 
     @abstractmethod
@@ -75,12 +75,11 @@ class Estimator(Registered, nn.Module, ABC, group="estimator"):
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """A number must be the same each time it is asked for: no dropout, no autocast, no gradients;
-    nor inference mode, in which an estimator could take none of its own. Afterwards every module
-    is in its own mode again."""
+    """A number must be the same each time it is asked for: no dropout, no autocast, no gradients.
+    Afterwards every module is in its own mode again."""
     modes = [(each, each.training) for each in model.modules()]
     device = next((p.device.type for p in model.parameters()), "cpu")
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         try:
             model.eval()
             yield

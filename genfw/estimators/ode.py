@@ -143,7 +143,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         self, vdm: VDM, z_0: Data, y: Labels | None = None, *, noise: Noise | None = None
     ) -> FlowDensity:
         """log p_ode at the first latent z_0 (b, *shape). `noise` keys the probes."""
-        with undisturbed(vdm):
+        with torch.inference_mode(False), undisturbed(vdm):
             exact = self._exact(z_0)
             z = z_0.clone().double()
             probe = None if exact else PROBES[self.probe](keyed(noise, z), z)
