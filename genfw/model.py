@@ -62,6 +62,10 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         knows better."""
         return self
 
+    def told(self, y: Labels | None) -> Labels | None:
+        """The labels that networks are given: none, where the model has no `classes`."""
+        return None if self.classes is None else y
+
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""

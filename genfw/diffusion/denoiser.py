@@ -38,6 +38,18 @@ class Denoiser(nn.Module, ABC):
         )
 
 
+class Unlabelled(Denoiser):
+    """Another, told no labels: what a model that has no classes is, also in guidance, to which
+    labels may mean something."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+
+    def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        return self.denoiser(z, t, None)
+
+
 class NetworkDenoiser(Denoiser):
     """A network, read by a parameterization along a schedule.
 

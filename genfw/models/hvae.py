@@ -158,7 +158,8 @@ class HVAE(LatentModel, name="hvae"):
             t -= 1
             return z
 
-        return self.likelihood(self.ladder(draw, n, y).to(self.dtype)).sample(noise.fold("z0"))
+        h = self.ladder(draw, n, self.told(y))
+        return self.likelihood(h.to(self.dtype)).sample(noise.fold("z0"))
 
     def temperatures(self, given: float | Sequence[float]) -> list[float]:
         """One for each of z_1 .. z_T.
@@ -198,12 +199,14 @@ class HVAE(LatentModel, name="hvae"):
         def draw(prior: Tensor, _: Tensor | None) -> Tensor:
             return given.pop() if given else prior.to(self.dtype).chunk(2, dim=1)[0]
 
-        return self.likelihood(self.ladder(draw, len(above[0]), y).to(self.dtype)).mean
+        h = self.ladder(draw, len(above[0]), self.told(y))
+        return self.likelihood(h.to(self.dtype)).mean
 
     def _descend(
         self, x: Image, y: Labels | None, noise: Draws, k: int = 1
     ) -> tuple[Distribution, list[_Step]]:
         """k ways down for every example: p(x | z) and the steps, z_T's first."""
+        y = self.told(y)
         seen = self.ladder.read(self.likelihood.normalize(x).to(self.dtype), y)
         if k > 1:
             seen = [each.repeat_interleave(k, 0) for each in seen]

@@ -77,10 +77,12 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z
-        return self._latent(self.encoders[t - 1](below, y).to(self.dtype), t, f"encoder {t}")
+        return self._latent(
+            self.encoders[t - 1](below, self.told(y)).to(self.dtype), t, f"encoder {t}"
+        )
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
-        h = self.decoders[t - 1](z, y).to(self.dtype)
+        h = self.decoders[t - 1](z, self.told(y)).to(self.dtype)
         return self.likelihood(h) if t == 1 else self._latent(h, t - 1, f"decoder {t}")
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
