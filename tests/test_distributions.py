@@ -17,6 +17,7 @@ from genfw import (
     Noise,
     Normal,
 )
+from genfw.bayes import DiscretePosterior
 from genfw.distributions import divergence, normal_head
 
 
@@ -118,6 +119,27 @@ def test_samples_have_the_stated_masses(double, make):
     counts = torch.bincount(x.flatten(), minlength=values)
     assert stats.chisquare(counts.numpy(), (n * p).numpy()).pvalue > 1e-3
     assert make(1).mean.item() == pytest.approx((p @ torch.arange(values).double()).item())
+
+
+def test_values_of_another_shape_are_refused_not_broadcast():
+    """Images without the axis of channels, which the network has: as many as there are rows."""
+    one, dims = torch.zeros(3, 1, 3, 3), torch.ones(3, 1, 3, 3)
+    for over in (
+        Normal(one, dims),
+        Bernoulli(one),
+        Categorical(torch.zeros(3, 4, 1, 3, 3)),
+        BinSoftmax(one, dims, 4),
+        DiscretizedNormal(one, dims, 4),
+        DiscretizedLogistic(one, dims, 4),
+        LogisticMixture(torch.zeros(3, 2, 3, 3), one[:, None], dims[:, None], 4, None),
+        DiscretePosterior(
+            torch.zeros(3, 4, 1, 3, 3), one, torch.ones(()), torch.ones(()), 4, lambda x: x, 4
+        ),
+    ):
+        over.log_prob(torch.zeros(3, 1, 3, 3).long())
+        for shape in ((3, 3, 3), (3, 3, 3, 3), (3, 1, 3)):
+            with pytest.raises(ValueError, match=r"expected examples of shape \(1, 3, 3\), which"):
+                over.log_prob(torch.zeros(shape).long())
 
 
 def test_categorical_mean_and_layout(double):
