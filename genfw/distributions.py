@@ -152,7 +152,8 @@ class Categorical(Distribution):
     def mean(self) -> Tensor:
         """Expected integer, (b, *dims)."""
         k = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
-        return torch.einsum("bk...,k->b...", self.log_probs.exp(), k.to(self.log_probs))
+        k = k.to(self.log_probs).view(-1, *[1] * (self.log_probs.ndim - 2))
+        return (self.log_probs.exp() * k).sum(1)  # no product of matrices: autocast rounds those
 
 
 def inverse_cdf(masses: Tensor, u: Tensor) -> Tensor:

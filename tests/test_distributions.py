@@ -157,6 +157,16 @@ def test_categorical_mean_and_layout(double):
     )
 
 
+def test_the_mean_of_categories_is_as_fine_as_their_masses_under_autocast():
+    """As their log masses are, which autocast leaves in float32."""
+    k = Categorical(3 * torch.randn(2, 256, 3, 4))
+    expected = k.mean
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(k.mean, expected)
+    exact = (k.log_probs.double().exp() * torch.arange(256).view(-1, 1, 1)).sum(1)
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=0)
+
+
 def test_normal_head_is_the_identity_in_its_range(double):
     log_std = torch.tensor([[-1e9, -9.0, -8.5, -4.5, 0.0, 2.9, 3.0, 1e9]])
     expected = torch.tensor([[-9.0, -9.0, -8.5, -4.5, 0.0, 2.9, 3.0, 3.0]])
