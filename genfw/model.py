@@ -109,6 +109,11 @@ class Diverges(Protocol):
         ...
 
 
+def sampled(q: Distribution, noise: Draws) -> Tensor:
+    """A draw from q, as q makes it."""
+    return q.sample(noise)
+
+
 class MarkovianHierarchy(LatentModel):
     """A chain of latents; see the page above. Subclasses state `levels` and the three
     conditionals."""
@@ -139,12 +144,13 @@ class MarkovianHierarchy(LatentModel):
         *,
         noise: Draws | None = None,
         k: int = 1,
-        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+        draw: Callable[[Normal, Draws], Tensor] = sampled,
     ) -> list[Rung]:
         """Sampled chains, k of each example side by side, level by level from z_1 to z_T.
 
         Args:
-            noise: for b * k rows. What q reads of x alone is computed once per example.
+            noise: for b * k rows. What q reads of x alone is computed once per example,
+                where q is a Normal and no class of its own.
             draw: takes z_t from q(z_t | z_{t-1}).
         """
         return list(self.walk(x, y, noise=noise, k=k, draw=draw))
@@ -156,13 +162,14 @@ class MarkovianHierarchy(LatentModel):
         *,
         noise: Draws | None = None,
         k: int = 1,
-        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+        draw: Callable[[Normal, Draws], Tensor] = sampled,
     ) -> Iterator[Rung]:
         """`climb`, one rung at a time: a long chain need not be kept."""
         q = self.encode(x, 1, y)
         if k > 1:
             x, y = repeated(x, k), None if y is None else repeated(y, k)
-            q = Normal(repeated(q.mean, k), repeated(q.std, k))
+            plain = type(q) is Normal  # another can be made from x alone
+            q = Normal(repeated(q.mean, k), repeated(q.std, k)) if plain else self.encode(x, 1, y)
         noise, below = draws(noise, x), x
         for t in range(1, self.levels + 1):
             q = q if t == 1 else self.encode(below, t, y)
