@@ -79,6 +79,12 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         return next((torch.promote_types(p.dtype, default) for p in self.parameters()), default)
 
 
+def as_read(network: nn.Module, z: Tensor) -> Tensor:
+    """z in the precision of the network's weights; as it is, where there are none."""
+    weights = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return z.to(next(weights, z.dtype))
+
+
 @runtime_checkable
 class Weighs(Protocol):
     """A model whose importance weights are known."""

@@ -174,6 +174,26 @@ def test_a_model_without_classes_ignores_labels(make):
             assert torch.equal(ask(y), ask(None))
 
 
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_weights_of_another_precision_are_read_in_theirs(make, weights):
+    """And latents and likelihoods are not below torch's default, here float64."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = make((1, 2, 2), 3).eval().to(weights)
+    x, noise = torch.randint(3, (8, 1, 2, 2)), genfw.Noise(0, torch.arange(8))
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            total = model.elbo(x, noise=noise).total
+            assert total.dtype == default and total.isfinite().all()
+            assert model.sample(8, noise=noise).shape == x.shape
+            if isinstance(model, genfw.HVAE):
+                assert model.expected([torch.randn(8, *model.ladder.shapes[-1])]).dtype == default
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 # Broken classes: each names the words of the law that finds it.
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior
+from genfw.model import as_read
 from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction, broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
@@ -89,5 +91,6 @@ class NetworkDenoiser(Denoiser):
         level = (log_snr - lowest) / (highest - lowest)
         alpha = broadcast(log_snr.sigmoid().sqrt(), z)
         sigma = broadcast((-log_snr).sigmoid().sqrt(), z)
-        scaled = self.parameterization.input_scale(alpha, sigma) * z
-        return self.network(scaled, level.to(z.dtype), y).to(z.dtype), z, alpha, sigma
+        scaled = as_read(self.network, self.parameterization.input_scale(alpha, sigma) * z)
+        level = level.to(torch.promote_types(scaled.dtype, torch.float32))
+        return self.network(scaled, level, y).to(z.dtype), z, alpha, sigma
