@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genfw.distributions import Distribution, inverse_cdf, per_example
+from genfw.distributions import Distribution, inverse_cdf, per_example, shaped
 from genfw.noise import Draws, draws
 from genfw.types import Nats
 
@@ -82,7 +82,7 @@ class DiscretePosterior(Distribution):
         return ((self.x + 1) * self.bins - 1) / 2
 
     def log_prob(self, value: Tensor) -> Nats:
-        seen = (value.long().flatten(1), *self.seen)
+        seen = (shaped(value, self.z).long().flatten(1), *self.seen)
         return per_example(piecewise(self.rule.log_mass, seen, self.pieces))
 
     @torch.no_grad()

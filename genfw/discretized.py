@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfw.distributions import Categorical, Distribution, per_example
+from genfw.distributions import Categorical, Distribution, per_example, shaped
 from genfw.noise import Draws, draws
 from genfw.types import Nats
 
@@ -48,7 +48,9 @@ class BinSoftmax(Distribution):
 
     def log_prob(self, value: Tensor) -> Nats:
         _, log_mass = self._window()
-        return per_example(self._energy(value.to(self.where)) - log_mass.logsumexp(-1))
+        return per_example(
+            self._energy(shaped(value, self.where).to(self.where)) - log_mass.logsumexp(-1)
+        )
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         k, log_mass = self._window()
@@ -106,7 +108,8 @@ class DiscretizedNormal(Distribution):
         return _mean(torch.special.ndtr, self.where, self.width, self.bins)
 
     def log_prob(self, value: Tensor) -> Nats:
-        k, where, width = value.double(), self.where.double(), self.width.double()
+        k = shaped(value, self.where).double()
+        where, width = self.where.double(), self.width.double()
         left = (2 * k / self.bins - 1 - where) / width
         right = (2 * (k + 1) / self.bins - 1 - where) / width
         left = torch.where(k == 0, -torch.inf, left)
@@ -141,7 +144,7 @@ class DiscretizedLogistic(Distribution):
         return _mean(torch.sigmoid, self.where, self.width, self.bins)
 
     def log_prob(self, value: Tensor) -> Nats:
-        log_mass = log_logistic_mass(value, self.where, self.width, self.bins)
+        log_mass = log_logistic_mass(shaped(value, self.where), self.where, self.width, self.bins)
         return per_example(log_mass).to(self.where.dtype)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
@@ -194,7 +197,7 @@ class LogisticMixture(Distribution):
         return (self.logits.softmax(1).unsqueeze(2) * each).sum(1)
 
     def log_prob(self, value: Tensor) -> Nats:
-        k = value.double().unsqueeze(1)
+        k = shaped(value, self.where[:, 0]).double().unsqueeze(1)
         log_mass = log_logistic_mass(k, self._given(k), self.width, self.bins).sum(2)
         log_joint = self.logits.double().log_softmax(1) + log_mass
         return per_example(log_joint.logsumexp(1, keepdim=True)).to(self.where.dtype)

@@ -23,6 +23,21 @@ def per_example(x: Tensor) -> Nats:
     return x.flatten(1).sum(1)
 
 
+def shaped(value: Tensor, like: Tensor) -> Tensor:
+    """`value` (b, *dims), which is asked of a distribution over `like`'s dims; one of the two may
+    be of one row.
+
+    Raises:
+        ValueError: it has others. They might broadcast, and every value be paid for many times.
+    """
+    if value.shape[1:] != like.shape[1:]:
+        raise ValueError(
+            f"x: expected examples of shape {tuple(like.shape[1:])}, which the distribution is "
+            f"over, got {tuple(value.shape[1:])}: give both the same axes"
+        )
+    return value
+
+
 def unrepeated(x: Tensor) -> Tensor:
     """x, or its first row where all are that one in memory (`expand`): broadcastable to x, and no
     work is done twice."""
@@ -70,7 +85,7 @@ class Normal(Distribution):
         return self._std.expand_as(self._mean)
 
     def log_prob(self, value: Tensor) -> Nats:
-        error = (value - self._mean) / self._std
+        error = (shaped(value, self._mean) - self._mean) / self._std
         log_scale = unrepeated(self.std).log() + 0.5 * math.log(2 * math.pi)
         return -0.5 * per_example(error.square()) - per_example(log_scale)
 
@@ -125,6 +140,7 @@ class Categorical(Distribution):
         self.log_probs = logits.log_softmax(1)
 
     def log_prob(self, value: Tensor) -> Nats:
+        value = shaped(value, self.log_probs[:, 0])
         return per_example(self.log_probs.gather(1, value.long().unsqueeze(1)))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
@@ -136,7 +152,8 @@ class Categorical(Distribution):
     def mean(self) -> Tensor:
         """Expected integer, (b, *dims)."""
         k = torch.arange(self.log_probs.shape[1], device=self.log_probs.device)
-        return torch.einsum("bk...,k->b...", self.log_probs.exp(), k.to(self.log_probs))
+        k = k.to(self.log_probs).view(-1, *[1] * (self.log_probs.ndim - 2))
+        return (self.log_probs.exp() * k).sum(1)  # no product of matrices: autocast rounds those
 
 
 def inverse_cdf(masses: Tensor, u: Tensor) -> Tensor:
@@ -152,7 +169,7 @@ class Bernoulli(Distribution):
         self.logits = logits
 
     def log_prob(self, value: Tensor) -> Nats:
-        sign = 2 * unrepeated(value).to(self.logits) - 1
+        sign = 2 * unrepeated(shaped(value, self.logits)).to(self.logits) - 1
         return per_example(F.logsigmoid(sign * self.logits))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:

@@ -62,6 +62,10 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         knows better."""
         return self
 
+    def told(self, y: Labels | None) -> Labels | None:
+        """The labels that networks are given: none, where the model has no `classes`."""
+        return None if self.classes is None else y
+
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
@@ -73,6 +77,12 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         torch's default."""
         default = torch.get_default_dtype()
         return next((torch.promote_types(p.dtype, default) for p in self.parameters()), default)
+
+
+def as_read(network: nn.Module, z: Tensor) -> Tensor:
+    """z in the precision of the network's weights; as it is, where there are none."""
+    weights = (p.dtype for p in network.parameters() if p.is_floating_point())
+    return z.to(next(weights, z.dtype))
 
 
 @runtime_checkable
@@ -105,6 +115,11 @@ class Diverges(Protocol):
         ...
 
 
+def sampled(q: Distribution, noise: Draws) -> Tensor:
+    """A draw from q, as q makes it."""
+    return q.sample(noise)
+
+
 class MarkovianHierarchy(LatentModel):
     """A chain of latents; see the page above. Subclasses state `levels` and the three
     conditionals."""
@@ -135,12 +150,13 @@ class MarkovianHierarchy(LatentModel):
         *,
         noise: Draws | None = None,
         k: int = 1,
-        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+        draw: Callable[[Normal, Draws], Tensor] = sampled,
     ) -> list[Rung]:
         """Sampled chains, k of each example side by side, level by level from z_1 to z_T.
 
         Args:
-            noise: for b * k rows. What q reads of x alone is computed once per example.
+            noise: for b * k rows. What q reads of x alone is computed once per example,
+                where q is a Normal and no class of its own.
             draw: takes z_t from q(z_t | z_{t-1}).
         """
         return list(self.walk(x, y, noise=noise, k=k, draw=draw))
@@ -152,13 +168,14 @@ class MarkovianHierarchy(LatentModel):
         *,
         noise: Draws | None = None,
         k: int = 1,
-        draw: Callable[[Normal, Draws], Tensor] = Normal.sample,
+        draw: Callable[[Normal, Draws], Tensor] = sampled,
     ) -> Iterator[Rung]:
         """`climb`, one rung at a time: a long chain need not be kept."""
         q = self.encode(x, 1, y)
         if k > 1:
             x, y = repeated(x, k), None if y is None else repeated(y, k)
-            q = Normal(repeated(q.mean, k), repeated(q.std, k))
+            plain = type(q) is Normal  # another can be made from x alone
+            q = Normal(repeated(q.mean, k), repeated(q.std, k)) if plain else self.encode(x, 1, y)
         noise, below = draws(noise, x), x
         for t in range(1, self.levels + 1):
             q = q if t == 1 else self.encode(below, t, y)

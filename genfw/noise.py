@@ -19,8 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -144,7 +146,7 @@ class Noise(Draws):
 
     def __init__(
         self,
-        seed: int,
+        seed: SupportsIndex,
         index: Tensor,
         stratum: tuple[int | tuple[int, ...], int] = (0, 1),
         *,
@@ -164,7 +166,8 @@ class Noise(Draws):
             raise ValueError(
                 f"draw: expected one per index, {(*index.shape,)}, got {(*draw.shape,)}"
             )
-        self.seed, self.index, self.stratum, self.draw = seed, index.long(), stratum, draw
+        self.seed, self.index, self.stratum = operator.index(seed), index.long(), stratum
+        self.draw = draw
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
         centred = self._uniform64(purpose, like).mul_(2).sub_(1)  # exact, so the tails are too

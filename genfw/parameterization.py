@@ -48,6 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior
+from genfw.check import at_least, at_least_one
 from genfw.discretized import log_logistic_mass
 from genfw.registry import Registered
 from genfw.types import Data
@@ -259,9 +260,7 @@ class DiscreteParameterization(Parameterization):
 
     def __init__(self, bins: int, outputs: int):
         super().__init__()
-        if isinstance(bins, bool) or bins < 2:
-            raise ValueError(f"bins: expected an integer of at least 2, got {bins!r}")
-        self.bins, self.outputs = bins, outputs
+        self.bins, self.outputs = at_least(2, "bins", bins), outputs
 
     @abstractmethod
     def log_prior(self, numbers: Tensor) -> Tensor:
@@ -345,16 +344,14 @@ class LogisticMixtureParameterization(DiscreteParameterization, name="logistic_m
         components: M; 10 as in PixelCNN++'s code.
 
     Raises:
-        ValueError: fewer than 1 component, or than 2 bins.
+        ValueError: fewer than 1 component, or than 2 bins, or no integer.
 
     References:
         PixelCNN++, Salimans, Karpathy, Chen, Kingma, 2017, https://arxiv.org/abs/1701.05517.
     """
 
     def __init__(self, bins: int, components: int = 10):
-        if isinstance(components, bool) or components < 1:
-            raise ValueError(f"components: expected an integer of at least 1, got {components!r}")
-        super().__init__(bins, outputs=3 * components)
+        super().__init__(bins, outputs=3 * at_least_one("components", components))
         self.components = components
 
     def log_prior(self, numbers: Tensor) -> Tensor:

@@ -42,6 +42,25 @@ def test_the_weights_have_the_evidence_as_their_mean(double):
     assert abs(back.mean() - 1) < 4 * back.std() / n**0.5 and back.std() > 0.1
 
 
+def test_pilots_have_random_numbers_of_their_own(double):
+    """Or step sizes would look at the chains they move."""
+    ais, chain, moves = Annealed(3, chains=4), oracle(), []
+    bridge = _Bridge(chain, torch.zeros(2, 3), None, None)
+    noise, move = Noise(0, torch.arange(2)), ais._move
+
+    def seen(bridge, z, beta, step, noise):
+        moves.append((z, noise.normal("momentum", z)))
+        return move(bridge, z, beta, step, noise)
+
+    ais._move = seen
+    steps = ais._pilot(bridge, noise)
+    pilots, moves = moves, []
+    ais._up(bridge.repeat(4), steps, noise, 0, 4)
+    for pilot, chains in zip(pilots, moves, strict=True):
+        for theirs, ours in zip(pilot, chains, strict=True):
+            assert torch.cat([theirs, ours]).unique(dim=0).shape == (16, 3)
+
+
 def test_few_temperatures_far_from_the_prior_are_unbiased_both_ways(double):
     """At one image: E[w] = p(x) by chains from the prior, E[1/w] = 1/p(x) by chains from exact
     draws of the posterior. A move at another temperature than its weight's, or a weight from the

@@ -17,6 +17,7 @@ from genfw import (
     Noise,
     Normal,
 )
+from genfw.bayes import DiscretePosterior
 from genfw.distributions import divergence, normal_head
 
 
@@ -120,6 +121,27 @@ def test_samples_have_the_stated_masses(double, make):
     assert make(1).mean.item() == pytest.approx((p @ torch.arange(values).double()).item())
 
 
+def test_values_of_another_shape_are_refused_not_broadcast():
+    """Images without the axis of channels, which the network has: as many as there are rows."""
+    one, dims = torch.zeros(3, 1, 3, 3), torch.ones(3, 1, 3, 3)
+    for over in (
+        Normal(one, dims),
+        Bernoulli(one),
+        Categorical(torch.zeros(3, 4, 1, 3, 3)),
+        BinSoftmax(one, dims, 4),
+        DiscretizedNormal(one, dims, 4),
+        DiscretizedLogistic(one, dims, 4),
+        LogisticMixture(torch.zeros(3, 2, 3, 3), one[:, None], dims[:, None], 4, None),
+        DiscretePosterior(
+            torch.zeros(3, 4, 1, 3, 3), one, torch.ones(()), torch.ones(()), 4, lambda x: x, 4
+        ),
+    ):
+        over.log_prob(torch.zeros(3, 1, 3, 3).long())
+        for shape in ((3, 3, 3), (3, 3, 3, 3), (3, 1, 3)):
+            with pytest.raises(ValueError, match=r"expected examples of shape \(1, 3, 3\), which"):
+                over.log_prob(torch.zeros(shape).long())
+
+
 def test_categorical_mean_and_layout(double):
     logits = torch.randn(2, 5, 3, 4)
     x = torch.randint(5, (2, 3, 4))
@@ -133,6 +155,16 @@ def test_categorical_mean_and_layout(double):
         Categorical(logits).mean[1, 2, 3],
         (logits[1, :, 2, 3].softmax(0) @ torch.arange(5).double()).item(),
     )
+
+
+def test_the_mean_of_categories_is_as_fine_as_their_masses_under_autocast():
+    """As their log masses are, which autocast leaves in float32."""
+    k = Categorical(3 * torch.randn(2, 256, 3, 4))
+    expected = k.mean
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(k.mean, expected)
+    exact = (k.log_probs.double().exp() * torch.arange(256).view(-1, 1, 1)).sum(1)
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_normal_head_is_the_identity_in_its_range(double):

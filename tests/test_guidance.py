@@ -162,6 +162,21 @@ def test_outside_its_interval_guidance_is_plain(batch):
     assert not torch.allclose(limited[inside], denoiser(z, t).x[inside])
 
 
+@pytest.mark.parametrize("guide", [ClassifierFree, ClassifierGuidance])
+def test_the_ends_of_an_interval_are_guided(guide, batch):
+    """Where they are those of the schedule too: a sampler's first step begins there."""
+    z, _, y = batch
+    denoiser = labelled(genfw.Eps)
+    other = (Bayes(),) if guide is ClassifierGuidance else ()
+    ends = [SCHEDULE.log_snr_min, SCHEDULE.log_snr_max]
+    for end in (torch.tensor(0.0), torch.tensor(1.0)):
+        limited, whole = (
+            guide(denoiser, *other, 4.0, each)(z, end, y).eps for each in (ends, None)
+        )
+        assert torch.equal(limited, whole)
+        assert not torch.equal(whole, denoiser(z, end, y).eps)
+
+
 def test_rescaling_gives_back_the_contrast(batch):
     z, t, y = batch
     denoiser = labelled(genfw.X0)

@@ -36,7 +36,7 @@ def random_hvae(blocks=(2, 1), **options):
         for block in ladder.down:
             block.posterior.last.weight *= 0.3
             block.posterior.last.bias.zero_()[2:] += 0.2
-    return HVAE(ladder, BernoulliLikelihood()).eval()
+    return HVAE(ladder, BernoulliLikelihood(), options.get("classes")).eval()
 
 
 class LinearGaussianLadder(torch.nn.Module):

@@ -174,6 +174,56 @@ def test_conditional_models(make):
     a_sample_is_of_its_label(make, shape=(1, 2, 2), bins=3, classes=3)
 
 
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+def test_a_model_without_classes_ignores_labels(make):
+    """Also where its networks know some: its bound is one on log p(x)."""
+    torch.manual_seed(0)
+    model = make((1, 2, 2), 3, classes=3).eval()
+    for p in model.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    model.classes = None
+    x, y, noise = (
+        torch.randint(3, (8, 1, 2, 2)),
+        torch.arange(8) % 3,
+        genfw.Noise(0, torch.arange(8)),
+    )
+    asked = [lambda y: model.elbo(x, y, noise=noise).total]
+    asked += [lambda y: model.sample(8, y, noise=noise)]
+    if isinstance(model, genfw.Weighs):
+        chain = model.at(3) if isinstance(model, genfw.VDM) else model
+        asked += [lambda y: chain.log_weight(x, y, noise=noise)]
+    if isinstance(model, genfw.VDM):
+        flow, between = genfw.ProbabilityFlow(steps=2, draws=1), torch.zeros(8, 1, 2, 2)
+        asked += [lambda y: model.decode(between, 1, y).log_prob(x)]
+        asked += [lambda y: flow(model, x, y, noise=noise).nats]
+    if isinstance(model, genfw.HVAE):
+        above = [torch.randn(8, *model.ladder.shapes[-1])]
+        asked += [lambda y: model.expected(above, y)]
+    for ask in asked:
+        with torch.no_grad():
+            assert torch.equal(ask(y), ask(None))
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+def test_weights_of_another_precision_are_read_in_theirs(make, weights):
+    """And latents and likelihoods are not below torch's default, here float64."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    model = make((1, 2, 2), 3).eval().to(weights)
+    x, noise = torch.randint(3, (8, 1, 2, 2)), genfw.Noise(0, torch.arange(8))
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            total = model.elbo(x, noise=noise).total
+            assert total.dtype == default and total.isfinite().all()
+            assert model.sample(8, noise=noise).shape == x.shape
+            if isinstance(model, genfw.HVAE):
+                assert model.expected([torch.randn(8, *model.ladder.shapes[-1])]).dtype == default
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 # Broken classes: each names the words of the law that finds it.
 
 
@@ -191,6 +241,8 @@ class Flat(genfw.LogLinear):
     def log_snr(self, t):
         bend = self.log_snr_max + (self.log_snr_min - self.log_snr_max) * t
         return torch.where((t > 0.4) & (t < 0.6), bend * 0 + 0.5, bend)
+
+    curve_inverse = genfw.LogLinear.curve_inverse
 
 
 class Loud(genfw.LogLinear):

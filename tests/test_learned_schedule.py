@@ -276,11 +276,16 @@ def test_its_end_points_are_read_without_a_warning():
 
 def test_weighted_objectives_are_refused_in_the_library(schedule):
     x = torch.zeros(4, 2)
-    for name in ("simple", "min_snr", "sigmoid"):
+    for name in ("simple", "min_snr", "sigmoid", "beta", "warmup", "cyclic"):
+        objective, model = Objective.registry[name](), oracle(schedule)
+        objective.advance(0)
         with pytest.raises(ValueError, match=r"learned schedule, .* use objective=elbo"):
-            Objective.registry[name]()(oracle(schedule), x)
-    with torch.no_grad():
-        Objective.registry["simple"]()(oracle(schedule), x)  # nothing is learned here
+            objective(model, x)
+        if name in ("beta", "warmup", "cyclic"):  # as soon as it is asked whether it can
+            with pytest.raises(ValueError, match=r"learned schedule, .* use objective=elbo"):
+                objective.check(model)
+        with torch.no_grad():
+            objective(model, x)  # nothing is learned here
 
 
 def test_weighted_objectives_are_refused_at_composition():

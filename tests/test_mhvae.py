@@ -175,6 +175,7 @@ def test_labels_reach_every_level(double):
         [MLPDecoder(b, z, 1 + t, classes=2, hidden=[8]) for t, (b, z) in enumerate(pairs)],
         BernoulliLikelihood(),
         [3, 2],
+        classes=2,
     )
     noise = Noise(0, torch.arange(16))
     one, other = (model.elbo(IMAGES, torch.full((16,), y), noise=noise) for y in (0, 1))

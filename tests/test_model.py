@@ -8,7 +8,9 @@ from oracles import LinearGaussianChain
 from scipy import stats
 
 from genfw import Noise
+from genfw.distributions import Normal, per_example
 from genfw.model import repeated
+from genfw.noise import draws
 
 DEPTHS = pytest.mark.parametrize("levels", [1, 2, 5])
 
@@ -23,6 +25,33 @@ def test_with_the_true_posterior_every_weight_is_the_evidence(levels, double):
     chain, x = LinearGaussianChain(levels), data()
     for y in (None, torch.arange(64) % 3):
         assert torch.allclose(chain.log_weight(x, y), chain.log_prob(x, y), atol=1e-10)
+
+
+class Laplace(Normal):
+    """A Normal by name: it is drawn from and weighed as it says itself."""
+
+    def __init__(self, mean, scale):
+        super().__init__(mean, scale)
+        self.laplace = torch.distributions.Laplace(mean, scale)
+
+    def log_prob(self, value):
+        return per_example(self.laplace.log_prob(value))
+
+    def sample(self, noise=None, purpose="sample"):
+        return self.laplace.icdf(draws(noise, self.mean).uniform(purpose, self.mean))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_an_encoder_of_its_own_kind_weighs_what_it_draws(k, double):
+    """Exactly: log w is log p(x, z) - log q(z | x) at the draw; and E[w] = p(x)."""
+    chain, x = LinearGaussianChain(1), data(1).expand(20_000, 2)
+    chain.encode = lambda z, t, y=None: Laplace(0.6 * z, 0.8 * torch.ones_like(z))
+    noise = Noise(0, torch.arange(len(x))).each(0, k)
+    w = (chain.log_weight(x, noise=noise, k=k) - chain.log_prob(x[:1])).exp()
+    assert abs(w.mean() - 1) < 4 * w.std() / len(w) ** 0.5 < 0.1
+    z = chain.encode(x.repeat_interleave(k, 0), 1).sample(noise.fold("z1"))
+    (rung,) = chain.climb(x, noise=noise, k=k)
+    assert torch.equal(rung.z, z) and type(rung.q) is Laplace
 
 
 @DEPTHS

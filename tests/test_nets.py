@@ -204,6 +204,19 @@ def test_fourier_features_have_periods_of_whole_bins_and_fade_as_noise_leaves_th
     assert clean[at : at + 2].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("data_std", [0.4, 2.0])
+def test_features_of_a_scaled_latent_are_those_of_the_latent(data_std):
+    """Edm's input, z / r with r^2 = sigma^2 + alpha^2 s_d^2: the teeth of z, one bin apart."""
+    z, level = torch.randn(6, 1, 3), torch.linspace(0, 1, 6)
+    log_snr = -10.0 + 18.0 * level
+    alpha, sigma = (each.sigmoid().sqrt().view(-1, 1, 1) for each in (log_snr, -log_snr))
+    r = (sigma**2 + alpha**2 * data_std**2).sqrt()
+    plain, told = (Fourier(17, 3, s, log_snr_max=8.0) for s in (None, data_std))
+    expected, found = plain(z, level), told(z / r, level)
+    torch.testing.assert_close(found[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-4)
+    assert torch.equal(found[:, :1], z / r)
+
+
 def test_fourier_features_of_bytes_are_those_of_vdm():
     z = torch.linspace(-1, 1, 40).double()[:, None]
     fourier = Fourier(256, 2, log_snr_max=200.0)

@@ -150,3 +150,8 @@ def test_draws_of_an_example_are_the_same_in_any_range_and_unrelated(double):
         noise.each(0, 2).each(0, 2)
     with pytest.raises(ValueError, match="one per index"):
         Noise(0, torch.arange(3), draw=torch.arange(2))
+
+
+def test_a_seed_of_numpy_is_the_same_seed():
+    one, other = (Noise(seed, torch.arange(3)).time() for seed in (7, np.int64(7)))
+    assert torch.equal(one, other)

@@ -454,7 +454,8 @@ def test_it_says_how_it_was_solved(double):
 
 def test_labels_count_and_dropout_does_not(double):
     denoiser = NetworkDenoiser(Labelled(4), Parameterization.registry["v"](), Cosine(7.9, -10.0))
-    vdm, x = VDM(denoiser, BinsLikelihood(17), shape=(4,)), torch.randint(17, (6, 4))
+    vdm = VDM(denoiser, BinsLikelihood(17), shape=(4,), classes=10)
+    x = torch.randint(17, (6, 4))
     flow, noise, y = ProbabilityFlow(draws=1), Noise(0, torch.arange(6)), torch.arange(6) % 3
     labelled = flow(vdm.train(), x, y, noise=noise).nats
     assert vdm.training
@@ -467,7 +468,8 @@ def test_a_label_goes_with_its_image(double):
     """Through several draws, and when rows that have arrived are left out."""
     denoiser = NetworkDenoiser(Labelled(4), Parameterization.registry["v"](), Cosine(7.9, -10.0))
     denoiser.network.layers[0].weight.data *= 3
-    vdm, x = VDM(denoiser, BinsLikelihood(17), shape=(4,)), torch.randint(17, (3, 4))
+    vdm = VDM(denoiser, BinsLikelihood(17), shape=(4,), classes=10)
+    x = torch.randint(17, (3, 4))
     flow, y = ProbabilityFlow(draws=2, tolerance=1e-2), torch.tensor([0, 3, 9])
     alone = [flow(vdm, x[i, None], y[i, None], noise=Noise(0, torch.tensor([i]))) for i in range(3)]
     calls = torch.cat([each.diagnostics["ode_calls"] for each in alone])

@@ -130,6 +130,23 @@ def test_a_new_schedule_states_its_curve_and_inherits_the_rest():
         Square(12.0, -9.0)
 
 
+def test_a_schedule_made_of_another_keeps_no_closed_form_of_its_parent():
+    class Root(LogLinear):
+        def log_snr(self, t):
+            return super().curve(t**0.5)
+
+    class Steeper(Cosine):
+        def log_snr(self, t):
+            return 1.5 * super().curve(t)
+
+    for law in SCHEDULE_LAWS:
+        law(Steeper)
+    schedule, t = Root(9.0, -9.0), torch.linspace(0.01, 1, 12, dtype=torch.float64)
+    assert torch.allclose(schedule.log_snr(t), 9 - 18 * t.sqrt(), rtol=0, atol=1e-4)
+    assert torch.allclose(schedule.inverse(schedule.log_snr(t)), t, rtol=0, atol=1e-9)
+    assert torch.allclose(schedule.slope(t), 9 / t.sqrt(), rtol=1e-6)
+
+
 def test_a_new_schedule_that_sets_its_numbers_too_late_is_told():
     class Power(NoiseSchedule):
         def __init__(self, log_snr_max, log_snr_min, power=2.0):

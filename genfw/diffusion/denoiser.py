@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior
+from genfw.model import as_read
 from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction, broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
@@ -36,6 +38,18 @@ class Denoiser(nn.Module, ABC):
             f"{self._get_name()} says where x lies, not how likely each value is: use likelihood "
             "bins or discretized_gaussian, or param categorical"
         )
+
+
+class Unlabelled(Denoiser):
+    """Another, told no labels: what a model that has no classes is, also in guidance, to which
+    labels may mean something."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser, self.schedule = denoiser, denoiser.schedule
+
+    def forward(self, z: Data, t: Time, y: Labels | None = None) -> Prediction:
+        return self.denoiser(z, t, None)
 
 
 class NetworkDenoiser(Denoiser):
@@ -77,5 +91,6 @@ class NetworkDenoiser(Denoiser):
         level = (log_snr - lowest) / (highest - lowest)
         alpha = broadcast(log_snr.sigmoid().sqrt(), z)
         sigma = broadcast((-log_snr).sigmoid().sqrt(), z)
-        scaled = self.parameterization.input_scale(alpha, sigma) * z
-        return self.network(scaled, level.to(z.dtype), y).to(z.dtype), z, alpha, sigma
+        scaled = as_read(self.network, self.parameterization.input_scale(alpha, sigma) * z)
+        level = level.to(torch.promote_types(scaled.dtype, torch.float32))
+        return self.network(scaled, level, y).to(z.dtype), z, alpha, sigma

@@ -147,7 +147,7 @@ class ProbabilityFlow(Estimator, name="ode"):
             exact = self._exact(z_0)
             z = z_0.clone().double()
             probe = None if exact else PROBES[self.probe](keyed(noise, z), z)
-            given = None if y is None else y.clone()
+            given = None if (y := vdm.told(y)) is None else y.clone()
             flow = Flow(vdm.denoiser, given, z.shape[1:], probe, vdm.dtype)
             u = torch.cat([z.flatten(1), torch.zeros_like(z.flatten(1)[:, :1])], 1)
             if self.steps is None:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import LatentModel
+from genfw.model import LatentModel, as_read
 from genfw.models.posterior import Posterior, ResidualPosterior, bounded
 from genfw.noise import Draws, draws
 from genfw.types import Data, Image, Labels, Nats
@@ -156,9 +156,10 @@ class HVAE(LatentModel, name="hvae"):
             p = self._prior(prior, t)
             z = Normal(p.mean, factors[t - 1] * p.std).sample(noise.fold(f"z{t}"))
             t -= 1
-            return z
+            return as_read(self.ladder, z)
 
-        return self.likelihood(self.ladder(draw, n, y).to(self.dtype)).sample(noise.fold("z0"))
+        h = self.ladder(draw, n, self.told(y))
+        return self.likelihood(h.to(self.dtype)).sample(noise.fold("z0"))
 
     def temperatures(self, given: float | Sequence[float]) -> list[float]:
         """One for each of z_1 .. z_T.
@@ -196,15 +197,18 @@ class HVAE(LatentModel, name="hvae"):
         given = list(above)
 
         def draw(prior: Tensor, _: Tensor | None) -> Tensor:
-            return given.pop() if given else prior.to(self.dtype).chunk(2, dim=1)[0]
+            z = given.pop() if given else prior.chunk(2, dim=1)[0]
+            return as_read(self.ladder, z)
 
-        return self.likelihood(self.ladder(draw, len(above[0]), y).to(self.dtype)).mean
+        h = self.ladder(draw, len(above[0]), self.told(y))
+        return self.likelihood(h.to(self.dtype)).mean
 
     def _descend(
         self, x: Image, y: Labels | None, noise: Draws, k: int = 1
     ) -> tuple[Distribution, list[_Step]]:
         """k ways down for every example: p(x | z) and the steps, z_T's first."""
-        seen = self.ladder.read(self.likelihood.normalize(x).to(self.dtype), y)
+        y = self.told(y)
+        seen = self.ladder.read(as_read(self.ladder, self.likelihood.normalize(x)), y)
         if k > 1:
             seen = [each.repeat_interleave(k, 0) for each in seen]
             y = None if y is None else y.repeat_interleave(k, 0)
@@ -216,7 +220,7 @@ class HVAE(LatentModel, name="hvae"):
             assert posterior is not None
             q = self.posterior(posterior.to(self.dtype), p)
             steps.append(_Step(p, q, q.sample(noise.fold(f"z{t}"))))
-            return steps[-1].z
+            return as_read(self.ladder, steps[-1].z)
 
         h = self.ladder(draw, len(x) * k, y, seen)
         return self.likelihood(h.to(self.dtype)), steps

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from genfw.distributions import Distribution, Normal, normal_head
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import MarkovianHierarchy
+from genfw.model import MarkovianHierarchy, as_read
 from genfw.noise import Draws
 from genfw.types import Image, Labels
 
@@ -76,11 +76,15 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         return Normal(zero.expand(n, *self.latents[-1]), torch.ones_like(zero))
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
+        network = self.encoders[t - 1]
         below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z
-        return self._latent(self.encoders[t - 1](below, y).to(self.dtype), t, f"encoder {t}")
+        return self._latent(
+            network(as_read(network, below), self.told(y)).to(self.dtype), t, f"encoder {t}"
+        )
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
-        h = self.decoders[t - 1](z, y).to(self.dtype)
+        network = self.decoders[t - 1]
+        h = network(as_read(network, z), self.told(y)).to(self.dtype)
         return self.likelihood(h) if t == 1 else self._latent(h, t - 1, f"decoder {t}")
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from genfw.check import at_least_one
-from genfw.diffusion.denoiser import Denoiser
+from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
 from genfw.diffusion.process import marginal, posterior, transition
@@ -137,7 +137,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         eps = noise.normal("eps", data)
         log_snr = self.schedule.log_snr(t)
         alpha, sigma = (broadcast(each.sigmoid().sqrt(), data) for each in (log_snr, -log_snr))
-        prediction = self.denoiser(alpha * data + sigma * eps, t, y)
+        prediction = self.denoiser(alpha * data + sigma * eps, t, self.told(y))
         error = per_example((eps - prediction.eps).square())
         if self.steps is None:
             measure = lowering_variance(measure, error, self.schedule)
@@ -173,16 +173,17 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
         if t == 1 and not self.likelihood.takes_pair:  # the network's own masses, one more call
-            return self.likelihood(self.denoiser.posterior(z, self._time(1), y))
+            return self.likelihood(self.denoiser.posterior(z, self._time(1), self.told(y)))
         if t == 1:
             alpha, sigma = self.schedule.alpha(self._time(1)), self.schedule.sigma(self._time(1))
             return self.likelihood((z / broadcast(alpha, z), broadcast(sigma / alpha, z)))
-        prediction = self.denoiser(z, self._time(t), y)
+        prediction = self.denoiser(z, self._time(t), self.told(y))
         return posterior(z, prediction.x, self._time(t - 1), self._time(t), self.schedule)
 
     def guided(self) -> Guidance:
         """The denoiser that samples are drawn with; bounds see the bare one."""
-        return self.guidance(self.denoiser).to(self.device)
+        bare = Unlabelled(self.denoiser) if self.classes is None else self.denoiser
+        return self.guidance(bare).to(self.device)
 
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""

@@ -22,6 +22,7 @@ from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws
 from genfw.objective.objective import Objective
+from genfw.schedule import NoiseSchedule
 from genfw.types import Image, Labels, Nats
 
 
@@ -40,9 +41,17 @@ class Beta(Objective, name="beta"):
         super().__init__()
         self.beta = _price("beta", beta)
 
+    def check(self, model: LatentModel) -> None:
+        _fixed(self, model)
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
+        """
+        Raises:
+            ValueError: a schedule that learns.
+        """
+        _fixed(self, model)
         return _weighted(model, x, y, noise, self.beta)
 
     def extra_repr(self) -> str:
@@ -67,6 +76,9 @@ class Warmup(Objective):
     def beta_at(self, step: int) -> float:
         """Beta of the optimizer step number `step`, counted from 0."""
 
+    def check(self, model: LatentModel) -> None:
+        _fixed(self, model)
+
     def advance(self, step: int) -> None:
         super().advance(step)
         self.weight.fill_(self.beta_at(step))
@@ -76,8 +88,9 @@ class Warmup(Objective):
     ) -> Nats:
         """
         Raises:
-            ValueError: `advance` has told no step.
+            ValueError: `advance` has told no step, or a schedule that learns.
         """
+        _fixed(self, model)
         if self.step is None:
             raise ValueError(
                 f"objective={self.name} depends on the training step and was not told it: "
@@ -289,6 +302,20 @@ def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:
             f"{type(model).__name__} is no chain with one: use objective=elbo, or a VAE"
         )
     return model, likelihood
+
+
+def _fixed(objective: Objective, model: LatentModel) -> None:
+    """Raises:
+    ValueError: the model's schedule learns, by the gradient of the bound as it is.
+    """
+    schedule = getattr(model, "schedule", None)
+    if not isinstance(schedule, NoiseSchedule) or not torch.is_grad_enabled():
+        return
+    if any(p.requires_grad for p in schedule.parameters()):
+        raise ValueError(
+            f"objective={objective.name} says nothing of a learned schedule, which follows the "
+            "bound: use objective=elbo, or a fixed schedule"
+        )
 
 
 def _weighted(

@@ -38,8 +38,9 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     A subclass states `log_snr` before end points are fixed (on u > 0), and may state
     `curve_slope(u)` (minus its derivative) and `curve_inverse(log_snr)` in closed form; without
-    them autograd and bisection serve. Numbers of its own it sets before `super().__init__`, which
-    looks for the end points on the curve.
+    them autograd and bisection serve, whatever a parent of another curve has. That curve it finds
+    as `super().curve(u)`. Numbers of its own it sets before `super().__init__`, which looks for the
+    end points on the curve.
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float):
@@ -64,10 +65,12 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "log_snr" in vars(
-            cls
-        ):  # what the subclass states is the curve; what users call has exact ends
+        if "log_snr" in vars(cls):
+            # What the subclass states is the curve; what users call has exact ends.
             cls.curve, cls.log_snr = vars(cls)["log_snr"], _exact_log_snr
+            for closed in ("curve_slope", "curve_inverse"):
+                if closed not in vars(cls):  # a parent's would be that of another curve
+                    setattr(cls, closed, vars(NoiseSchedule)[closed])
 
     @property
     def log_snr_max(self) -> float | Tensor:
@@ -128,7 +131,9 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             for _ in range(10):  # a curve may be asked for less signal than it has at u = 1
                 short = ~(self.curve(high) <= log_snr)
                 high = torch.where(short, 2 * high, high)
-            if bool((self.curve(low) < log_snr).any() or (self.curve(high) > log_snr).any()):
+            # A curve that is finite at u = 0 falls a little before the first u looked at.
+            missed = self.curve(low) < log_snr - 1e-4
+            if bool(missed.any() or (self.curve(high) > log_snr).any()):
                 at_low, at_high = self.curve(low).max().item(), self.curve(high).min().item()
                 raise ValueError(
                     f"{type(self).__name__} reaches log SNR {at_low:.4g} to {at_high:.4g}, asked "
