@@ -313,3 +313,18 @@ def test_images_of_another_shape_are_refused_by_whoever_asks(shape, double):
 def test_without_a_shape_images_may_have_any(built, double):
     for name, ask in asked(any_shape(built), torch.zeros(2, 2, 2).long()).items():
         assert ask() is not None, name
+
+
+def test_a_network_with_coarse_weights_is_told_the_level_in_float32():
+    """bfloat16 has 8 bits: of 1000 levels it would tell 200 apart."""
+
+    class Told(torch.nn.Linear):
+        def forward(self, z, level, y):
+            self.level = level
+            return super().forward(z)
+
+    net = Told(3, 3).bfloat16()
+    denoiser = NetworkDenoiser(net, genfw.Eps(), Cosine(7.9, -10.0))
+    prediction = denoiser(torch.randn(1000, 3), torch.linspace(0, 1, 1000))
+    assert net.level.dtype == torch.float32 and len(net.level.unique()) == 1000
+    assert prediction.x.dtype == torch.float32
