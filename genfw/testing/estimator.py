@@ -109,7 +109,7 @@ def _served(estimator: Estimator, bent: bool) -> Iterator[LatentModel]:
     bias, stretch = (0.3, 1.2) if bent else (0.0, 1.0)
     chains = (LinearGaussianChain(levels, bias=bias, stretch=stretch) for levels in (1, 3))
     denoiser = GaussianDenoiser(Cosine(9.0, -9.0), 0.1, 0.5)
-    vdm = VDM(denoiser, GaussianLikelihood(), shape=(LinearGaussianChain.dims,))
+    vdm = VDM(denoiser, GaussianLikelihood(), shape=(LinearGaussianChain.dims,), classes=4)
     taken = 0
     for model in (*chains, vdm):
         try:
