@@ -1,5 +1,6 @@
 """Somebody else's class, on genfw's command line, without a line in genfw."""
 
+import copy
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from genfw.__main__ import main
@@ -208,7 +210,10 @@ def test_metrics_are_callbacks(group, beside):
 
 @pytest.fixture
 def example(monkeypatch):
-    """As pip would install it."""
+    """As pip would install it, also where its own tests, which have no YAML, came before."""
+    store = copy.deepcopy(ConfigStore.instance().repo)
+    store.get("model", {}).pop("mixture_vae.yaml", None)
+    monkeypatch.setattr(ConfigStore.instance(), "repo", store)
     monkeypatch.syspath_prepend(ROOT / "examples" / "plugin")
     project = tomllib.loads((ROOT / "examples" / "plugin" / "pyproject.toml").read_text())
     (announced,) = project["project"]["entry-points"][plugins.GROUP].items()
