@@ -210,7 +210,7 @@ def test_metrics_are_callbacks(group, beside):
 
 @pytest.fixture
 def example(monkeypatch):
-    """As pip would install it, also where its own tests, which have no YAML, came before."""
+    """As pip would install it, also where its classes were imported before without its YAML."""
     store = copy.deepcopy(ConfigStore.instance().repo)
     store.get("model", {}).pop("mixture_vae.yaml", None)
     monkeypatch.setattr(ConfigStore.instance(), "repo", store)
