@@ -221,7 +221,8 @@ class FreeBits(Objective, name="free_bits"):
     ) -> Nats:
         self.check(model)
         if self._by_dimension:
-            reconstruction, pairs = _diverging(self, model).divergences(x, y, noise=noise)
+            assert isinstance(model, Diverges)  # `check` has seen to it
+            reconstruction, pairs = model.divergences(x, y, noise=noise)
             costs = torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
         else:
             elbo = model.elbo(x, y, noise=noise)
@@ -273,7 +274,11 @@ class L2(Objective, name="l2"):
         return f"||x - E[x|z]||^2 + {self.rate:g} rate: no likelihood"
 
 
-def _diverging(objective: FreeBits, model: LatentModel) -> Diverges:
+def _diverging(objective: FreeBits, model: LatentModel) -> None:
+    """
+    Raises:
+        TypeError: what its levels cost is not known in closed form.
+    """
     chain = isinstance(model, MarkovianHierarchy)
     several = chain and model.levels > 1
     if several or not isinstance(model, Diverges):
@@ -287,7 +292,6 @@ def _diverging(objective: FreeBits, model: LatentModel) -> Diverges:
             f"objective=free_bits with per={objective.per.value} needs divergences in closed form, "
             f"and {type(model).__name__}'s prior is no Normal: use per=batch_level"
         )
-    return model
 
 
 def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:
@@ -305,8 +309,9 @@ def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:
 
 
 def _fixed(objective: Objective, model: LatentModel) -> None:
-    """Raises:
-    ValueError: the model's schedule learns, by the gradient of the bound as it is.
+    """
+    Raises:
+        ValueError: the model's schedule learns, by the gradient of the bound as it is.
     """
     schedule = getattr(model, "schedule", None)
     if not isinstance(schedule, NoiseSchedule) or not torch.is_grad_enabled():

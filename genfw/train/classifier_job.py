@@ -16,7 +16,7 @@ from genfw.train import job
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
-from genfw.train.errors import command_line
+from genfw.train.errors import resume_line
 from genfw.train.files import store
 from genfw.train.keeper import Keeper
 
@@ -61,7 +61,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         if trainer.is_global_zero:
             for key, value in tested.items():
                 print(f"{key:28}{value:.4f}")
-            again = f"then test again: {command_line('genfw', f'resume={folder}')}"
-            store(folder / "results.json", plain(results), again)
+            advice = f"then test again: {resume_line(folder)}"
+            store(folder / "results.json", plain(results), advice)
             print(f"run folder: {folder}")
     return results

@@ -61,3 +61,8 @@ def command_line(*words: str) -> str:
         "python -m genfw 'resume=outputs/a b'"
     """
     return shlex.join(("python", "-m", *words))
+
+
+def resume_line(folder: object) -> str:
+    """What goes on with a run, to be copied into a shell."""
+    return command_line("genfw", f"resume={folder}")

@@ -41,7 +41,7 @@ from genfw.diffusion.denoising import Denoises
 from genfw.diffusion.guidance import Guide
 from genfw.elbo import bits_per_dim
 from genfw.estimators.estimator import Estimator
-from genfw.estimators.report import plain
+from genfw.estimators.report import Certificate, plain
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.objective import Objective
@@ -56,9 +56,9 @@ from genfw.train.errors import (
     ConfigError,
     GenfwError,
     Stopped,
-    command_line,
     not_finite,
     one_line,
+    resume_line,
 )
 from genfw.train.files import replace_text, store
 from genfw.train.keeper import Keeper
@@ -140,11 +140,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         finish_pictures(module, trainer, callbacks, folder)
         try:
             if trainer.is_global_zero:
-                again = f"then test again: {command_line('genfw', f'resume={folder}')}"
-                store(folder / "certificate.json", plain(certificate), again)
-                # last: a run with it is whole
-                store(folder / "results.json", plain(results), again)
-                print(f"run folder: {folder}")
+                stored(results, certificate, folder)
         finally:  # a full disk leaves the number to W&B, and W&B's end leaves it to the disk
             for logger in loggers:
                 if isinstance(logger, Wandb):
@@ -152,6 +148,18 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         if wrong := not_finite(results):
             raise Stopped(f"{wrong}: there is no number to report")
         return results
+
+
+def stored(results: Results, certificate: Certificate, folder: Path) -> None:
+    """Writes results.json last: a run with it is whole.
+
+    Raises:
+        GenfwError: the disk is full, and how to go on.
+    """
+    advice = f"then test again: {resume_line(folder)}"
+    store(folder / "certificate.json", plain(certificate), advice)
+    store(folder / "results.json", plain(results), advice)
+    print(f"run folder: {folder}")
 
 
 @contextmanager
@@ -186,8 +194,8 @@ def obedient(folder: Path) -> Iterator[Signals]:
         try:
             yield signals
         except Interruption:
-            again = command_line("genfw", f"resume={folder}")
-            raise Stopped(f"interrupted; to go on: {again}", signals.received) from None
+            said = f"interrupted; to go on: {resume_line(folder)}"
+            raise Stopped(said, signals.received) from None
 
 
 def fit(
@@ -247,9 +255,9 @@ def implemented(config: DictConfig) -> None:
     """
     for group, interface in Registered.groups.items():
         target = OmegaConf.select(config, f"{group}._target_")
-        made = (
-            locate(target, trusted_by(config)) if target and group not in ("net", "data") else None
-        )
+        if not target or group in ("net", "data"):
+            continue
+        made = locate(target, trusted_by(config))
         if isinstance(made, type) and not issubclass(made, interface):
             raise ConfigError(
                 f"{group}._target_={target}: expected a subclass of genfw.{interface.__name__}, "

@@ -24,7 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from genfw.check import at_least_one
 from genfw.train.checkpoint import AtomicIO, read, same
-from genfw.train.errors import ConfigError, Stopped, command_line
+from genfw.train.errors import ConfigError, Stopped, resume_line
 from genfw.train.files import probe
 from genfw.train.loggers import CSV
 from genfw.train.signals import Signals, stop
@@ -168,7 +168,8 @@ class Keeper(Checkpoint):
         if self.saved != trainer.global_step:
             raise Stopped(
                 f"the weights of step {trainer.global_step} could not be saved in {self.folder}; "
-                f"those of step {self.saved} are: make room, then {_again(trainer)}"
+                f"those of step {self.saved} are: make room, then "
+                f"{resume_line(trainer.default_root_dir)}"
             )
         self.signals.idle = True
 
@@ -259,14 +260,10 @@ class Keeper(Checkpoint):
         if self.failed >= self.failures:
             raise Stopped(
                 f"{said}; {self.failed} in a row (checkpoint.failures={self.failures}): make room, "
-                f"then {_again(trainer)}"
+                f"then {resume_line(trainer.default_root_dir)}"
             )
         if trainer.is_global_zero:
             print(f"{said}; training goes on", flush=True)
-
-
-def _again(trainer: L.Trainer) -> str:
-    return command_line("genfw", f"resume={trainer.default_root_dir}")
 
 
 def _go_on(trainer: L.Trainer, validation_due: bool) -> None:

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from genfw.train.errors import Stopped, command_line
+from genfw.train.errors import Stopped, resume_line
 
 EXIT_CODES = {
     signal.SIGTERM: 143,
@@ -198,5 +198,5 @@ def stop(exit_code: int, trainer: L.Trainer) -> None:
         Stopped: on all ranks.
     """
     if exit_code:
-        again = command_line("genfw", f"resume={trainer.default_root_dir}")
+        again = resume_line(trainer.default_root_dir)
         raise Stopped(f"interrupted at step {trainer.global_step}; to go on: {again}", exit_code)
