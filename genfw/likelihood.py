@@ -57,7 +57,7 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
 
         Raises:
             TypeError: x is not integer.
-            ValueError: a value outside 0..K-1 (checked where that costs no device synchronisation).
+            ValueError: a value outside 0..K-1 (not looked for while a GPU trains, see `readable`).
         """
         assert self.bins is not None
         check_integers(x, self.bins)
@@ -248,14 +248,14 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
 
         Raises:
             TypeError: x is integer: a density of integers has no meaning.
-            ValueError: NaN or infinity (looked for on the CPU only: elsewhere it would stall).
+            ValueError: NaN or infinity (not looked for while a GPU trains, see `readable`).
         """
         if not x.is_floating_point():
             raise TypeError(
                 f"gaussian is a density over real numbers, got {x.dtype}: "
                 "for integer images use discretized_gaussian, bins or categorical"
             )
-        if x.device.type == "cpu" and not x.isfinite().all():
+        if readable(x) and not x.isfinite().all():
             row = int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
             raise ValueError(
                 f"data: expected finite numbers, got {int((~x.isfinite()).sum())} NaN or infinite, "
@@ -275,16 +275,26 @@ def check_bins(bins: int) -> int:
     return bins
 
 
+def readable(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: always on the CPU, and on a GPU where no gradient
+    is taken, so that every reported number is of values that were looked at. A training step would
+    wait for the look, and a CUDA graph that is being captured cannot have one."""
+    if x.device.type == "cpu":
+        return True
+    if torch.is_grad_enabled() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def check_integers(x: Tensor, bins: int) -> None:
-    """Refuses what is not integers 0..bins-1. Values are looked at on the CPU only: elsewhere it
-    would stall."""
+    """Refuses what is not integers 0..bins-1."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(
             f"images: expected integers 0..{bins - 1}, got {x.dtype}: pass the raw values, "
             "genfw normalizes them itself (likelihood.normalize)"
         )
     # int(): a uint8 tensor compared with 256 would compare with 0
-    if x.device.type == "cpu" and x.numel() and not (int(x.min()) >= 0 and int(x.max()) < bins):
+    if readable(x) and x.numel() and not (int(x.min()) >= 0 and int(x.max()) < bins):
         raise ValueError(
             f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}.."
             f"{int(x.max())}: set bins to the number of values of your data"

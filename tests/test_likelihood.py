@@ -102,6 +102,30 @@ def test_what_is_not_integers_in_range_is_refused(cls):
         likelihood.normalize(torch.tensor([[0, likelihood.bins]]))
 
 
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    device = torch.device("cuda")
+    is_cuda = True
+
+
+def test_on_a_gpu_every_reported_number_is_of_values_that_were_looked_at(monkeypatch):
+    likelihood, x = BernoulliLikelihood(), torch.tensor([[0, 255]]).as_subclass(OnGpu)
+    nan = torch.tensor([[0, torch.nan]]).as_subclass(OnGpu)
+    likelihood.normalize(x)  # a training step would wait for the look
+    GaussianLikelihood().normalize(nan)
+    for unseen in (torch.no_grad, torch.inference_mode):
+        with unseen(), monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            likelihood.normalize(x)
+            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+            with pytest.raises(ValueError, match=r"got 0..255: set bins"):
+                likelihood.normalize(x)
+            with pytest.raises(ValueError, match="got 1 NaN or infinite"):
+                GaussianLikelihood().normalize(nan)
+            likelihood.normalize(torch.zeros(2, 3, dtype=torch.int64, device="meta"))
+
+
 @pytest.mark.parametrize("cls", [cls for cls in MASSES if cls is not BernoulliLikelihood])
 def test_bytes_of_all_256_values_are_taken(cls):
     likelihood = cls(bins=256)
