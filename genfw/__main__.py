@@ -64,7 +64,8 @@ def _command(arguments: Sequence[str]) -> int:
 
     from genfw.train import sweep
     from genfw.train.compose import compose, jobs, parse, session, typed
-    from genfw.train.config import conf_folder, data_are_there
+    from genfw.train.nodes import conf_folder
+    from genfw.train.rules import data_are_there
 
     flags = _flags(arguments)
     _trains(flags.overrides)
@@ -189,7 +190,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     `failures`: raised through Hydra it would come with a line of Hydra's own."""
     from hydra.core.hydra_config import HydraConfig
 
-    from genfw.train.config import as_many_levels
+    from genfw.train.compose import as_many_levels
     from genfw.train.job import run
     from genfw.train.jobs import locked, noted
 

@@ -16,9 +16,9 @@ from genfw.train import resolvers
 from genfw.train.bits import between
 from genfw.train.certificate import _model as described
 from genfw.train.compose import compose, session
-from genfw.train.config import conf_folder
 from genfw.train.ema import EMA
 from genfw.train.errors import ConfigError
+from genfw.train.nodes import conf_folder
 
 MEAN, STD, N = torch.tensor([0.4, -0.9]).double(), torch.tensor([0.5, 0.2]).double(), 4000
 ENDS = ("log_snr_max", "log_snr_min")

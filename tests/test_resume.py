@@ -251,7 +251,7 @@ def test_names_of_slurm_jobs(monkeypatch):
 
 
 def test_what_may_change_is_there(finished):
-    from genfw.train.config import keys
+    from genfw.train.nodes import keys
 
     known = keys(OmegaConf.load(finished / "config.yaml"))
     for name in MAY_CHANGE:

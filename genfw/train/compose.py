@@ -31,20 +31,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train import plugins, resolvers
-from genfw.train.config import (
-    as_many_levels,
-    check,
-    conf_folder,
-    keys,
-    nearest,
-    samples_have_labels,
-    times_are_looked_at,
-    trusted_by,
-    unknown_key,
-    vouched_for,
-)
+from genfw.train.config import check, nearest, trusted_by, unknown_key, vouched_for
 from genfw.train.errors import ConfigError
 from genfw.train.help import defaults, options
+from genfw.train.nodes import conf_folder, keys, select
+from genfw.train.rules import samples_have_labels, times_are_looked_at
 
 
 @contextmanager
@@ -132,6 +123,28 @@ HYDRAS_OWN = re.compile(
     r"|(logging|logging\.handlers|colorlog)\.\w*(Handler|Formatter|Filter)"
 )
 """What Hydra's own part of a configuration names: launchers, sweepers, and how they log."""
+
+
+def as_many_levels(config: DictConfig) -> None:
+    """More sizes in model.latents than networks: the last network of either list is copied for each
+    of them, reading the sizes one place further on. Where it names no sizes, nothing is done."""
+    model = config.get("model")
+    latents = select(model, "latents")
+    for name in ("encoders", "decoders"):
+        networks = select(model, name)
+        if isinstance(networks, ListConfig) and networks and isinstance(latents, ListConfig):
+            for t in range(len(networks), len(latents)):
+                last = networks._get_node(t - 1)
+                text = OmegaConf.to_yaml(last) if isinstance(last, DictConfig) else ""
+                if f"${{model.latents[{t - 1}]}}" in text:
+                    networks.append(OmegaConf.create(_SIZE.sub(_next_size, text)))
+
+
+_SIZE = re.compile(r"\$\{model\.latents\[(\d+)\]\}")
+
+
+def _next_size(found: re.Match[str]) -> str:
+    return f"${{model.latents[{int(found[1]) + 1}]}}"
 
 
 def check_hydra(node: Any, trusted: Sequence[str], path: str = "hydra") -> None:

@@ -77,7 +77,7 @@ def load() -> None:
         ConfigError: one of them cannot be imported.
     """
     from genfw.registry import Registered
-    from genfw.train.config import conf_folder
+    from genfw.train.nodes import conf_folder
 
     for each in installed():
         try:

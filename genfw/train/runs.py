@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from genfw.train.compose import session, unchecked
-from genfw.train.config import check, keys, unknown_key
+from genfw.train.config import check, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import probe
+from genfw.train.nodes import keys
 from genfw.train.slurm import tell
 from genfw.train.terminal import detach
 
