@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genfw.diffusion.denoiser import Denoiser as Denoiser
     from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
     from genfw.diffusion.denoising import Denoising as Denoising
+    from genfw.diffusion.grid import AngleGrid as AngleGrid
     from genfw.diffusion.grid import KarrasGrid as KarrasGrid
     from genfw.diffusion.grid import LogSNRGrid as LogSNRGrid
     from genfw.diffusion.grid import TimeGrid as TimeGrid
@@ -139,7 +140,7 @@ _HOMES = {
         "Unguided",
     ),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
-    "genfw.diffusion.grid": ("KarrasGrid", "LogSNRGrid", "TimeGrid", "UniformGrid"),
+    "genfw.diffusion.grid": ("AngleGrid", "KarrasGrid", "LogSNRGrid", "TimeGrid", "UniformGrid"),
     "genfw.diffusion.sampler": (
         "DDIM",
         "Ancestral",

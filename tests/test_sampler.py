@@ -11,6 +11,7 @@ import genfw
 from genfw import (
     DDIM,
     Ancestral,
+    AngleGrid,
     Churn,
     Cosine,
     DPMSolver,
@@ -361,11 +362,20 @@ def test_grids_are_even_in_what_they_say():
     rho = 3.0
     for grid, read in (
         (LogSNRGrid(), lambda log_snr: log_snr),
+        (AngleGrid(), lambda log_snr: (-log_snr / 2).exp().atan()),
         (KarrasGrid(rho), lambda log_snr: (-log_snr / 2 / rho).exp()),
         (KarrasGrid(1.0), lambda log_snr: (-log_snr / 2).exp()),
     ):
         steps = read(schedule.log_snr(grid(8, schedule))).diff()
         assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+
+
+def test_the_angle_is_where_the_cosine_schedule_stops():
+    schedule, cosine = LogLinear(7.0, -9.0), Cosine(7.0, -9.0)
+    stops = schedule.log_snr(AngleGrid()(8, schedule))
+    assert torch.allclose(stops, cosine.log_snr(genfw.UniformGrid()(8, cosine)), rtol=1e-9)
+    far = AngleGrid()(8, LogLinear(60.0, -90.0))  # an angle of pi / 2, to the last bit
+    assert far.isfinite().all() and (far.diff() < 0).all()
 
 
 def test_a_root_beyond_any_number_is_still_a_grid():

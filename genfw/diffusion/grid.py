@@ -5,6 +5,7 @@ Between the ends, stop i of N lies where
 | name    | is even in                                  |
 |---------|---------------------------------------------|
 | uniform | t: the schedule decides                     |
+| angle   | arctan(sigma / alpha), whatever the schedule |
 | log_snr | log SNR, whatever the schedule              |
 | karras  | (sigma / alpha)^(1/rho), whatever the schedule |
 
@@ -56,6 +57,23 @@ class LogSNRGrid(TimeGrid, name="log_snr"):
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         lowest, highest = schedule.log_snr_min, schedule.log_snr_max
         return schedule.inverse(lowest + (highest - lowest) * u)
+
+
+class AngleGrid(TimeGrid, name="angle"):
+    r"""Even in the angle :math:`\phi = \arctan(\sigma / \alpha) = \arctan e^{-\lambda / 2}`, as the
+    uniform grid of the cosine schedule is.
+
+    References:
+        Progressive Distillation for Fast Sampling of Diffusion Models, Salimans, Ho, 2022,
+        https://arxiv.org/abs/2202.00512.
+    """
+
+    def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
+        high, low = (
+            (torch.as_tensor(end, device=u.device).double() / -2).exp().atan()
+            for end in (schedule.log_snr_min, schedule.log_snr_max)
+        )
+        return schedule.inverse(-2 * ((1 - u) * high + u * low).tan().log())
 
 
 class KarrasGrid(TimeGrid, name="karras"):
