@@ -262,6 +262,20 @@ def test_rows_keep_their_own_pace(double):
     assert torch.equal(asked, solution.calls) and asked[0] < asked[1] < asked[2]
 
 
+def test_a_last_digit_stays_a_last_digit(double):
+    """Batch mates decide the last digit of f: steps that answered to it would end 115 apart."""
+
+    def solved(rounding):
+        def f(s, u, rows):
+            return 300 * (300 * s + rows + rounding).sin()[:, None]
+
+        return adaptive(f, torch.zeros(5, 1), lambda error, s: error[:, 0].abs(), 10.0)
+
+    one, other = solved(0.0), solved(1e-13)
+    assert torch.equal(one.calls, other.calls)
+    assert torch.allclose(one.u, other.u, rtol=0, atol=1e-10)
+
+
 def test_what_cannot_be_solved_is_nan_and_spoils_no_other(double):
     def f(s, u, rows):
         steep = 1 / (s[:, None] - 0.5) ** 2

@@ -48,6 +48,9 @@ FIFTH_MINUS_FOURTH = (
 FIRST = 1 / 50  # the first step
 SHARE = 1e-3  # steps shorter than this may be off as much as one of this length
 SHORTEST = 1e-5  # a step that fails at this length is not tried at a shorter one
+LENGTHS = 2.0 ** (torch.arange(-160, 1, dtype=torch.float64) / 8)
+"""Those that a step may have: chosen freely, it would follow the last digit of f, which a row's
+mates in a batch decide, and a digit's difference can grow tenfold from step to step."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ def adaptive(f: Slope, u: Tensor, size: Size, tolerance: float) -> Solution:
     end, error, calls = u.clone(), torch.zeros_like(u[:, 0]), torch.ones_like(u[:, 0])
     rows, s = torch.arange(len(u), device=u.device), torch.zeros_like(error)
     slope, h = f(s, u, rows), torch.full_like(s, FIRST)
+    lengths = LENGTHS.to(s)
     while len(rows):
         ahead, next_slope, off = _step(f, s, u, slope, h, rows)
         found = size(off, s + h)
@@ -93,7 +97,9 @@ def adaptive(f: Slope, u: Tensor, size: Size, tolerance: float) -> Solution:
         error[rows] += torch.where(good, found, 0.0)
         calls[rows] += 6
         end[rows] = torch.where(lost[:, None], torch.nan, u)
-        h = torch.minimum(h * (0.9 * excess.pow(-1 / 4)).clamp(0.2, 5), 1 - s)
+        wanted = h * (0.9 * excess.pow(-1 / 4)).clamp(0.2, 5)
+        longest = lengths[torch.searchsorted(lengths, wanted, right=True).sub(1).clamp_min(0)]
+        h = torch.minimum(longest, 1 - s)
         on = (s < 1) & ~lost
         rows, s, u, slope, h = rows[on], s[on], u[on], slope[on], h[on]
     return Solution(end, error, calls)
