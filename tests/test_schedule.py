@@ -146,9 +146,8 @@ def test_a_schedule_made_of_another_keeps_no_closed_form_of_its_parent():
     class Same(Later):
         pass
 
-    for cls in (Steeper, Later, Same):
-        for law in SCHEDULE_LAWS:
-            law(cls)
+    for law in SCHEDULE_LAWS:
+        law(Same)
     u = torch.tensor(0.3, dtype=torch.float64)
     assert Same(9.0, -9.0).curve(u) == 1.5 * Cosine(9.0, -9.0).curve(u) + 1
     schedule, t = Root(9.0, -9.0), torch.linspace(0.01, 1, 12, dtype=torch.float64)

@@ -138,13 +138,16 @@ def the_gradient_is_that_of_the_value(make: Make, **arguments: Any) -> None:
     objective = _made(make, arguments)
     for model in _trained(objective):
         for part, direction in _uphill(model).items():
-            slopes, differences = _slopes(objective, model, direction)
+            found = [_slope(objective, model, direction, 0)]
+            if objective.surrogate and not _close(*found[0]):
+                found += [_slope(objective, model, direction, i) for i in range(1, GROUPS)]
+            slopes, differences = torch.tensor(found, dtype=torch.float64).T
             gap, expected = slopes - differences, float(differences.mean())
-            error = float(gap.std() / len(gap) ** 0.5) if objective.surrogate else 0.0
+            error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
             away = float(gap.mean())
             said = f"{away:.3g} ± {error:.2g} from {expected:.3g}, which differences give"
-            close = abs(away) < 5 * error + 1e-4 * abs(expected) + 1e-5
-            assert close, f"the slope in the {part} of a {type(model).__name__} is {said}"
+            near = _close(away, 0.0, within=5 * error + 1e-4 * abs(expected))
+            assert near, f"the slope in the {part} of a {type(model).__name__} is {said}"
 
 
 def a_bound_is_one(make: Make, **arguments: Any) -> None:
@@ -251,6 +254,7 @@ OBJECTIVE_LAWS = (
 
 SHAPE, BINS, CLASSES = (1, 2, 2), 3, 3
 ENDS, MANY = (10.0, -4.0), 4000
+GROUPS = 10
 
 
 class Bare(LatentModel):
@@ -362,36 +366,35 @@ def _uphill(model: LatentModel) -> dict[str, dict[str, Tensor]]:
     return parts
 
 
-def _slopes(
-    objective: Objective, model: LatentModel, direction: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Along a direction, of the mean of each of several groups of draws: by its gradient and by
-    differences, (groups,) each. One small group, where they are the same."""
+def _slope(
+    objective: Objective, model: LatentModel, direction: dict[str, Tensor], group: int
+) -> tuple[float, float]:
+    """Along a direction, of the mean over a group of draws: by its gradient and by differences."""
 
     class Loss(nn.Module):
         def __init__(self):
             super().__init__()
             self.model = model
 
-        def forward(self, noise: Noise) -> Tensor:
+        def forward(self) -> Tensor:
             return objective(self.model, x, y, noise=noise).mean()
 
-    groups, each = (12, 200) if objective.surrogate else (1, 6)
-    x, y, _ = _batch(each)
-    loss, h, slopes, differences = Loss(), 1e-8, [], []
-    at = {name: p.detach() for name, p in model.named_parameters()}
+    n = 200 if objective.surrogate else 6
+    (x, y, _), noise, h = _batch(n), _noise(n, n * group), 1e-8
+    loss, at = Loss(), {name: p.detach() for name, p in model.named_parameters()}
     ahead = {f"model.{name}": at[name] + h * up for name, up in direction.items()}
-    for group in range(groups):
-        noise = _noise(each, each * group)
-        value = loss(noise)
-        gradient = _gradients(value[None], model)
-        slope = torch.zeros_like(value)
-        for name in gradient.keys() & direction.keys():
-            slope = slope + (gradient[name] * direction[name]).sum()
-        slopes.append(slope)
-        with torch.no_grad():
-            differences.append((functional_call(loss, ahead, (noise,)) - value) / h)
-    return torch.stack(slopes), torch.stack(differences)
+    value = loss()
+    gradient = _gradients(value[None], model)
+    reached = gradient.keys() & direction.keys()
+    with torch.no_grad():
+        difference = (functional_call(loss, ahead, ()) - value) / h
+    slope = sum((float((gradient[n] * direction[n]).sum()) for n in reached), start=0.0)
+    return slope, float(difference)
+
+
+def _close(slope: float, difference: float, within: float = 0.0) -> bool:
+    """But for rounding, and what bends within a step."""
+    return abs(slope - difference) < within + 1e-4 * abs(difference) + 1e-5
 
 
 def _ideal(schedule: NoiseSchedule, times: TimeSampler | None = None) -> VDM:
