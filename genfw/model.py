@@ -139,6 +139,11 @@ class MarkovianHierarchy(LatentModel):
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
         """p(z_{t-1} | z_t) given z = z_t; t = 1 is p(x | z_1), a distribution over integers."""
 
+    def standard_normal(self, n: int, shape: Sequence[int]) -> Normal:
+        """N(0, I) over n latents of this shape."""
+        zero = torch.zeros((), device=self.device, dtype=self.dtype)
+        return Normal(zero.expand(n, *shape), torch.ones_like(zero))
+
     def prior_of(self, z: Tensor) -> Distribution:
         """p(z_T), for the examples whose z_T are z (b, ...)."""
         return self.prior(len(z))
@@ -174,8 +179,7 @@ class MarkovianHierarchy(LatentModel):
         q = self.encode(x, 1, y)
         if k > 1:
             x, y = repeated(x, k), None if y is None else repeated(y, k)
-            plain = type(q) is Normal  # another can be made from x alone
-            q = Normal(repeated(q.mean, k), repeated(q.std, k)) if plain else self.encode(x, 1, y)
+            q = self.encoded(q, x, y, k)
         noise, below = draws(noise, x), x
         for t in range(1, self.levels + 1):
             q = q if t == 1 else self.encode(below, t, y)
@@ -183,6 +187,13 @@ class MarkovianHierarchy(LatentModel):
             p = self.decode(z, t, y)
             yield Rung(q, z, p, p.log_prob(below))
             below = z
+
+    def encoded(self, q: Normal, x: Image, y: Labels | None, k: int) -> Normal:
+        """q(z_1 | x) of examples that stand in x and y k times each, side by side, q being that of
+        each once: repeated, or encoded again where it is a class of its own, which can be made from
+        x alone."""
+        plain = type(q) is Normal
+        return Normal(repeated(q.mean, k), repeated(q.std, k)) if plain else self.encode(x, 1, y)
 
     def divergences(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None

@@ -93,11 +93,11 @@ class BatchNoise(Draws):
         self.seed, self.chunk, self.chunks = seed, chunk, chunks
 
     def normal(self, purpose: str, like: Tensor) -> Tensor:
-        return torch.randn_like(like)
+        return torch.randn_like(_for(self.size, like))
 
     def uniform(self, purpose: str, like: Tensor) -> Tensor:
         tiny = torch.finfo(like.dtype).tiny
-        return torch.rand_like(like).clamp_min(tiny)
+        return torch.rand_like(_for(self.size, like)).clamp_min(tiny)
 
     def time(self) -> Tensor:
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
@@ -242,8 +242,7 @@ class Noise(Draws):
         return keys if self.draw is None else _splitmix(keys ^ _splitmix(self.draw + seed))
 
     def _uniform64(self, purpose: str, like: Tensor) -> Tensor:
-        if len(like) != len(self.index):
-            raise ValueError(f"noise is for {len(self.index)} examples, asked for {len(like)}")
+        _for(len(self.index), like)
         _, m = self.stratum
         seed = self._by_stratum(lambda j: mix(self.seed, purpose, j, m))
         key = self._stream(seed).to(like.device)
@@ -254,6 +253,13 @@ class Noise(Draws):
 def draws(noise: Draws | None, like: Tensor) -> Draws:
     """`noise`, or torch's global generator for the batch `like` where it is None."""
     return BatchNoise(len(like), like.device) if noise is None else noise
+
+
+def _for(size: int, like: Tensor) -> Tensor:
+    """`like` itself, which is to have so many examples."""
+    if len(like) != size:
+        raise ValueError(f"noise is for {size} examples, asked for {len(like)}")
+    return like
 
 
 def _stream(seed: int | Tensor, index: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from oracles import LinearGaussianChain, Mixture
+from test_model import Laplace
 from test_vae import random_vae
 
-from genfw import Annealed, BernoulliLikelihood, Elbo, Noise
+from genfw import Annealed, BatchNoise, BernoulliLikelihood, Elbo, Noise
 from genfw.estimators.annealed import _Bridge
 from genfw.estimators.importance import ImportanceWeighted
 from genfw.evaluate import looseness
@@ -210,3 +211,15 @@ def test_a_prior_may_be_any_distribution(from_encoder, double):
     both = ais.bidirectional(chain, n, noise=noise)
     for w in (up, (evidence.log_prob(both.x) - both.upper).exp()):
         assert abs(w.mean() - 1) < 4 * w.std() / n**0.5 < 0.2
+
+
+def test_chains_start_at_an_encoder_of_its_own_kind(double):
+    """Drawn from and weighed as it says itself, however many chains there are."""
+    chain, x = LinearGaussianChain(1), torch.randn(5, 2)
+    chain.encode = lambda z, t, y=None: Laplace(0.6 * z, 0.8 * torch.ones_like(z))
+    start, noise = _Bridge(chain, x, None, chain.encode(x, 1)).repeat(3).start, BatchNoise(15)
+    own = chain.encode(x.repeat_interleave(3, 0), 1)
+    z = own.sample(noise)
+    assert torch.equal(start.log_prob(z), own.log_prob(z))
+    ais = Annealed(1, 2, leapfrog=1, from_encoder=True)
+    assert ais(chain, x, noise=Noise(0, torch.arange(5))).nats.isfinite().all()

@@ -189,6 +189,32 @@ def test_rescaling_gives_back_the_contrast(batch):
     torch.testing.assert_close(direction, torch.ones(6))
 
 
+class Constant(genfw.Denoiser):
+    """x_hat of no contrast with a label, or of some of it; y elsewhere."""
+
+    def __init__(self, contrast):
+        super().__init__()
+        self.schedule, self.contrast = SCHEDULE, contrast
+
+    def forward(self, z, t, y=None):
+        x = torch.full_like(z, 0.1 if y is None else 0.7)
+        x = x + (0 if y is None else self.contrast * torch.arange(z.shape[1]))
+        alpha, sigma = self.schedule.alpha(t).to(z), self.schedule.sigma(t).to(z)
+        return genfw.Prediction(x, (z - alpha * x) / sigma, alpha, sigma)
+
+
+@pytest.mark.parametrize("dims", [1, 7, 784])
+def test_without_contrast_there_is_nothing_to_rescale(dims):
+    """A constant guess stays as guidance made it; one of contrast beside it is rescaled."""
+    z, t, y = torch.randn(4, dims), torch.tensor(0.4), torch.zeros(4, dtype=torch.long)
+    for denoiser in (Constant(0.0), Constant(0.1)):
+        plain = ClassifierFree(denoiser, 3.0)(z, t, y)
+        scaled = ClassifierFree(denoiser, 3.0, rescale=1.0)(z, t, y)
+        assert scaled.x.isfinite().all() and scaled.eps.isfinite().all()
+        same = torch.equal(scaled.x, plain.x)
+        assert same == (denoiser.contrast == 0 or dims == 1)
+
+
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_the_exact_classifier_guides_exactly(w, batch):
     """Bayes: s(z) + grad log p(y | z) = s(z | y), so that a classifier and its absence agree."""

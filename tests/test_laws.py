@@ -25,7 +25,6 @@ from genfw import (
     TimeGrid,
     TimeSampler,
 )
-from genfw.nets import MLP, Ladder, MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing import (
     ESTIMATOR_LAWS,
@@ -41,6 +40,7 @@ from genfw.testing import (
     check,
 )
 from genfw.testing.model import a_sample_is_of_its_label
+from genfw.testing.small import hvae, mhvae, vae, vdm
 
 BINS = 5
 
@@ -107,34 +107,6 @@ ESTIMATORS = {
 @pytest.mark.parametrize("cls", ESTIMATORS)
 def test_estimators(law, cls):
     law(cls, **ESTIMATORS[cls])
-
-
-def vae(shape, bins, classes=None):
-    encoder = MLPEncoder(shape, 2, classes=classes, hidden=[8])
-    decoder = MLPDecoder(shape, 2, outputs=bins, classes=classes, hidden=[8])
-    return genfw.VAE(encoder, decoder, CategoricalLikelihood(bins), 2, classes=classes)
-
-
-def mhvae(shape, bins, classes=None):
-    of = {"classes": classes, "hidden": [8]}
-    encoders = [MLPEncoder(shape, 3, **of), MLPEncoder(3, 2, **of)]
-    decoders = [MLPDecoder(shape, 3, outputs=bins, **of), MLPDecoder(3, 2, outputs=2, **of)]
-    likelihood = CategoricalLikelihood(bins)
-    return genfw.MHVAE(encoders, decoders, likelihood, [3, 2], classes=classes)
-
-
-def hvae(shape, bins, classes=None):
-    ladder = Ladder(shape, outputs=bins, classes=classes, width=8, latents=2, blocks=(1, 1))
-    return genfw.HVAE(ladder, CategoricalLikelihood(bins), classes=classes)
-
-
-def vdm(shape, bins, classes=None, param=None, likelihood=None):
-    param = Eps() if param is None else param
-    net = MLP(shape, param.channels(shape[0], bins), classes=classes, width=8, blocks=1)
-    denoiser = genfw.NetworkDenoiser(net, param, genfw.Cosine(8.0, -6.0))
-    likelihood = genfw.BinsLikelihood(bins) if likelihood is None else likelihood
-    sampler = genfw.Ancestral(steps=4)
-    return genfw.VDM(denoiser, likelihood, shape=shape, sampler=sampler, classes=classes)
 
 
 def by_categories(shape, bins, classes=None):

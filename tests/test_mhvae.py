@@ -187,6 +187,14 @@ def test_labels_reach_every_level(double):
 def test_printing_shows_the_chain():
     assert "x -> z_1 in R^[3] -> z_2 in R^[2]; p: N(0, I) and back" in repr(mlp(3, 2))
 
+    class Other(type(mlp(3, 2))):
+        def prior(self, n):
+            return super().prior(n)
+
+    model = mlp(3, 2)
+    model.__class__ = Other
+    assert "; p: p(z_2) and back" in repr(model)
+
 
 E_1, D_1 = MLPEncoder((1, 2, 2), 3), MLPDecoder((1, 2, 2), 3, 1)
 

@@ -155,3 +155,10 @@ def test_draws_of_an_example_are_the_same_in_any_range_and_unrelated(double):
 def test_a_seed_of_numpy_is_the_same_seed():
     one, other = (Noise(seed, torch.arange(3)).time() for seed in (7, np.int64(7)))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("noise", [BatchNoise(1), Noise(0, torch.arange(1))])
+@pytest.mark.parametrize("draw", ["normal", "uniform"])
+def test_noise_for_one_example_is_not_for_three(noise, draw):
+    with pytest.raises(ValueError, match="noise is for 1 examples, asked for 3"):
+        getattr(noise, draw)("eps", torch.empty(3, 2))

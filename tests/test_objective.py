@@ -5,7 +5,7 @@ import torch
 from test_vae import random_vae
 from test_vdm import network_vdm
 
-from genfw import BernoulliLikelihood, Bound, Cosine, Elbo, Linear, Noise, Simple
+from genfw import BernoulliLikelihood, Cosine, Elbo, Linear, Noise, Simple
 
 
 def test_elbo_is_the_negative_bound(double):
@@ -49,16 +49,3 @@ def test_simple_depends_on_the_schedule_and_the_bound_does_not(double):
 def test_a_model_without_denoising_is_refused():
     with pytest.raises(TypeError, match=r"objective=simple .* VAE has none: use objective=elbo"):
         Simple()(random_vae(BernoulliLikelihood()), torch.randint(2, (2, 4)))
-
-
-def test_estimators_know_no_objective(double):
-    """A reported number is a function of the model and the data: minimising something else first
-    leaves no trace."""
-    vdm, x, noise = (
-        network_vdm(Cosine(7.9, -10.0)),
-        torch.randint(17, (8, 4)),
-        Noise(0, torch.arange(8)),
-    )
-    before = Bound(2, 4)(vdm, x, noise=noise).nats
-    Simple()(vdm, x, noise=noise).sum().backward()
-    assert torch.equal(Bound(2, 4)(vdm, x, noise=noise).nats, before)

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from oracles import GaussianDenoiser
-from test_times import biased
 from test_vdm import MEAN, STD, gaussian_data, network_vdm
 
 from genfw import (
@@ -15,7 +14,6 @@ from genfw import (
     VDM,
     BatchNoise,
     BinsLikelihood,
-    Bound,
     Cosine,
     EdmWeighted,
     Elbo,
@@ -29,7 +27,6 @@ from genfw import (
     Objective,
     Parameterization,
     SigmoidWeighted,
-    TimeSampler,
 )
 from genfw.nets import MLP
 from genfw.objective.denoising import DenoisingObjective
@@ -102,23 +99,6 @@ def test_a_weight_per_time_implies_one_per_log_snr(name, schedule, double):
     assert error < 0.02 * exact
 
 
-@pytest.mark.parametrize("times", TimeSampler.registry.values())
-@pytest.mark.parametrize("name", [c.name for c in OBJECTIVES])
-def test_an_objective_is_one_number_for_all_choices_of_times(name, times, double):
-    """Whatever density times are drawn from, along a schedule far from even in log SNR."""
-    vdm = oracle(Cosine(HIGH, LOW))
-    vdm.times = biased(times()).eval()  # an estimate of the density that stays wrong
-
-    def integrand(at):
-        per = 1 if name in PER_LOG_SNR else vdm.schedule.slope(vdm.schedule.inverse(at))
-        return WEIGHTS[name](at.exp()) / per * eps_error(at)
-
-    exact = 0.5 * integral(integrand, LOW, HIGH)
-    got, error = measured(Objective.registry[name](), vdm)
-    assert abs(got - exact) < 4 * error
-    assert error < 0.03 * exact
-
-
 @pytest.mark.parametrize("name", PER_TIME)
 def test_a_weight_per_time_changes_with_the_schedule(name, double):
     (a, error_a), (b, error_b) = (
@@ -172,15 +152,6 @@ def test_limits(double):
     torch.testing.assert_close(SigmoidWeighted(bias=50.0).weight(log_snr), one)
     torch.testing.assert_close(P2(gamma=2.0, k=3.0).weight(log_snr), (3 + log_snr.exp()) ** -2)
     torch.testing.assert_close(SigmoidWeighted().weight(log_snr), (-log_snr).sigmoid())  # sigma^2
-
-
-@pytest.mark.parametrize("name", [c.name for c in OBJECTIVES])
-def test_estimators_know_no_objective(name, double):
-    vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (8, 4))
-    noise = Noise(0, torch.arange(8))
-    before = Bound(2, 4)(vdm, x, noise=noise).nats
-    Objective.registry[name]()(vdm, x, noise=noise).sum().backward()
-    assert torch.equal(Bound(2, 4)(vdm, x, noise=noise).nats, before)
 
 
 def parameterized(name, bins):

@@ -92,28 +92,6 @@ def test_cyclic_warmup_by_hand():
     assert [cyclic.beta_at(s) for s in range(20)] == pytest.approx([*cycle, *cycle, 2, 2, 2, 2])
 
 
-@pytest.mark.parametrize("warmup", [LinearWarmup(10, 0.5, 3.0), CyclicWarmup(10, 2, 0.5, 3.0)])
-def test_warmup_is_beta_at_the_step_told(warmup, double):
-    vae, x = vae_and_data()
-    for step in (0, 3, 7, 11, 30):
-        warmup.advance(step)
-        expected = Beta(warmup.beta_at(step))(vae, x, noise=noise())
-        torch.testing.assert_close(warmup(vae, x, noise=noise()), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("warmup", [LinearWarmup(10, 0.5, 3.0), CyclicWarmup(10, 2, 0.5, 3.0)])
-def test_a_recorded_step_sees_the_beta_of_another(warmup, double):
-    """It reads the tensor that was there when it was recorded."""
-    vae, x = vae_and_data()
-    warmup.advance(0)
-    read = warmup.weight
-    warmup.advance(3)
-    assert float(read) == pytest.approx(warmup.beta_at(3))
-    read.fill_(0.25)
-    assert torch.equal(warmup(vae, x, noise=noise()), Beta(0.25)(vae, x, noise=noise()))
-    assert not warmup.state_dict()
-
-
 @pytest.mark.parametrize("warmup", [LinearWarmup(), CyclicWarmup()])
 def test_a_warmup_that_is_not_told_the_step_says_so(warmup):
     with pytest.raises(ValueError, match=r"training step .* objective.advance\(step\)"):

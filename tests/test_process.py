@@ -70,3 +70,19 @@ def test_times_may_differ_between_examples(double):
         assert torch.equal(alone.mean[0], together.mean[i]) and torch.equal(
             alone.std[0], together.std[i]
         )
+
+
+def test_times_may_be_numbers():
+    """As a tensor of them in float64 says, whatever the precision of the data."""
+    schedule, x = NoiseSchedule.registry["cosine"](7.0, -7.0), torch.randn(3, 2)
+    s, t = (torch.tensor(each, dtype=torch.float64) for each in (0.2, 0.7))
+    for one, other in (
+        (marginal(x, 0.2, schedule), marginal(x, s, schedule)),
+        (transition(x, 0.2, 0.7, schedule), transition(x, s, t, schedule)),
+        (posterior(x, x, 0.2, t, schedule), posterior(x, x, s, t, schedule)),
+        (marginal(x, 1.0, schedule), marginal(x, torch.ones(()), schedule)),
+    ):
+        assert torch.equal(one.mean, other.mean) and torch.equal(one.std, other.std)
+        assert one.mean.dtype == x.dtype
+    with pytest.raises(ValueError, match=r"expected s <= t, got s=0.7, t=0.2"):
+        transition(x, 0.7, 0.2, schedule)

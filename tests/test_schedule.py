@@ -133,14 +133,23 @@ def test_a_new_schedule_states_its_curve_and_inherits_the_rest():
 def test_a_schedule_made_of_another_keeps_no_closed_form_of_its_parent():
     class Root(LogLinear):
         def log_snr(self, t):
-            return super().curve(t**0.5)
+            return super().log_snr(t**0.5)
 
     class Steeper(Cosine):
         def log_snr(self, t):
             return 1.5 * super().curve(t)
 
+    class Later(Steeper):
+        def log_snr(self, t):
+            return super().log_snr(t) + 1
+
+    class Same(Later):
+        pass
+
     for law in SCHEDULE_LAWS:
-        law(Steeper)
+        law(Same)
+    u = torch.tensor(0.3, dtype=torch.float64)
+    assert Same(9.0, -9.0).curve(u) == 1.5 * Cosine(9.0, -9.0).curve(u) + 1
     schedule, t = Root(9.0, -9.0), torch.linspace(0.01, 1, 12, dtype=torch.float64)
     assert torch.allclose(schedule.log_snr(t), 9 - 18 * t.sqrt(), rtol=0, atol=1e-4)
     assert torch.allclose(schedule.inverse(schedule.log_snr(t)), t, rtol=0, atol=1e-9)

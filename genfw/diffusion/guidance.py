@@ -115,7 +115,8 @@ class Extrapolated(Scaled):
         denoiser: gives the first.
         scale: w.
         interval: lowest and highest log SNR where it guides; None: everywhere.
-        rescale: phi, how far the contrast of every image is brought back to that of the first.
+        rescale: phi, how far the contrast of every image is brought back to that of the first; one
+            that has none (it is constant) stays as it is.
 
     Raises:
         ValueError: rescale outside [0, 1], or see `Scaled`.
@@ -148,7 +149,7 @@ class Extrapolated(Scaled):
             return first
         x = w * first.x + (1 - w) * self.away(z, t, y).x
         if self.rescale:
-            contrast = _std(first.x) / _std(x).clamp_min(torch.finfo(x.dtype).tiny)
+            contrast = _contrast(first.x, x)
             x = x * torch.where(w == 1, 1, 1 - self.rescale + self.rescale * contrast)
         return Prediction(x, (z - first.alpha * x) / first.sigma, first.alpha, first.sigma)
 
@@ -328,6 +329,9 @@ class DenoisedClassifierGuidance(ByClassifier, name="classifier_denoised"):
         return self.log_prob(z_0, start, y)
 
 
-def _std(x: Data) -> Tensor:
-    """The contrast of each example, broadcastable to x."""
-    return broadcast(x.flatten(1).std(1, correction=0), x)
+def _contrast(one: Data, other: Data) -> Tensor:
+    """The standard deviation of each example of the one by that of the other, broadcastable to
+    them; 1 where the other is constant but for rounding."""
+    own, its = (x.flatten(1).std(1, correction=0) for x in (one, other))
+    rounding = 16 * torch.finfo(other.dtype).eps * other.flatten(1).abs().amax(1)
+    return broadcast(torch.where(its > rounding, own / its, 1), other)

@@ -242,8 +242,7 @@ class _Bridge:
         """Every example k times, side by side."""
         x, y, q = self.x.repeat_interleave(k, 0), self.y, self.q
         y = None if y is None else y.repeat_interleave(k, 0)
-        if q is not None:
-            q = Normal(q.mean.repeat_interleave(k, 0), q.std.repeat_interleave(k, 0))
+        q = None if q is None else self.model.encoded(q, x, y, k)
         return _Bridge(self.model, x, y, q)
 
     def log_ratio(self, z: Tensor) -> Nats:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from genfw.distributions import Distribution, Normal, normal_head
@@ -72,8 +71,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         self.levels = len(self.latents)
 
     def prior(self, n: int) -> Distribution:
-        zero = torch.zeros((), device=self.device, dtype=self.dtype)
-        return Normal(zero.expand(n, *self.latents[-1]), torch.ones_like(zero))
+        return self.standard_normal(n, self.latents[-1])
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
         network = self.encoders[t - 1]
@@ -106,4 +104,10 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
     def extra_repr(self) -> str:
         chain = " -> ".join(f"z_{t} in R^{list(z)}" for t, z in enumerate(self.latents, 1))
         given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
-        return f"q: x -> {chain}; p: N(0, I) and back{given}"
+        return f"q: x -> {chain}; p: {self._said_prior} and back{given}"
+
+    @property
+    def _said_prior(self) -> str:
+        """What is known of p(z_T): its name, where a subclass has one of its own."""
+        top = "z" if self.levels == 1 else f"z_{self.levels}"
+        return "N(0, I)" if type(self).prior is MHVAE.prior else f"p({top})"

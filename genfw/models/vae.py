@@ -56,4 +56,4 @@ class VAE(MHVAE, name="vae"):
     def extra_repr(self) -> str:
         given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
         z = f"z in R^{list(self.latents[0])}"
-        return f"log p(x) >= E log p(x|z) - KL(q(z|x) || N(0, I)), {z}{given}"
+        return f"log p(x) >= E log p(x|z) - KL(q(z|x) || {self._said_prior}), {z}{given}"

@@ -160,8 +160,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         shape = self.shape if shape is None else shape
         if shape is None:
             raise ValueError("to sample, a VDM must know its data: VDM(..., shape=(C, H, W))")
-        zero = torch.zeros(n, *shape, device=self.device, dtype=self.dtype)
-        return Normal(zero, zero.new_ones(()))
+        return self.standard_normal(n, shape)
 
     def prior_of(self, z: Tensor) -> Normal:
         return self.prior(len(z), z.shape[1:])

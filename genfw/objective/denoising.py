@@ -31,7 +31,7 @@ from genfw.check import finite
 from genfw.diffusion.denoising import Denoises, Denoising
 from genfw.model import LatentModel
 from genfw.noise import Draws
-from genfw.objective.objective import Objective
+from genfw.objective.objective import Objective, fixed_schedule
 from genfw.types import Image, Labels, Nats
 
 
@@ -59,21 +59,17 @@ class DenoisingObjective(Objective, ABC):
             ValueError: a schedule that learns: its gradient would have no meaning.
         """
         draw = self._denoising(model).denoising(x, y, noise=noise)
-        if draw.log_snr.requires_grad:
-            raise ValueError(
-                f"objective={self.name} says nothing of a learned schedule, which follows the "
-                "bound: use objective=elbo, or a fixed schedule"
-            )
         weight = 0.5 * self.weight(draw.log_snr) * self.measure(draw)
         return (weight * draw.eps_error).to(draw.eps_error.dtype)
 
     def _denoising(self, model: LatentModel) -> Denoises:
         if not isinstance(model, Denoises):
             raise TypeError(
-                f"objective={self.name} weighs a denoising error and "
+                f"{self.title} weighs a denoising error and "
                 f"{type(model).__name__} has none: "
                 "use objective=elbo, or a diffusion model"
             )
+        fixed_schedule(self, model)
         return model
 
 

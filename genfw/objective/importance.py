@@ -47,6 +47,8 @@ class Iwae(Objective, name="iwae"):
         k: draws per example.
     """
 
+    bound = True
+
     def __init__(self, k: int = 50):
         super().__init__()
         self.k = at_least_one("k", k)
@@ -72,6 +74,8 @@ class Miwae(Objective, name="miwae"):
         m: bounds that are averaged.
         k: draws of each.
     """
+
+    bound = True
 
     def __init__(self, m: int = 8, k: int = 8):
         super().__init__()
@@ -99,6 +103,8 @@ class Ciwae(Objective, name="ciwae"):
         weight: of the bound, 0..1 (beta in the paper).
     """
 
+    bound = True
+
     def __init__(self, k: int = 50, weight: float = 0.5):
         super().__init__()
         self.k = at_least_one("k", k)
@@ -122,6 +128,8 @@ class Ciwae(Objective, name="ciwae"):
 class Stl(Objective, name="stl"):
     """The negative bound of one draw, its encoder gradient by the path alone: no variance where the
     encoder is the true posterior. The decoder's gradient is the plain one."""
+
+    bound = surrogate = True
 
     def check(self, model: LatentModel) -> None:
         _chain(self, model)
@@ -147,6 +155,8 @@ class Dreg(Objective, name="dreg"):
     Args:
         k: draws per example; 1 is sticking the landing.
     """
+
+    bound = surrogate = True
 
     def __init__(self, k: int = 50):
         super().__init__()
@@ -229,7 +239,7 @@ def _moved(value: Tensor, gradient: Tensor) -> Tensor:
 def _weighing(objective: Objective, model: LatentModel) -> Weighs:
     if not isinstance(model, Weighs):
         raise TypeError(
-            f"objective={objective.name} needs importance weights and {type(model).__name__} has "
+            f"{objective.title} needs importance weights and {type(model).__name__} has "
             "none: use objective=elbo, or a model with log_weight"
         )
     if isinstance(model, MarkovianHierarchy):
@@ -240,7 +250,7 @@ def _weighing(objective: Objective, model: LatentModel) -> Weighs:
 def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
     if not isinstance(model, MarkovianHierarchy):
         raise TypeError(
-            f"objective={objective.name} follows a chain of latents from x up, which "
+            f"{objective.title} follows a chain of latents from x up, which "
             f"{type(model).__name__} is not: use objective=elbo or iwae, or a VAE or MHVAE"
         )
     at_least_one("levels", model.levels)

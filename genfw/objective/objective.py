@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import nn
 
 from genfw.model import LatentModel
 from genfw.noise import Draws
 from genfw.registry import Registered
+from genfw.schedule import NoiseSchedule
 from genfw.types import Image, Labels, Nats
 
 
@@ -17,9 +19,17 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
 
     Attributes:
         step: optimizer steps taken so far; None until `advance` tells.
+        bound: True where its mean is no less than -log p(x), and near it where the encoder is the
+            true posterior.
+        surrogate: True where its gradient is not the derivative of its value at the draws, but one
+            of the same mean.
+        batchwise: True where an example's number depends on the others of its batch.
     """
 
     step: int | None = None
+    bound: bool = False
+    surrogate: bool = False
+    batchwise: bool = False
 
     def check(self, model: LatentModel) -> None:
         """Says, before anything is computed, whether this model can be trained so.
@@ -27,6 +37,12 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
         Raises:
             TypeError, ValueError: it cannot, in one sentence with what can be.
         """
+
+    @property
+    def title(self) -> str:
+        """What messages call it: as it is chosen, or its class where that has no name."""
+        name = getattr(type(self), "name", None)
+        return self._get_name() if name is None else f"objective={name}"
 
     @abstractmethod
     def forward(
@@ -42,7 +58,23 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
 class Elbo(Objective, name="elbo"):
     """The negative bound itself; of a diffusion model, w = 1 in the measure d lambda."""
 
+    bound = True
+
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
         return -model.elbo(x, y, noise=noise).total
+
+
+def fixed_schedule(objective: Objective, model: LatentModel) -> None:
+    """
+    Raises:
+        ValueError: the model's schedule learns, by the gradient of the bound as it is.
+    """
+    schedules = (each for each in model.modules() if isinstance(each, NoiseSchedule))
+    learned = any(p.requires_grad for each in schedules for p in each.parameters())
+    if learned and torch.is_grad_enabled():
+        raise ValueError(
+            f"{objective.title} says nothing of a learned schedule, which follows the "
+            "bound: use objective=elbo, or a fixed schedule"
+        )

@@ -21,8 +21,7 @@ from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws
-from genfw.objective.objective import Objective
-from genfw.schedule import NoiseSchedule
+from genfw.objective.objective import Objective, fixed_schedule
 from genfw.types import Image, Labels, Nats
 
 
@@ -42,7 +41,7 @@ class Beta(Objective, name="beta"):
         self.beta = _price("beta", beta)
 
     def check(self, model: LatentModel) -> None:
-        _fixed(self, model)
+        fixed_schedule(self, model)
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -51,7 +50,7 @@ class Beta(Objective, name="beta"):
         Raises:
             ValueError: a schedule that learns.
         """
-        _fixed(self, model)
+        fixed_schedule(self, model)
         return _weighted(model, x, y, noise, self.beta)
 
     def extra_repr(self) -> str:
@@ -77,7 +76,7 @@ class Warmup(Objective):
         """Beta of the optimizer step number `step`, counted from 0."""
 
     def check(self, model: LatentModel) -> None:
-        _fixed(self, model)
+        fixed_schedule(self, model)
 
     def advance(self, step: int) -> None:
         super().advance(step)
@@ -90,10 +89,10 @@ class Warmup(Objective):
         Raises:
             ValueError: `advance` has told no step, or a schedule that learns.
         """
-        _fixed(self, model)
+        fixed_schedule(self, model)
         if self.step is None:
             raise ValueError(
-                f"objective={self.name} depends on the training step and was not told it: "
+                f"{self.title} depends on the training step and was not told it: "
                 "call objective.advance(step) before each optimizer step"
             )
         return _weighted(model, x, y, noise, self.weight)
@@ -206,6 +205,7 @@ class FreeBits(Objective, name="free_bits"):
         if per not in [*Floor, *values]:
             raise ValueError(f"per: expected one of {', '.join(values)}, got {per!r}")
         self.per = Floor(per)
+        self.batchwise = self.per in (Floor.BATCH_LEVEL, Floor.BATCH_DIMENSION)
 
     def check(self, model: LatentModel) -> None:
         if isinstance(model, Denoises):
@@ -227,8 +227,7 @@ class FreeBits(Objective, name="free_bits"):
         else:
             elbo = model.elbo(x, y, noise=noise)
             reconstruction, costs = elbo.reconstruction, torch.stack((*elbo.levels, elbo.prior), 1)
-        alone = self.per in (Floor.EXAMPLE_LEVEL, Floor.EXAMPLE_DIMENSION)
-        judged = costs if alone else costs.mean(0, keepdim=True)
+        judged = costs.mean(0, keepdim=True) if self.batchwise else costs
         return torch.where(judged > self.nats, costs, self.nats).sum(1) - reconstruction
 
     @property
@@ -306,21 +305,6 @@ def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:
             f"{type(model).__name__} is no chain with one: use objective=elbo, or a VAE"
         )
     return model, likelihood
-
-
-def _fixed(objective: Objective, model: LatentModel) -> None:
-    """
-    Raises:
-        ValueError: the model's schedule learns, by the gradient of the bound as it is.
-    """
-    schedule = getattr(model, "schedule", None)
-    if not isinstance(schedule, NoiseSchedule) or not torch.is_grad_enabled():
-        return
-    if any(p.requires_grad for p in schedule.parameters()):
-        raise ValueError(
-            f"objective={objective.name} says nothing of a learned schedule, which follows the "
-            "bound: use objective=elbo, or a fixed schedule"
-        )
 
 
 def _weighted(

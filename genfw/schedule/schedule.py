@@ -38,8 +38,8 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     A subclass states `log_snr` before end points are fixed (on u > 0), and may state
     `curve_slope(u)` (minus its derivative) and `curve_inverse(log_snr)` in closed form; without
-    them autograd and bisection serve, whatever a parent of another curve has. That curve it finds
-    as `super().curve(u)`. Numbers of its own it sets before `super().__init__`, which looks for the
+    them autograd and bisection serve, whatever a parent of another curve has. Within, that curve is
+    `super().log_snr(u)`. Numbers of its own it sets before `super().__init__`, which looks for the
     end points on the curve.
     """
 
@@ -67,7 +67,8 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         super().__init_subclass__(**kwargs)
         if "log_snr" in vars(cls):
             # What the subclass states is the curve; what users call has exact ends.
-            cls.curve, cls.log_snr = vars(cls)["log_snr"], _exact_log_snr
+            cls.curve = vars(cls)["log_snr"]
+            cls.log_snr = _exact(cls.curve)
             for closed in ("curve_slope", "curve_inverse"):
                 if closed not in vars(cls):  # a parent's would be that of another curve
                     setattr(cls, closed, vars(NoiseSchedule)[closed])
@@ -164,12 +165,19 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         return f"log_snr: {self.log_snr_max:g} -> {self.log_snr_min:g}"
 
 
-def _exact_log_snr(self: NoiseSchedule, t: Time) -> Tensor:
-    """log SNR at time t in [0, 1], float64: exactly log_snr_max at 0 and log_snr_min at 1."""
-    t = _double(t)
-    inside = self.curve(self._start + (self._stop - self._start) * t)
-    inside = torch.where(t <= 0, self.log_snr_max, inside)
-    return torch.where(t >= 1, self.log_snr_min, inside)
+def _exact(curve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """log SNR with exact ends, of the curve that a class states."""
+
+    def log_snr(self: NoiseSchedule, t: Time) -> Tensor:
+        """log SNR at time t in [0, 1], float64: exactly log_snr_max at 0 and log_snr_min at 1."""
+        if type(self).log_snr is not log_snr:  # `super().log_snr`, where another curve is stated
+            return curve(self, t)
+        t = _double(t)
+        inside = self.curve(self._start + (self._stop - self._start) * t)
+        inside = torch.where(t <= 0, self.log_snr_max, inside)
+        return torch.where(t >= 1, self.log_snr_min, inside)
+
+    return log_snr
 
 
 def bisect(

@@ -26,12 +26,14 @@ from genfw.estimators.estimator import Estimator
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
 from genfw.models.posterior import Posterior
+from genfw.objective.objective import Objective
 from genfw.parameterization import Parameterization
 from genfw.schedule import NoiseSchedule
 from genfw.testing.estimator import ESTIMATOR_LAWS as ESTIMATOR_LAWS
 from genfw.testing.grid import GRID_LAWS as GRID_LAWS
 from genfw.testing.likelihood import LIKELIHOOD_LAWS as LIKELIHOOD_LAWS
 from genfw.testing.model import MODEL_LAWS as MODEL_LAWS
+from genfw.testing.objective import OBJECTIVE_LAWS as OBJECTIVE_LAWS
 from genfw.testing.parameterization import PARAMETERIZATION_LAWS as PARAMETERIZATION_LAWS
 from genfw.testing.posterior import POSTERIOR_LAWS as POSTERIOR_LAWS
 from genfw.testing.sampler import SAMPLER_LAWS as SAMPLER_LAWS
@@ -46,6 +48,7 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
     TimeGrid: GRID_LAWS,
     Sampler: SAMPLER_LAWS,
     Posterior: POSTERIOR_LAWS,
+    Objective: OBJECTIVE_LAWS,
     Estimator: ESTIMATOR_LAWS,
     TimeSampler: TIME_LAWS,
 }

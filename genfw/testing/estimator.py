@@ -14,6 +14,7 @@ from genfw.likelihood import GaussianLikelihood
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
+from genfw.objective.objective import Objective
 from genfw.schedule import Cosine
 from genfw.testing.oracles import GaussianDenoiser, LinearGaussianChain, gaussian_log_prob
 from genfw.types import Labels, Nats
@@ -31,8 +32,8 @@ OFF = 0.2
 def an_image_keeps_its_number(make: Make, **arguments: Any) -> None:
     """With keyed noise, whatever its batch, its place in it and the size of chunks; float64."""
     estimator = make(**arguments)
-    for model in _served(estimator, bent=True):
-        x, y = _images(5)
+    for model in served(estimator, bent=True):
+        x, y = images(5)
         whole = _measured(estimator, model, x, y)
         assert whole.nats.shape == whole.variance.shape == (5,), "not one number per image"
         assert whole.nats.dtype == torch.float64, f"nats are {whole.nats.dtype}, not float64"
@@ -53,9 +54,9 @@ def the_number_is_on_the_side_that_kind_says(make: Make, **arguments: Any) -> No
     `LOOSE` nats away."""
     estimator = make(**arguments)
     for bent in (False, True):
-        for model in _served(estimator, bent):
-            for y in (None, _images(200)[1]):
-                x, exact = _drawn(model, 200, y)
+        for model in served(estimator, bent):
+            for y in (None, images(200)[1]):
+                x, exact = drawn(model, 200, y)
                 gap = _measured(estimator, model, x, y).nats + exact
                 mean, error = float(gap.mean()), float(gap.std() / len(gap) ** 0.5) + 1e-3
                 said = f"{mean:.4f} ± {error:.4f} nats above -log p(x{'' if y is None else '|y'})"
@@ -69,8 +70,8 @@ def the_number_is_on_the_side_that_kind_says(make: Make, **arguments: Any) -> No
 def the_stated_variance_is_the_variance_found(make: Make, **arguments: Any) -> None:
     """Of one image under many independent draws; where none is stated (nan), nothing is asked."""
     estimator, n = make(**arguments), 600
-    for model in _served(estimator, bent=True):
-        x, _ = _drawn(model, 1, None)
+    for model in served(estimator, bent=True):
+        x, _ = drawn(model, 1, None)
         found = _measured(estimator, model, x.expand(n, -1), None)
         if found.variance.isnan().all():
             continue
@@ -84,8 +85,8 @@ def the_stated_variance_is_the_variance_found(make: Make, **arguments: Any) -> N
 def precision_is_kept_under_autocast(make: Make, **arguments: Any) -> None:
     """float64 numbers also there; and of float32 images those of float64 ones."""
     estimator = make(**arguments)
-    for model in _served(estimator, bent=True):
-        x, y = _images(5)
+    for model in served(estimator, bent=True):
+        x, y = images(5)
         exact = _measured(estimator, model, x, y).nats
         with torch.autocast("cpu", torch.bfloat16):
             for given in (x, x.float()):
@@ -103,9 +104,9 @@ ESTIMATOR_LAWS = (
 )
 
 
-def _served(estimator: Estimator, bent: bool) -> Iterator[LatentModel]:
-    """Those models of known evidence that this estimator can measure; `bent`: with encoders that
-    are not the posterior."""
+def served(judge: Estimator | Objective, bent: bool) -> Iterator[LatentModel]:
+    """Those models of known evidence that it can measure, or train; `bent`: with encoders that are
+    not the posterior."""
     bias, stretch = (0.3, 1.2) if bent else (0.0, 1.0)
     chains = (LinearGaussianChain(levels, bias=bias, stretch=stretch) for levels in (1, 3))
     denoiser = GaussianDenoiser(Cosine(9.0, -9.0), 0.1, 0.5)
@@ -113,7 +114,7 @@ def _served(estimator: Estimator, bent: bool) -> Iterator[LatentModel]:
     taken = 0
     for model in (*chains, vdm):
         try:
-            estimator.check(model)
+            judge.check(model)
         except (TypeError, ValueError):
             continue
         taken += 1
@@ -121,15 +122,15 @@ def _served(estimator: Estimator, bent: bool) -> Iterator[LatentModel]:
     assert taken, "serves neither a hierarchy nor a diffusion model"
 
 
-def _images(n: int) -> tuple[Tensor, Labels]:
+def images(n: int) -> tuple[Tensor, Labels]:
     made = torch.Generator().manual_seed(0)
     x = torch.randn(n, LinearGaussianChain.dims, generator=made, dtype=torch.float64)
     return x, 3 * (torch.arange(n) % 2)
 
 
-def _drawn(model: LatentModel, n: int, y: Labels | None) -> tuple[Tensor, Nats]:
+def drawn(model: LatentModel, n: int, y: Labels | None) -> tuple[Tensor, Nats]:
     """Images that the model makes, and their log evidence."""
-    x, _ = _images(n)
+    x, _ = images(n)
     if isinstance(model, LinearGaussianChain):
         mean, std = model.mean(0, y), model.var[0] ** 0.5
     else:

@@ -22,7 +22,7 @@ ENUMERABLE, DRAWS, FEW = 256, 400, 40
 
 def bound_is_one_number_per_image(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
     """elbo(x) -> (b,) nats, finite, its total the sum of its terms, its gradients finite."""
-    model, x = _model(make, shape, bins, arguments), _images(shape, bins)
+    model, x = built(make, shape, bins, arguments), _images(shape, bins)
     elbo = model.elbo(x)
     assert elbo.total.shape == (len(x),), f"total is {tuple(elbo.total.shape)}, not ({len(x)},)"
     assert elbo.total.isfinite().all(), "the bound is not finite"
@@ -36,7 +36,7 @@ def bound_is_one_number_per_image(make: Make, shape: Any, bins: int, **arguments
 
 def an_image_keeps_its_number(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
     """With keyed noise, whatever its batch and its place in it."""
-    model, x = _model(make, shape, bins, arguments).eval(), _images(shape, bins)
+    model, x = built(make, shape, bins, arguments).eval(), _images(shape, bins)
     with torch.no_grad():
         whole = model.elbo(x, noise=Noise(0, torch.arange(len(x)))).total
         some = torch.tensor([3, 1])
@@ -46,7 +46,7 @@ def an_image_keeps_its_number(make: Make, shape: Any, bins: int, **arguments: An
 
 def samples_are_integers_of_their_own(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
     """sample(n) -> (n, *shape), 0..K-1; sample i is the same in any batch."""
-    model = _model(make, shape, bins, arguments).eval()
+    model = built(make, shape, bins, arguments).eval()
     with torch.no_grad():
         drawn = model.sample(5, noise=Noise(1, torch.arange(5)))
         alone = model.sample(1, noise=Noise(1, torch.tensor([3])))
@@ -59,7 +59,7 @@ def samples_are_integers_of_their_own(make: Make, shape: Any, bins: int, **argum
 def a_sample_is_of_its_label(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
     """Of models with `classes`: sample i is drawn given y[i], as beside none but its like; and the
     label matters. Down the chain too, where there is one."""
-    model = _model(make, shape, bins, arguments).eval()
+    model = built(make, shape, bins, arguments).eval()
     if model.classes is None:
         return
     ways = {"sample": model.sample}
@@ -83,7 +83,7 @@ def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any)
     pixels or a forgotten Jacobian is found here."""
     x = _all_images(shape, bins)
     if x is not None:
-        model = _model(make, shape, bins, arguments).eval()
+        model = built(make, shape, bins, arguments).eval()
         rows = Noise(2, torch.arange(len(x))).each(0, DRAWS)
         with torch.no_grad():
             total = model.elbo(x.repeat_interleave(DRAWS, 0), noise=rows).total
@@ -97,7 +97,7 @@ def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any)
 def weights_average_to_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
     """Of models with importance weights: E[w] = p(x), so the mean weights of all images sum to
     1."""
-    x, model = _all_images(shape, bins), _model(make, shape, bins, arguments).eval()
+    x, model = _all_images(shape, bins), built(make, shape, bins, arguments).eval()
     if isinstance(model, VDM) and model.steps is None:
         model = model.at(steps=3)
     if x is not None and isinstance(model, Weighs):
@@ -113,7 +113,8 @@ def weights_average_to_one_in_all(make: Make, shape: Any, bins: int, **arguments
         assert not wrong, f"E[w] sums to {mass:.4f} +- {error:.4f} over all"
 
 
-def _model(make: Make, shape: Any, bins: int, arguments: dict[str, Any]) -> LatentModel:
+def built(make: Make, shape: Any, bins: int, arguments: dict[str, Any]) -> LatentModel:
+    """As it might be after some training, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = make(shape=shape, bins=bins, **arguments)

@@ -55,23 +55,22 @@ def draws_are_uniform_and_an_examples_own(make: Make, **arguments: Any) -> None:
 TIME_LAWS = (integrals_over_log_snr_are_unbiased, draws_are_uniform_and_an_examples_own)
 
 
-def _seen(make: Make, arguments: dict[str, Any]) -> Iterator[tuple[TimeSampler, NoiseSchedule]]:
-    """Under every registered schedule that is built from its end points, new and trained on costs
-    that rise with noise."""
+def after_training(times: TimeSampler, schedule: NoiseSchedule) -> TimeSampler:
+    """The same, having seen costs that rise with noise."""
     u = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    t, measure = times.train()(u, schedule)
+    times.observe(Denoising(t, schedule.log_snr(t), 0.1 + 3 * u**2, measure, u), schedule)
+    return times.eval()
+
+
+def _seen(make: Make, arguments: dict[str, Any]) -> Iterator[tuple[TimeSampler, NoiseSchedule]]:
+    """Under every registered schedule that is built from its end points, new and trained."""
     for schedule in (cls(*ends) for cls in NoiseSchedule.registry.values() for ends in ENDS):
         times = make(**arguments)
         yield times.eval(), schedule
-        times.train()
-        t, measure = times(u, schedule)
-        times.observe(Denoising(t, schedule.log_snr(t), _cost(u), measure, u), schedule)
-        yield times.eval(), schedule
+        yield after_training(times, schedule), schedule
 
 
 def _crowded(s: Tensor) -> Tensor:
     """[0, 1] to itself, slow at both ends, where log SNR may be steep."""
     return s**8 / (s**8 + (1 - s) ** 8)
-
-
-def _cost(u: Tensor) -> Tensor:
-    return 0.1 + 3 * u**2
