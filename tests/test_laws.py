@@ -502,6 +502,20 @@ def doubled(self, x, y=None, *, noise=None, k=1):
     return super(type(self), self).log_weight(x, y, noise=noise, k=k) + 0.7
 
 
+def halved(self, x, y=None, *, noise=None):
+    elbo = super(type(self), self).elbo(x, y, noise=noise)
+    return genfw.ELBO(elbo.reconstruction, elbo.levels, elbo.prior / 2)
+
+
+def black(self, n, y=None, *, noise=None):
+    return 0 * super(type(self), self).sample(n, y, noise=noise)
+
+
+def timid(self, n, y=None, *, noise=None):
+    z = 0.7 * self.prior(n).sample(noise.fold("prior"))
+    return self.decode(z, 1, y).sample(noise.fold("z0"))
+
+
 def global_noise(self, n, y=None, *, noise=None):
     return super(type(self), self).sample(n, y)
 
@@ -530,18 +544,20 @@ def test_a_lost_label_is_found(make, method, replacement, said):
 
 
 @pytest.mark.parametrize(
-    ("method", "replacement", "said"),
+    ("make", "method", "replacement", "said"),
     [
-        ("elbo", shifted, "sums to"),
-        ("elbo", averaged, "depends on its batch"),
-        ("log_weight", doubled, "sums to"),
-        ("sample", global_noise, "a sample depends on its batch"),
+        (vae, "elbo", shifted, "sums to"),
+        (vae, "elbo", averaged, "depends on its batch"),
+        (vae, "elbo", halved, "the mean bound"),
+        (vae, "log_weight", doubled, "sums to"),
+        (vae, "sample", global_noise, "a sample depends on its batch"),
+        (mhvae, "sample", black, "not drawn as often"),
+        (vae, "sample", timid, "not drawn as often"),
     ],
 )
-def test_a_broken_model_is_found(method, replacement, said):
-    make = broken(vae, **{method: replacement})
+def test_a_broken_model_is_found(make, method, replacement, said):
     with pytest.raises(AssertionError, match=said):
-        every_law(make)
+        every_law(broken(make, **{method: replacement}))
 
 
 def every_law(make):
