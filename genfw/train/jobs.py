@@ -39,7 +39,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError, command_line
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import write_json
 
 RANK_VARIABLES = (
@@ -571,8 +571,3 @@ def _before(folder: Path) -> Path:
     """Where it is set aside."""
     names = (f"{folder.name}.before-{n}" for n in range(1, 10**6))
     return next(p for name in names if not (p := folder.with_name(name)).exists())
-
-
-def typed_line(flags: Sequence[str], words: Sequence[str]) -> str:
-    """`python -m genfw ...`, to be copied into a shell."""
-    return command_line("genfw", *flags, *words)
