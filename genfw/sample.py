@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import replaced
 from genfw.train.runs import all_but, checkpoint, command, output, read
 
 if TYPE_CHECKING:
@@ -334,7 +335,9 @@ def write(
         out.parent.mkdir(parents=True, exist_ok=True)
         unknown = facts["label"] == "none"
         given = [-1] * len(images) if given is None or unknown else given
-        np.savez(out, images=images.numpy(), labels=np.array(given), **facts)  # pyright: ignore
+        arrays: dict[str, Any] = {"images": images.numpy(), "labels": np.array(given), **facts}
+        with replaced(out) as beside, beside.open("wb") as file:
+            np.savez(file, **arrays)
     elif kind == "png":
         for i, one in enumerate(pixels):
             of = dict(facts)
