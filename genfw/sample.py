@@ -8,6 +8,7 @@
     format=grid | png | npz              one picture; a folder of them; integers and labels
     trajectory=true                      and a GIF: the first 64 on their way from noise
     device=cpu | cuda:1                  where; else a GPU where there is one
+    --config-dir=<folder>                with YAMLs of your own to choose from
 
 Sample number i of a seed and label is always the same image, however many are asked for. What made
 them stands in the PNG's text chunks, or beside the arrays; guidance, and the run that guides, in
