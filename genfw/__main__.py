@@ -56,16 +56,14 @@ def _command(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         return _help(arguments)
 
-    from genfw.train import resume
-
-    if resume.asked(arguments):
-        resume.resume(arguments)
-        return 0
-
-    from genfw.train import sweep
-    from genfw.train.compose import compose, jobs, parse, session, typed
+    from genfw.train import resume, sweep
+    from genfw.train.compose import compose, jobs, parse, searching, session, typed
     from genfw.train.nodes import conf_folder
     from genfw.train.rules import data_are_there
+
+    if resume.asked(arguments):
+        resume.resume(searching(arguments))
+        return 0
 
     flags = _flags(arguments)
     _trains(flags.overrides)
@@ -114,14 +112,10 @@ def _conf(flags: Namespace) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: the latter is not there.
     """
-    from genfw.train.jobs import quoted
+    from genfw.train.compose import searching
 
     folder = Path(flags.config_path) if flags.config_path else None
-    if flags.config_dir is None:
-        return folder, []
-    if not Path(flags.config_dir).is_dir():
-        raise ConfigError(f"--config-dir: there is no folder {flags.config_dir}")
-    return folder, [f"hydra.searchpath=[{quoted(Path(flags.config_dir).absolute())}]"]
+    return folder, [] if flags.config_dir is None else searching(["-cd", flags.config_dir])
 
 
 def _sweep(

@@ -1,9 +1,9 @@
 """python -m genfw.evaluate run=<folder>: the test NLL of a finished run, computed again.
 
 The same images, weights and random numbers as at the run's end, so the same number; another
-estimator may be chosen, `estimator=importance_weighted`, and settings of the run's config.yaml
-changed, `estimator.k=500`. Written to `<folder>/evaluation.json`, which keeps one entry per
-estimator, checkpoint and other change:
+estimator may be chosen, `estimator=importance_weighted` (one of your own YAMLs too, with
+`--config-dir=<folder>`), and settings of the run's config.yaml changed, `estimator.k=500`. Written
+to `<folder>/evaluation.json`, which keeps one entry per estimator, checkpoint and other change:
 {"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
@@ -208,7 +208,7 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
         'bound(sets=2, strata=8) of best, model.steps=10, seed=4'
     """
     given = dict(each.split("=", 1) for each in changed)
-    said = ("checkpoint", "estimator", "verify", "trusted")  # by the name, or of no matter
+    said = ("checkpoint", "estimator", "verify", "trusted", "hydra")  # by the name, or of no matter
     others = {key: value for key, value in given.items() if key.split(".")[0] not in said}
     parts = [f"{key}={value}" for key, value in sorted(others.items())]
     return ", ".join([f"{estimator.name}({estimator.extra_repr()}) of {checkpoint}", *parts])

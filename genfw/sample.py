@@ -8,6 +8,7 @@
     format=grid | png | npz              one picture; a folder of them; integers and labels
     trajectory=true                      and a GIF: the first 64 on their way from noise
     device=cpu | cuda:1                  where; else a GPU where there is one
+    --config-dir=<folder>                with YAMLs of your own to choose from
 
 Sample number i of a seed and label is always the same image, however many are asked for. What made
 them stands in the PNG's text chunks, or beside the arrays; guidance, and the run that guides, in
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.files import replaced
 from genfw.train.runs import all_but, checkpoint, command, output, read
 
 if TYPE_CHECKING:
@@ -334,7 +336,9 @@ def write(
         out.parent.mkdir(parents=True, exist_ok=True)
         unknown = facts["label"] == "none"
         given = [-1] * len(images) if given is None or unknown else given
-        np.savez(out, images=images.numpy(), labels=np.array(given), **facts)  # pyright: ignore
+        arrays: dict[str, Any] = {"images": images.numpy(), "labels": np.array(given), **facts}
+        with replaced(out) as beside, beside.open("wb") as file:
+            np.savez(file, **arrays)
     elif kind == "png":
         for i, one in enumerate(pixels):
             of = dict(facts)

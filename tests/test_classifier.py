@@ -288,6 +288,12 @@ def test_a_network_of_ones_own_is_trained_and_opened(tmp_path, monkeypatch):
     assert type(fitting(model, str(folder))).__name__ == "Net"
 
 
+def test_its_callbacks_are_callbacks(tmp_path, capsys):
+    ink = "+callbacks.ink._target_=torchmetrics.MeanMetric"
+    assert command(classify, (*TINY, ink, f"hydra.run.dir={tmp_path}")) == 2
+    assert "torchmetrics.MeanMetric: expected a Lightning Callback" in capsys.readouterr().err
+
+
 def test_a_model_that_trains_has_no_labels_to_be_guided_to(capsys):
     guided = ("guidance=classifier", "guidance.classifier=/nowhere")
     assert main(list(guided)) == 2

@@ -564,11 +564,15 @@ def failed(folder, *more):
     return OmegaConf.create({"run": {"dir": str(folder)}})
 
 
-@pytest.mark.parametrize("more", ["checkpoints/", "output.txt"])
-def test_a_folder_whose_run_never_began_is_free_again(more, tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("more", ["checkpoints/", "output.txt", "checkpoints/last.ckpt.tmp"])
+def test_a_folder_whose_run_never_began_is_free_again(more, killed, tmp_path):
+    """Whether it failed or was killed, be it while it wrote its first checkpoint."""
     config = failed(tmp_path / "run", more)
+    if killed:
+        (tmp_path / "run" / "error.txt").unlink()
     assert own_folder(config, "run.dir") == tmp_path / "run"
-    stays = {".hydra", "genfw.log", "run.lock"} | ({more} - {"checkpoints/"})
+    stays = {".hydra", "genfw.log", "run.lock"} | ({more} & {"output.txt"})
     assert {each.name for each in (tmp_path / "run").iterdir()} == stays
     assert [*tmp_path.iterdir()] == [tmp_path / "run"]
 
@@ -589,7 +593,7 @@ def test_what_a_failed_run_logged_is_set_aside(tmp_path, capsys):
 @pytest.mark.parametrize(
     "more",
     [
-        *("checkpoints/last.ckpt", "checkpoints/last.ckpt.tmp", "results.json"),
+        *("checkpoints/last.ckpt", "checkpoints/notes.txt", "results.json"),
         *("evaluation.json", "samples/000001.png", "notes.txt", ".git/config", "another/"),
     ],
 )
@@ -601,12 +605,12 @@ def test_a_folder_with_anything_else_in_it_is_not(more, tmp_path):
     assert there(tmp_path) == before
 
 
-@pytest.mark.parametrize("missing", ["error.txt", "run.lock"])
-def test_nor_is_one_whose_run_was_not_seen_to_fail(missing, tmp_path):
+def test_nor_is_one_without_a_lock(tmp_path):
+    """Which a run of ours has before anything else."""
     config = failed(tmp_path)
-    (tmp_path / missing).unlink()
+    (tmp_path / "run.lock").unlink()
     before = there(tmp_path)
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(ConfigError, match=r"holds a run already.* python -m genfw resume="):
         own_folder(config, "run.dir")
     assert there(tmp_path) == before
 

@@ -34,6 +34,7 @@ from genfw.train.data import (
     Split,
     Splits,
 )
+from genfw.train.data import folder as folders
 from genfw.train.data.cache import decode
 from genfw.train.data.hub import _reachable
 
@@ -533,6 +534,16 @@ def test_a_folder_has_as_many_classes_as_folders(classes, tmp_path):
         ImageData(Folder(), (1, 4, 4), 256, classes, **facts).setup()
     said = f"folder: data.classes={classes}, and there are 3: a, b, c. Give data.classes=3"
     assert str(caught.value) == said
+
+
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    """A million names over a network take their time."""
+    fill(tmp_path / "train", random_split(60), "abc")
+    fill(tmp_path / "test", random_split(9), "abc")
+    listed, images = [], folders._images
+    monkeypatch.setattr(folders, "_images", lambda place: listed.append(place) or images(place))
+    ImageData(Folder(), (1, 4, 4), 256, 3, path=tmp_path).setup()
+    assert sorted(listed) == [tmp_path / "test", tmp_path / "train"]
 
 
 @pytest.mark.parametrize(

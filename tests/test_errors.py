@@ -12,11 +12,11 @@ from genfw.__main__ import _trains
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.errors import GenfwError
 from genfw.train.job import obedient
-from genfw.train.jobs import typed_line
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import Wandb
 from genfw.train.runs import load
 from genfw.train.signals import Signals, stop
+from genfw.train.sweep import keep
 
 FOLDER = "out puts/it's $HOME/a=1;x"
 TRAINER = tiny.trainer(FOLDER)
@@ -62,6 +62,9 @@ def test_what_is_shown_can_be_pasted(message, begin, word):
     assert word in pasted(str(said.value), begin)
 
 
-def test_so_can_the_line_of_a_sweep():
-    line = typed_line(("--config-name", "a b"), [f"sweep={FOLDER}"])
-    assert shlex.split(line) == ["python", "-m", "genfw", "--config-name", "a b", f"sweep={FOLDER}"]
+def test_so_can_the_line_of_a_sweep(tmp_path):
+    (sweep := tmp_path / FOLDER).mkdir(parents=True)
+    keep(sweep, ["seed=0,1"], 2)
+    with pytest.raises(GenfwError, match="holds a sweep already") as said:
+        keep(sweep, ["seed=0,1"], 2)
+    assert pasted(str(said.value), "python -m genfw ")[3:] == [f"sweep={sweep}"]

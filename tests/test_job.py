@@ -272,8 +272,11 @@ def test_a_certificate_states_everything_and_holds(vdm, capsys):
     assert held["origin"]["versions"] == {
         key.removeprefix("versions/"): each for key, each in results.items() if "versions/" in key
     }
+    before = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
     assert command(evaluate.evaluate, [f"run={folder}", "verify=true"]) == 0
     assert "certificate holds" in capsys.readouterr().out
+    after = {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+    assert after == before, "and nothing is written"
 
 
 def test_a_certificate_says_how_images_were_binarized():

@@ -17,7 +17,7 @@ from genfw import ELBO, Estimate
 from genfw.noise import Noise, mix
 from genfw.train.data.images import as_batch
 from genfw.train.metrics import NLL
-from genfw.train.module import on_schedule, warmup_cosine
+from genfw.train.module import in_order, on_schedule, warmup_cosine
 from genfw.train.resolvers import fused
 
 
@@ -179,11 +179,11 @@ def test_reported_nll_is_the_estimators_and_knows_no_batches(tmp_path):
         assert found["test/nll_stderr"] == pytest.approx(error, rel=1e-5)
 
 
-def loader(images, batch, kind="(x,)"):
+def loader(images, batch, kind="(x,)", shuffle=False):
     """As somebody has one who never heard of genfw."""
     x, y = images.long(), torch.zeros(len(images), dtype=torch.int32)
     sets = {"x": x, "(x,)": TensorDataset(x), "(x, y)": TensorDataset(x, y)}
-    return DataLoader(sets[kind], batch)
+    return DataLoader(sets[kind], batch, shuffle=shuffle)
 
 
 @pytest.mark.parametrize(("kind", "batch"), [("x", 3), ("(x,)", 2), ("(x,)", 7), ("(x, y)", 4)])
@@ -195,6 +195,33 @@ def test_ordinary_batches_are_evaluated_as_ours(tmp_path, kind, batch):
     for _ in range(2):
         found = trainer.test(module, loader(ours.images["test"], batch, kind), verbose=False)
         assert found == [pytest.approx(expected[0], rel=1e-6)]
+
+
+@pytest.mark.parametrize("act", ["test", "validate", "fit"])
+def test_an_order_that_changes_is_no_place(tmp_path, act):
+    images = torch.zeros(8, *tiny.SHAPE)
+    kept, shuffled = (loader(images, 4, shuffle=each) for each in (False, True))
+    given = [kept, [shuffled]] if act == "fit" else [shuffled]
+    with pytest.raises(ValueError, match=r"keeps its order.*use shuffle=False"):
+        getattr(tiny.trainer(tmp_path, 2), act)(tiny.module(), *given)
+
+
+def test_an_order_of_ranks_that_changes_is_none_either():
+    data = torch.zeros(8, *tiny.SHAPE)
+    for shuffle in (False, True):
+        sampler = DistributedSampler(data, 2, 0, shuffle=shuffle)
+        refused = pytest.raises(ValueError) if shuffle else contextlib.nullcontext()
+        with refused:
+            in_order(DataLoader(data, 2, sampler=sampler))
+
+
+def test_that_of_training_may_and_of_batches_that_know_their_examples_may(tmp_path):
+    trainer, ours = tiny.trainer(tmp_path), tiny.Images()
+    train, val = loader(ours.images["train"], 4, shuffle=True), loader(ours.images["val"], 4)
+    trainer.fit(module := tiny.module(), train, val)
+    shuffled = DataLoader(ours.test_dataloader().dataset, 4, shuffle=True)
+    one, other = (trainer.test(module, each, verbose=False) for each in (ours, shuffled))
+    assert one == [pytest.approx(other[0], rel=1e-6)]
 
 
 def test_ordinary_batches_train_as_ours(tmp_path):

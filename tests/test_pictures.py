@@ -1,5 +1,6 @@
 """Pictures show what they say: the very samples, and the way that led to them."""
 
+import resource
 from unittest.mock import Mock
 
 import lightning.pytorch as L
@@ -10,9 +11,18 @@ from test_diagnostics import chain, hvae, module, shown
 
 import genfw
 from genfw.noise import Noise
+from genfw.sample import write
 from genfw.train.callbacks import Pictures
+from genfw.train.frechet import to_bytes
 from genfw.train.latents import latents_of
-from genfw.train.pictures import data_to_bytes, draw_samples, grid, reconstructions, trajectory
+from genfw.train.pictures import (
+    animate,
+    data_to_bytes,
+    draw_samples,
+    grid,
+    reconstructions,
+    trajectory,
+)
 
 
 def test_a_trajectory_ends_in_the_sample():
@@ -50,6 +60,33 @@ def test_grid_of_colours_and_of_vectors():
 def test_data_are_bytes_between_their_ends():
     x = torch.tensor([-3.0, -1.0, 0.0, 1.0, 3.0])
     assert data_to_bytes(x).tolist() == [0, 0, 128, 255, 255]
+
+
+FACTS = {"label": "none", "run": "a"}
+FILES = {
+    "grid": lambda x, out: write(x, None, FACTS, "grid", out, 3, 2),
+    "npz": lambda x, out: write(x, None, FACTS, "npz", out, 3, 2),
+    "gif": lambda x, out: animate(
+        [grid(to_bytes(x, 3), 2), grid(to_bytes(2 - x, 3), 2)], out, FACTS
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_of_samples_is_whole_or_as_it_was(kind, tmp_path):
+    """A limit on the size of files stops a write in its midst, as a full disk does."""
+    x, out = torch.randint(3, (4, 1, 8, 8)), tmp_path / f"out.{kind}"
+    FILES[kind](x, out)
+    before = {each: each.read_bytes() for each in tmp_path.iterdir()}
+    assert len(before) == 1
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, hard))
+    try:
+        with pytest.raises(OSError):
+            FILES[kind](2 - x, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {each: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
 def test_reconstructions_of_a_perfect_vae():

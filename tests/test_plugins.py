@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
+from genfw import Bound, evaluate
 from genfw.__main__ import main
-from genfw.train import plugins
-from genfw.train.compose import compose, searched, session
+from genfw.train import plugins, resume, runs
+from genfw.train.compose import compose, searched, session, unchecked
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
 from genfw.train.job import implemented, make_callbacks
@@ -315,8 +316,32 @@ def test_a_missing_folder_is_one_sentence(conf, capsys):
         assert main(by.split()) == 2
         said = capsys.readouterr().err
         assert "there is no folder" in said and len(said.splitlines()) == 1
+    assert runs.command(runs.read, ["run=.", "--config-dir=nope"]) == 2
+    assert "there is no folder nope" in capsys.readouterr().err
     assert main(["hydra.searchpath=conf"]) == 2
     assert "expected a list" in capsys.readouterr().err
+
+
+def test_every_command_looks_there(conf, monkeypatch):
+    given = []
+    monkeypatch.setattr(resume, "resume", given.append)
+    for by in ("--config-dir=conf", "--config-dir conf", "-cd conf"):
+        assert main(["resume=.", *by.split()]) == 0
+        assert runs.command(given.append, ["resume=.", *by.split()]) == 0
+    expected = ["resume=.", f"hydra.searchpath=['{conf}']"]
+    assert given == [expected] * 6
+    assert evaluate.named(Bound(), "best", expected[1:]) == evaluate.named(Bound(), "best", [])
+
+
+def test_what_is_chosen_anew_of_a_run_may_be_there(conf):
+    with session():
+        config = unchecked([])
+    with open_dict(config):
+        config.pop("hydra")
+    OmegaConf.save(config, "config.yaml", resolve=True)
+    anew = ["hydra.searchpath=[conf]", "estimator=own", "estimator.tolerance=0.1"]
+    estimator = runs.read(["run=.", *anew], {}, "")[1].estimator
+    assert (estimator._target_, estimator.tolerance) == ("genfw.ProbabilityFlow", 0.1)
 
 
 SHORT = ("trainer.max_steps=2", "estimator.strata=2", "logger=csv", "metrics=none")

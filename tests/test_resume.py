@@ -99,6 +99,20 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(finished, capsys):
     assert steps == list(range(16))
 
 
+def test_a_run_that_ended_without_a_number_says_so(finished, tmp_path, capsys):
+    """Each time, also to the table of a sweep that goes on with it."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"test/nll": None, "test/nonfinite": 3.0}
+    (folder / "results.json").write_text(json.dumps(results))
+    assert main([f"resume={folder}"]) == 1
+    said = capsys.readouterr().err
+    assert f"the NLL of 3 of {results['test/count']:.0f} test images is not finite; " in said
+    assert f"python -m genfw.evaluate run={folder} " in said and said.count("\n") == 1
+    assert (folder / "error.txt").read_text() == said
+
+
 def contents(folder):
     return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
 

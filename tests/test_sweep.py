@@ -451,8 +451,7 @@ def test_what_hydras_own_parts_cannot_do_is_a_line(tmp_path, capsys):
 
 
 def test_a_job_without_a_number_is_no_finished_one(tmp_path, capsys):
-    """Its exit code is that of a run, 1, or 0 of one that was found finished when the sweep went
-    on; a classifier has no NLL, and is finished."""
+    """Whatever its exit code; a classifier has no NLL, and is finished."""
     made = {
         "nets=1 seed=0": (0, {"test/nll": 80.0, "seconds/fit": 1.0}),
         "nets=1 seed=1": (1, {"test/nll": None, "test/nonfinite": 3.0, "test/count": 7.0}),

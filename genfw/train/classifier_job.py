@@ -43,7 +43,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config), build(config.data)
         loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
-        callbacks = [build(node) for node in job.nodes(config.callbacks)]
+        callbacks = job.make_callbacks(config)
         files = AtomicIO()
         keeper = Keeper(folder / "checkpoints", files, signals, begin)
         trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)

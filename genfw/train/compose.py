@@ -34,6 +34,7 @@ from genfw.train import plugins, resolvers
 from genfw.train.config import check, nearest, trusted_by, unknown_key, vouched_for
 from genfw.train.errors import ConfigError
 from genfw.train.help import defaults, options
+from genfw.train.jobs import quoted
 from genfw.train.nodes import conf_folder, keys, select
 from genfw.train.rules import samples_have_labels, times_are_looked_at
 
@@ -84,6 +85,24 @@ def searched(overrides: Sequence[str]) -> list[Path]:
                 raise ConfigError(f"hydra.searchpath: there is no folder {place}")
             found.append(Path(place).absolute())
     return found
+
+
+def searching(arguments: Sequence[str]) -> list[str]:
+    """A command line whose `--config-dir <folder>` is `hydra.searchpath=[<folder>]`, its meaning.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    words, said = iter(arguments), []
+    for word in words:
+        flag, given, folder = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = folder if given else next(words, "")
+            if not folder or not Path(folder).is_dir():
+                raise ConfigError(f"--config-dir: there is no folder {folder}")
+            word = f"hydra.searchpath=[{quoted(Path(folder).absolute())}]"
+        said.append(word)
+    return said
 
 
 def _package(text: str) -> str:

@@ -363,7 +363,7 @@ def make_callbacks(config: DictConfig) -> list[L.Callback]:
     made = [
         _callback(f"{group}.{name}", node)
         for group in ("callbacks", "metrics")
-        for name, node in (config[group] or {}).items()
+        for name, node in (config.get(group) or {}).items()
         if node is not None
     ]
     if not config.trainer.enable_progress_bar:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError, command_line
+from genfw.train.errors import ConfigError, GenfwError, resume_line
 from genfw.train.files import write_json
 
 RANK_VARIABLES = (
@@ -124,7 +124,8 @@ def own_folder(config: DictConfig, key: str) -> Path:
             known = not slurm.first_rank() or slurm.restarted()
             if (folder / "config.yaml").exists() and not known and not make_room(folder):
                 raise ConfigError(
-                    f"{key}: {folder} holds a run already; name another, or none for a new one"
+                    f"{key}: {folder} holds a run already; name another, or none for a new one; "
+                    f"to go on with that one: {resume_line(folder)}"
                 )
             return folder
         except FileExistsError:
@@ -144,31 +145,34 @@ LOGGED = {"metrics.csv", "wandb", "wandb_id.txt"}
 
 
 def make_room(folder: Path) -> bool:
-    """Whether a folder held a run that failed before its first checkpoint, nothing else, and no
-    longer does. What it logged is set aside, `<folder>.before-<n>`."""
-    with ExitStack() as held:
-        try:
-            lock = held.enter_context((folder / "run.lock").open("r+"))
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # a process runs there; or nobody can tell
+    """Whether a folder held a run that ended before its first checkpoint, however it ended, nothing
+    else, and no longer does. What it logged is set aside, `<folder>.before-<n>`."""
+    place = folder / "run.lock"
+    if not place.is_file():
+        return False
+    with place.open("r+") as lock:
+        if not _take(lock, fcntl.lockf):  # a process runs there; or nobody can tell
             return False
-        left = {each.name for each in folder.iterdir()} - STAYS
+        left = {each.name for each in _whole(folder)} - STAYS
         known = {"config.yaml", "error.txt", "checkpoints"} | LOGGED
-        saved = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-        if "error.txt" not in left or not left <= known or saved:
+        if not left <= known or any(_whole(folder / "checkpoints")):
             return False
         if left & LOGGED:
             aside = _before(folder.resolve())
             aside.mkdir()
             for name in left:
                 (folder / name).rename(aside / name)
-            print(f"{folder}: the run that failed there is set aside in {aside}")
+            print(f"{folder}: the run that ended there is set aside in {aside}")
         else:
             for name in left - {"checkpoints"}:
                 (folder / name).unlink()
-            with suppress(FileNotFoundError):
-                (folder / "checkpoints").rmdir()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return True
+
+
+def _whole(folder: Path) -> Iterator[Path]:
+    """What is in it, but for files whose writing was cut short."""
+    return (each for each in folder.glob("*") if each.suffix != ".tmp")
 
 
 def quoted(path: Path) -> str:
@@ -273,7 +277,7 @@ class Job:
         """
         self._lock.parent.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as file:
-            if not _take(file):
+            if _take(file, fcntl.flock) is False:
                 raise GenfwError(f"{self.sweep}: job {self.number} runs already")
             file.truncate(0)
             yield file.fileno()
@@ -479,15 +483,14 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder}: cannot write to this folder: {error.strerror}; a run keeps its files there"
         ) from error
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                file.seek(0)
-                raise ConfigError(
-                    f"{folder}: this run is running already, in process {file.read().strip()}; "
-                    "wait for its end, or end it: kill saves and ends it"
-                ) from None
+        free = _take(file, fcntl.lockf)
+        if free is False:
+            file.seek(0)
+            raise ConfigError(
+                f"{folder}: this run is running already, in process {file.read().strip()}; "
+                "wait for its end, or end it: kill saves and ends it"
+            )
+        if free is None:
             print(f"{folder}: this file system has no locks; start a run there once only")
         with suppress(OSError):  # a full disk
             os.ftruncate(file.fileno(), 0)
@@ -549,21 +552,26 @@ def living(sweep: Path) -> dict[int, str]:
     found = {}
     for path in (sweep / "jobs").glob("*.lock"):
         with path.open() as file:
-            if not _take(file):
+            if _take(file, fcntl.flock) is False:
                 found[int(path.stem)] = file.read().strip()
     return dict(sorted(found.items()))
 
 
-def _take(file: TextIO) -> bool:
-    """Whether its lock was free; it is held until all who have the file open have ended. A file
-    system without locks has free ones."""
+def _take(file: TextIO, lock: Callable[[TextIO, int], None]) -> bool | None:
+    """Whether its lock was free; None: this file system has no locks.
+
+    Args:
+        lock: `fcntl.flock`, held until all who have the file open have ended, or `fcntl.lockf`,
+            which is this process's alone.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in NO_LOCKS:
+        if error.errno in NO_LOCKS:
+            return None
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
+        return False
     return True
 
 
@@ -571,8 +579,3 @@ def _before(folder: Path) -> Path:
     """Where it is set aside."""
     names = (f"{folder.name}.before-{n}" for n in range(1, 10**6))
     return next(p for name in names if not (p := folder.with_name(name)).exists())
-
-
-def typed_line(flags: Sequence[str], words: Sequence[str]) -> str:
-    """`python -m genfw ...`, to be copied into a shell."""
-    return command_line("genfw", *flags, *words)

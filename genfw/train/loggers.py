@@ -29,7 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from genfw.train.errors import one_line
-from genfw.train.files import replace_text
+from genfw.train.files import replace_text, replaced
 
 PATIENCE = 1.5
 """Seconds to wait for an answer from the network."""
@@ -117,12 +117,10 @@ class CSV(Logger):
         if self.path.exists():
             with self.path.open(newline="") as file:
                 rows = list(itertools.islice(csv.DictReader(file), self.rows))
-        beside = self.path.with_suffix(".csv.tmp")
-        with beside.open("w", newline="") as file:
+        with replaced(self.path) as beside, beside.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        beside.replace(self.path)
         self.columns = columns
 
 

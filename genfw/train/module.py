@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from genfw.elbo import bits_per_dim
 from genfw.estimators.bound import Bound
@@ -40,8 +41,8 @@ class LatentModule(L.LightningModule):
 
     Batches are `Batch`, or what a plain `DataLoader(TensorDataset(x, y))` yields: x, (x,) or
     (x, y), integers. An example of those is known in evaluation by its place in the loader's order,
-    which is to be the same each time (no shuffling); in training noise is that of the step, and its
-    index is only its place in the batch.
+    which is to be the same each time (shuffling is refused); in training noise is that of the step,
+    and its index is only its place in the batch.
 
     Args:
         model: what is trained.
@@ -58,7 +59,7 @@ class LatentModule(L.LightningModule):
         arithmetic: what the last numbers were computed in, dtype and whether TF32 was allowed.
 
     Raises:
-        ValueError: label_dropout outside [0, 1).
+        ValueError: label_dropout outside [0, 1); in evaluation, a loader that shuffles.
         TypeError: in a step, batches of something else, or without labels for a model of p(x | y).
     """
 
@@ -115,6 +116,8 @@ class LatentModule(L.LightningModule):
         if isinstance(batch, Batch):
             return batch
         trainer, labelled = self.trainer, self.model.classes is not None
+        if not trainer.training:
+            in_order(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
         seen = 0 if trainer.training else int(self.nll.count)
         return as_batch(batch, labelled, seen, trainer.global_rank, trainer.world_size)
 
@@ -178,6 +181,21 @@ class LatentModule(L.LightningModule):
         """A file with averaged weights is evaluated by them, whoever loads it."""
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+
+def in_order(loaders: Any) -> None:
+    """
+    Raises:
+        ValueError: one of these loaders, or this loader, shuffles.
+    """
+    for loader in loaders if isinstance(loaders, list) else [loaders]:
+        sampler = getattr(loader, "sampler", None)
+        again = isinstance(sampler, DistributedSampler) and sampler.shuffle
+        if again or isinstance(sampler, RandomSampler):
+            raise ValueError(
+                "expected a loader that keeps its order, for an example's noise is that of its "
+                "place in it, and this one would give another number each time: use shuffle=False"
+            )
 
 
 def noise_of_step(trainer: L.Trainer, seed: int, batch: Batch, batch_idx: int) -> BatchNoise:

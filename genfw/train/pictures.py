@@ -15,6 +15,7 @@ from genfw.diffusion.sampler import Step
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
+from genfw.train.files import replaced
 from genfw.train.frechet import to_bytes
 from genfw.train.latents import Latents
 from genfw.types import Data, Image
@@ -142,15 +143,16 @@ def animate(frames: Sequence[PIL.Image], path: Path, facts: Mapping[str, str]) -
     `facts` are its comment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = frames
-    first.save(
-        path,
-        format="GIF",
-        save_all=True,
-        append_images=others,
-        duration=[max(20, 3000 // len(frames))] * len(others) + [2000],
-        loop=0,
-        comment="\n".join(f"{name}: {value}" for name, value in facts.items()).encode(),
-    )
+    with replaced(path) as beside:
+        first.save(
+            beside,
+            format="GIF",
+            save_all=True,
+            append_images=others,
+            duration=[max(20, 3000 // len(frames))] * len(others) + [2000],
+            loop=0,
+            comment="\n".join(f"{name}: {value}" for name, value in facts.items()).encode(),
+        )
     return path
 
 
@@ -172,13 +174,12 @@ def to_png(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = Non
     Raises:
         OSError: it could not be written.
     """
-    beside = path.with_name(f".{path.name}.tmp")
     chunks = PngInfo()
     for name, value in (facts or {}).items():
         chunks.add_text(name, value)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(beside, format="PNG", pnginfo=chunks)
-    beside.replace(path)
+    with replaced(path) as beside:
+        picture.save(beside, format="PNG", pnginfo=chunks)
 
 
 def save(picture: PIL.Image, path: Path) -> Path:

@@ -8,12 +8,13 @@ that length would have there (`genfw.train.module.on_schedule`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from genfw.train.errors import ConfigError
+from genfw.train.errors import ConfigError, GenfwError, command_line, not_finite
 from genfw.train.runs import read
 from genfw.train.slurm import first_rank
 
@@ -77,8 +78,8 @@ def _take_up(folder: Path, config: DictConfig) -> None:
     begin = None
     if any(checkpoints.glob("*.ckpt")):
         begin = newest(checkpoints, say=print if first_rank() else lambda _: None)
-    if begin is None or not _finished(folder, config, begin):
-        with noted(folder, resumed=True):
+    with noted(folder, resumed=True):
+        if begin is None or not _finished(folder, config, begin):
             run(config, folder, begin)
 
 
@@ -87,11 +88,12 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
 
     Raises:
         ConfigError: it has taken more steps than it is to take.
+        GenfwError: its end was a NLL that is not finite.
     """
     from genfw.train.checkpoint import read as read_checkpoint
 
-    kept, trainer = read_checkpoint(begin), config.trainer
-    step, done = kept["global_step"], (folder / "results.json").is_file()
+    kept, trainer, results = read_checkpoint(begin), config.trainer, folder / "results.json"
+    step, done = kept["global_step"], results.is_file()
     for key, reached in (("max_steps", step), ("max_epochs", kept["epoch"])):
         asked = trainer.get(key)
         if not done and asked is not None and 0 <= asked < reached:
@@ -100,5 +102,11 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
             )
     if not done or step < trainer.max_steps or trainer.max_steps < 0:
         return False
+    if wrong := not_finite(json.loads(results.read_text())):
+        again = command_line("genfw.evaluate", f"run={folder}", "checkpoint=last")
+        raise GenfwError(
+            f"{folder} has ended, at step {step}, without a number: {wrong}; another checkpoint or "
+            f"estimator may have one ({again}), or a new run with a smaller optimizer.lr"
+        )
     print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
     return True

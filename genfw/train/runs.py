@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfw.train.compose import session, unchecked
+from genfw.train.compose import searching, session, unchecked
 from genfw.train.config import check, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import probe
@@ -34,7 +34,7 @@ def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | Non
         print((sys.modules[act.__module__].__doc__ or "").strip())
         return 0
     try:
-        act(arguments)
+        act(searching(arguments))
     except GenfwError as error:
         return tell(error, lines=40)
     except KeyboardInterrupt:
@@ -53,7 +53,8 @@ def read(
     """A run folder, its configuration with the changes asked for, and the command's own options.
 
     Args:
-        arguments: `key=value`, the folder among them.
+        arguments: `key=value`, the folder among them, and `hydra.searchpath=[<folder>]`, where
+            options of groups may be too.
         defaults: the command's options. Every other key must be one of the run's config.yaml, or a
             group that may be chosen anew, `estimator=importance_weighted`.
         usage: said where the folder is missing.
@@ -64,7 +65,8 @@ def read(
         ConfigError: an argument that is not understood, a folder that is no run's, a key that is
             unknown or kept.
     """
-    pairs = [each.partition("=") for each in arguments]
+    search = [each for each in arguments if each.startswith("hydra.searchpath=")]
+    pairs = [each.partition("=") for each in arguments if each not in search]
     wrong = [name + sign + value for name, sign, value in pairs if not sign]
     given = {name: value for name, _, value in pairs}
     if wrong or word not in given:
@@ -85,7 +87,7 @@ def read(
         if group in given:
             name = given.pop(group)
             more = [f"{key}={value}" for key, value in given.items() if key.startswith(f"{group}.")]
-            option = _option(config, group, name, more)
+            option = _option(config, group, name, more, search)
             config[group] = reference[group] = option
     _follow(config)
     known = [*defaults, *(key for key in keys(config) if not keeps(key))]
@@ -216,15 +218,18 @@ def load(folder: Path, key: str = "run") -> DictConfig:
     return config
 
 
-def _option(config: DictConfig, group: str, name: str, more: Sequence[str]) -> DictConfig:
-    """What conf/<group>/<name>.yaml says, also a plug-in's, with `more` settings of the group."""
+def _option(
+    config: DictConfig, group: str, name: str, more: Sequence[str], search: Sequence[str]
+) -> DictConfig:
+    """What conf/<group>/<name>.yaml says, also a plug-in's or one of the folders that `search`
+    names, with `more` settings of the group."""
     if group != "estimator" and "sampler" not in config:
         raise ConfigError(
             f"{group}={name}: of diffusion models, and this run is of {config.model._target_}"
         )
     model = "vae" if group == "estimator" else "vdm"  # which any option of these groups can read
     free = ["model.classes=${data.classes}"] if group == "guidance" else []
-    with session():
+    with session(overrides=search):
         composed = unchecked([f"model={model}", *free, f"{group}={name}", *more])  # `read` checks
     return OmegaConf.create({group: OmegaConf.to_container(composed[group], resolve=True)})[group]
 

@@ -23,7 +23,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from genfw.train import slurm
-from genfw.train.errors import ConfigError, GenfwError, one_line
+from genfw.train.errors import ConfigError, GenfwError, command_line, one_line
 from genfw.train.files import probe, write_json
 from genfw.train.jobs import (
     Fresh,
@@ -34,7 +34,6 @@ from genfw.train.jobs import (
     passed_on,
     quoted,
     records,
-    typed_line,
 )
 
 KEPT = (
@@ -215,8 +214,8 @@ def keep(sweep: Path, overrides: Sequence[str], jobs: int | None) -> None:
         return
     if file.exists():
         raise ConfigError(
-            f"hydra.sweep.dir: {sweep} holds a sweep already; go on with it by sweep={sweep}, or "
-            "name another folder"
+            f"hydra.sweep.dir: {sweep} holds a sweep already; name another folder, or go on with "
+            f"it: {command_line('genfw', f'sweep={sweep}')}"
         )
     stays = [each for each in overrides if not _again(each) and not each.startswith(OWN)]
     write_json(file, {"overrides": stays, "jobs": jobs})
@@ -265,7 +264,7 @@ def run(hydra: Hydra, name: str, task: Fresh, overrides: Sequence[str], sweep: P
         finished = close(sweep)
     if code or not finished:
         again = [f"sweep={sweep}", *(each for each in overrides if _again(each))]
-        print(f"to go on: {typed_line(task.flags, again)}", file=sys.stderr)
+        print(f"to go on: {command_line('genfw', *task.flags, *again)}", file=sys.stderr)
     return code or int(not finished)
 
 

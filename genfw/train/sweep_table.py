@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from genfw.train.errors import not_finite
-from genfw.train.files import replace_text
+from genfw.train.files import replace_text, replaced
 
 Record = Mapping[str, Any]
 
@@ -155,9 +155,8 @@ def plot(file: Path, made: Sequence[Group], metric: str) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(f"{metric}: mean, standard error over seeds")
     axes.grid(axis="x", color="0.9")
-    beside = file.with_name(f"{file.name}.tmp")
-    figure.savefig(beside, dpi=120, format="png")
-    beside.replace(file)
+    with replaced(file) as beside:
+        figure.savefig(beside, dpi=120, format="png")
 
 
 def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:

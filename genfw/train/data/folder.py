@@ -47,6 +47,7 @@ class Folder(Source, name="folder"):
             raise ValueError(f"on_error: expected fail or skip, got {on_error!r}")
         self.validation, self.test = validation, test
         self.on_error: OnError = on_error
+        self.named: list[str] | None = None
 
     def read(self, shape: tuple[int, int, int], path: Path | None) -> Splits:
         if path is None:
@@ -55,7 +56,7 @@ class Folder(Source, name="folder"):
             raise DataError(f"data.path={path}: no such folder")
         files = self._files(path)
         self._enough(path, files)
-        classes = _classes(files)
+        self.named = classes = _classes(files)
         stats = [
             (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
             for part in files
@@ -74,9 +75,8 @@ class Folder(Source, name="folder"):
 
         return Splits(**decoded(path.name or "folder", key, encoded, shape, self.on_error))
 
-    def classes(self, path: Path | None) -> list[str]:
-        assert path is not None  # it was read
-        return _classes(self._files(path))
+    def classes(self, path: Path | None) -> list[str] | None:
+        return self.named
 
     def _files(self, path: Path) -> dict[str, list[Path]]:
         """Image files of each split, in an order that depends on names alone."""

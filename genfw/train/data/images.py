@@ -123,7 +123,8 @@ class Source(Registered, ABC, group="data"):
         """
 
     def classes(self, path: Path | None) -> list[str] | None:
-        """The classes' names, in the order of their labels; None: the source knows labels alone."""
+        """The classes' names, in the order of their labels, asked for when `read` has been; None:
+        the source knows labels alone."""
         return None
 
 
