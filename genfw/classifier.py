@@ -19,7 +19,7 @@ from genfw.train import resume
 from genfw.train.compose import compose, session
 from genfw.train.config import data_are_there
 from genfw.train.errors import ConfigError
-from genfw.train.jobs import locked, noted, own_folder
+from genfw.train.run_folder import locked, noted, own_folder
 from genfw.train.runs import command
 
 
