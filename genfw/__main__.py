@@ -129,7 +129,8 @@ def _sweep(
     """All jobs of a sweep, or those that are left of one that has begun."""
     from genfw.train import sweep
     from genfw.train.compose import parse
-    from genfw.train.jobs import Fresh, own_folder
+    from genfw.train.jobs import Fresh
+    from genfw.train.run_folder import own_folder
 
     sweep.check_launcher(config)
     place = own_folder(config, "hydra.sweep.dir") if begun is None else begun.absolute()
@@ -146,7 +147,8 @@ def _start(
 ) -> int:
     """One run; of a SLURM job that was put back into the queue, the run that it had begun."""
     from genfw.train import resume, slurm
-    from genfw.train.jobs import abandon, named_anew, own_folder, quoted
+    from genfw.train.jobs import quoted
+    from genfw.train.run_folder import abandon, named_anew, own_folder
 
     place = own_folder(config, "hydra.run.dir")
     if slurm.restarted() and (place / "config.yaml").exists():
@@ -186,7 +188,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
 
     from genfw.train.compose import as_many_levels
     from genfw.train.job import run
-    from genfw.train.jobs import locked, noted
+    from genfw.train.run_folder import locked, noted
 
     logging.getLogger(
         "lightning"

@@ -18,8 +18,8 @@ from omegaconf import open_dict
 from genfw.train import resume
 from genfw.train.compose import compose, session
 from genfw.train.errors import ConfigError
-from genfw.train.jobs import locked, noted, own_folder
 from genfw.train.rules import data_are_there
+from genfw.train.run_folder import locked, noted, own_folder
 from genfw.train.runs import command
 
 

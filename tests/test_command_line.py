@@ -19,7 +19,8 @@ from genfw.train import help
 from genfw.train.compose import compose, jobs, session
 from genfw.train.config import allowed, build, conf_folder, locate, nearest
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import abandon, named_anew, own_folder, quoted
+from genfw.train.jobs import quoted
+from genfw.train.run_folder import abandon, named_anew, own_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -516,7 +517,7 @@ def test_twenty_starts_in_a_second_have_twenty_folders(tmp_path, monkeypatch):
     OmegaConf.register_new_resolver("start", lambda: next(names), use_cache=True, replace=True)
     configs = [OmegaConf.create({"run": {"dir": "outputs/${start:}"}}) for _ in range(2)]
     assert [own_folder(each, "run.dir").name for each in configs] == ["a", "b"]
-    from genfw.train.jobs import start_name
+    from genfw.train.run_folder import start_name
 
     twice = iter([f"{n // 2}" for n in range(60)])  # two at a time that want the same
     for names in (lambda: next(twice), start_name):

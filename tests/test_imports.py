@@ -87,7 +87,17 @@ def test_no_public_name_loads_the_top_floor():
 
 
 def test_configuration_is_checked_without_torch():
-    modules = ("config", "schema", "compose", "plugins", "jobs", "help", "errors", "resolvers")
+    modules = (
+        "config",
+        "schema",
+        "compose",
+        "plugins",
+        "jobs",
+        "run_folder",
+        "help",
+        "errors",
+        "resolvers",
+    )
     code = "\n".join(f"import genfw.train.{module}" for module in modules)
     code += "\nimport genfw.__main__"
     assert not loaded(code) & {"torch", "lightning", "wandb", "torchmetrics"}

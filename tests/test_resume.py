@@ -161,7 +161,7 @@ def test_a_run_is_in_one_process_at_a_time(finished, tmp_path, capsys):
     """Whoever has it, and until that one has ended, however it ended."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
-    holds = "import sys; from pathlib import Path; from genfw.train.jobs import locked\n"
+    holds = "import sys; from pathlib import Path; from genfw.train.run_folder import locked\n"
     holds += "with locked(Path(sys.argv[1])): print('up', flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", holds, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -23,8 +23,8 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.errors import Stopped
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import fit, prepare
-from genfw.train.jobs import noted
 from genfw.train.keeper import Keeper
+from genfw.train.run_folder import noted
 from genfw.train.signals import EXIT_CODES, Interruption, Signals
 
 COMMAND = (*SMALL, *MODELS["vae"], "trainer.max_steps=14")

@@ -23,7 +23,8 @@ from genfw.__main__ import main
 from genfw.train import sweep
 from genfw.train.compose import check_hydra
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, locked, noted, records
+from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, records
+from genfw.train.run_folder import locked, noted
 from genfw.train.sweep import Local, close, keep, reopen
 from genfw.train.sweep_table import groups, plot, show
 

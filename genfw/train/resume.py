@@ -59,7 +59,7 @@ def _its_mathematics(key: str) -> str | None:
 
 def take_up(folder: Path, config: DictConfig) -> None:
     """Goes on from the newest checkpoint of `folder`; a run killed before its first one begins."""
-    from genfw.train.jobs import locked
+    from genfw.train.run_folder import locked
 
     with locked(folder):
         _take_up(folder, config)
@@ -67,7 +67,7 @@ def take_up(folder: Path, config: DictConfig) -> None:
 
 def _take_up(folder: Path, config: DictConfig) -> None:
     from genfw.train.checkpoint import newest
-    from genfw.train.jobs import noted
+    from genfw.train.run_folder import noted
 
     if "classifier" in config:
         from genfw.train.classifier_job import run
