@@ -307,6 +307,52 @@ class Claims(CategoricalLikelihood):
     takes_pair = True
 
 
+class Logistic(Likelihood):
+    """A likelihood of one's own, of a logistic of which something is changed."""
+
+    outputs, made = 2, genfw.DiscretizedLogistic
+
+    def __init__(self, bins):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, h):
+        where, log_width = h.unflatten(1, (2, -1)).unbind(1)
+        return self.made(where, log_width.clamp(-9, 3).exp(), self.bins)
+
+
+def logistic(name, **methods):
+    """A likelihood with one thing wrong."""
+    made = type(name, (genfw.DiscretizedLogistic,), methods)
+    return type(name, (Logistic,), {"made": made})
+
+
+def of_a_mean(self, value):
+    return genfw.DiscretizedLogistic.log_prob(self, value) / value[0].numel()
+
+
+def of_the_first_dimension(self, value):
+    return genfw.DiscretizedLogistic(self.where[:, :1], self.width[:, :1], self.bins).log_prob(
+        value[:, :1]
+    )
+
+
+def not_keyed(self, noise=None, purpose="sample"):
+    return genfw.DiscretizedLogistic.sample(self, None, purpose)
+
+
+def of_one_number(self, noise=None, purpose="sample"):
+    """All dimensions at the same quantile."""
+    first = self.where[:, :1]
+    u = genfw.noise.draws(noise, first).uniform(purpose, first).expand_as(self.where)
+    z = self.where + self.width * u.logit()
+    return ((z + 1) * self.bins / 2).floor().clamp(0, self.bins - 1).long()
+
+
+def of_the_widest(self, where, width, bins):
+    genfw.DiscretizedLogistic.__init__(self, where, width.amax(0, keepdim=True), bins)
+
+
 class Stops(genfw.UniformGrid):
     def between(self, u, schedule):
         return super().between(u, schedule).round(decimals=2)
@@ -487,6 +533,12 @@ def test_an_estimator_is_found_whole():
         (Leaky, {"bins": 3}, "masses sum to"),
         (Last, {"bins": 3}, "samples do not follow"),
         (Edges, {"bins": 3}, "not the bin centres"),
+        (logistic("Mean", log_prob=of_a_mean), {"bins": 16}, "examples of 3 dimensions sum to"),
+        (logistic("First", log_prob=of_the_first_dimension), {"bins": 3}, "sum to"),
+        (logistic("Unkeyed", sample=not_keyed), {"bins": 16}, "a sample depends on its batch"),
+        (logistic("Locked", sample=of_one_number), {"bins": 3}, "samples do not follow"),
+        (logistic("Mates", __init__=of_the_widest), {"bins": 16}, "log_prob depends on its batch"),
+        (logistic("Real", mean=property(lambda self: self.where)), {"bins": 16}, "the mean is"),
         (Claims, {"bins": 3}, "takes_pair=True, and yet: likelihood categorical reads a network's"),
     ],
 )
