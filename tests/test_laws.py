@@ -282,6 +282,20 @@ class Sharp(genfw.CategoricalParameterization):
         return super().solve(2 * output, z, alpha, sigma)
 
 
+class Running(genfw.CategoricalParameterization):
+    """A prior at a position of what stands before it."""
+
+    def log_prior(self, numbers):
+        return numbers.cumsum(-1)
+
+
+class Seventeen(genfw.CategoricalParameterization):
+    """For digits alone."""
+
+    def __init__(self):
+        super().__init__(17)
+
+
 class Leaky(CategoricalLikelihood):
     def forward(self, h):
         made = super().forward(h)
@@ -530,6 +544,7 @@ def test_an_estimator_is_found_whole():
         (Centred, {}, "depends on its batch"),
         (Divides, {}, "not finite|perfect network"),
         (Sharp, {"bins": 5}, "the score is not the gradient"),
+        (Running, {"bins": 5}, "the prior at a position depends on the others"),
         (Leaky, {"bins": 3}, "masses sum to"),
         (Last, {"bins": 3}, "samples do not follow"),
         (Edges, {"bins": 3}, "not the bin centres"),
@@ -545,6 +560,13 @@ def test_an_estimator_is_found_whole():
 def test_a_broken_class_is_found(cls, arguments, said):
     with pytest.raises(AssertionError, match=said):
         check(cls, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [(Seventeen, {}), (genfw.CategoricalParameterization, {"bins": 2})]
+)
+def test_a_discrete_parameterization_is_asked_about_its_own_values(cls, arguments):
+    check(cls, **arguments)
 
 
 def test_a_likelihood_need_not_know_the_other_kind_of_head():

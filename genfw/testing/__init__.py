@@ -66,7 +66,8 @@ def check(make: Callable[..., Any], interface: type | None = None, /, **argument
         interface: whose laws; of a class that subclasses it, found by itself.
         arguments: for the constructor, but for what the laws choose: the end points of a schedule.
             A model is built from `shape` and `bins`: one that takes networks needs a function,
-            `check(make, LatentModel, shape=(1, 2, 2), bins=3)`.
+            `check(make, LatentModel, shape=(1, 2, 2), bins=3)`. Likelihoods and discrete
+            parameterizations are asked about data of as many values as they say, `bins`.
 
     Raises:
         AssertionError: the first law that does not hold.
