@@ -384,6 +384,31 @@ class Whitened(genfw.Euler):
         return z - 0.01 * z.mean(0), prediction
 
 
+class Remembers(genfw.Euler):
+    """Leans on the last prediction, also that of another run."""
+
+    last = None
+
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
+        if self.last is not None and self.last.shape == z.shape:
+            z = z + 0.01 * self.last
+        self.last = prediction.eps
+        return z, prediction
+
+
+class Steered(genfw.Euler):
+    """How many steps must be said."""
+
+    def __init__(self, steps, grid=None, *, pull=0.0):
+        super().__init__(steps, grid)
+
+
+class Gridless(genfw.Euler):
+    def __init__(self, steps=20):
+        super().__init__(steps)
+
+
 class Doubles(genfw.Euler):
     def step(self, denoiser, z, t, s, y, *, noise, past=()):
         z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
@@ -531,6 +556,7 @@ def test_an_estimator_is_found_whole():
         (Stops, {}, "times do not fall"),
         (Free, {}, "asked 10 times, evaluations says 5"),
         (Whitened, {}, "a sample depends on its batch"),
+        (Remembers, {}, "a sample depends on the run before"),
         (Doubles, {}, "samples are torch.float64"),
         (Quiet, {}, "training points|deviation of the samples"),
         (Unlabelled, {}, "mean of the samples"),
@@ -567,6 +593,11 @@ def test_a_broken_class_is_found(cls, arguments, said):
 )
 def test_a_discrete_parameterization_is_asked_about_its_own_values(cls, arguments):
     check(cls, **arguments)
+
+
+def test_the_laws_choose_how_many_steps_a_sampler_takes(monkeypatch):
+    monkeypatch.setitem(LAWS, Sampler, LAWS[Sampler][:1])
+    check(Steered, pull=1.0)
 
 
 def test_a_likelihood_need_not_know_the_other_kind_of_head():
@@ -676,6 +707,10 @@ def test_what_a_function_builds_is_checked_as_its_interface():
     [
         (genfw.Cosine, {"log_snr_max": 8.0}, "the laws choose log_snr_max; leave it out"),
         (genfw.Cosine, {"log_snr_min": 8.0}, "the laws choose log_snr_min; leave it out"),
+        (Steered, {"steps": 8}, r"check\(Steered\): the laws choose steps; leave it out"),
+        (Steered, {"grid": None}, "the laws choose grid; leave it out"),
+        (Steered, {"push": 3}, r"Steered cannot be built from steps, grid, push .*'push'"),
+        (Gridless, {}, r"Gridless cannot be built from steps, grid \(.*'grid'"),
         (genfw.VAE, {"bins": 3}, r"check\(VAE\): give shape=, the smaller the better"),
         (vae, {"bins": 3}, r"expected a class, got <function vae.*check\(make, LatentModel, shape"),
         (
