@@ -132,8 +132,9 @@ def _extreme(likelihood: Likelihood, dtype: torch.dtype) -> Iterator[Head]:
     for size in (1.0, 30.0, 1e4):
         heads.append(size * torch.randn(1, likelihood.outputs, generator=made, dtype=dtype))
         heads.append(torch.full((1, likelihood.outputs), -size, dtype=dtype))
-    for where in (-3.0, 0.31, 0.999):
-        for width in (1e-3, 0.05, 3.0):
+    edge = 2 * (likelihood.bins // 2) / likelihood.bins - 1  # between two values, equally near
+    for where in (-1e3, -3.0, 0.0, edge, 0.31, 0.999):
+        for width in (1e-6, 1e-3, 0.05, 3.0):
             pair = torch.tensor([[[where]], [[width]]], dtype=dtype)
             heads.append((pair[0], pair[1]))
     yield from _taken(likelihood, heads)
