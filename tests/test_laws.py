@@ -17,6 +17,7 @@ from genfw import (
     LatentModel,
     Likelihood,
     LinearParameterization,
+    MarkovianHierarchy,
     NoiseSchedule,
     Parameterization,
     Posterior,
@@ -149,13 +150,16 @@ def of_mixture(shape, bins):
     return model
 
 
-MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
+HIERARCHIES = {"vae": vae, "mhvae": mhvae, "vdm": vdm}
+MODELS = {**HIERARCHIES, "hvae": hvae}
 
 
 def test_every_model_and_estimator_is_put_through():
     for name in genfw.__all__:
         getattr(genfw, name)  # which registers it
     assert set(MODELS) == {cls.name for cls in ours(LatentModel)}
+    chains = {cls.name for cls in ours(LatentModel) if issubclass(cls, MarkovianHierarchy)}
+    assert set(HIERARCHIES) == chains
     assert set(ESTIMATORS) == set(ours(Estimator))
 
 
@@ -202,6 +206,27 @@ def test_a_model_without_classes_ignores_labels(make):
     for ask in asked:
         with torch.no_grad():
             assert torch.equal(ask(y), ask(None))
+
+
+@pytest.mark.parametrize("make", [*HIERARCHIES.values(), by_categories])
+def test_a_hierarchy_has_levels_one_to_T(make):
+    """Level 1 also where there is no T."""
+    model, x = make((1, 2, 2), 3), torch.randint(3, (2, 1, 2, 2))
+    chain = model.at(2) if isinstance(model, genfw.VDM) else model
+    rungs = chain.climb(x)
+    below = (x, *(rung.z for rung in rungs))
+    for t, rung in enumerate(rungs, 1):
+        assert torch.equal(chain.encode(below[t - 1], t).mean, rung.q.mean)
+        assert torch.equal(chain.decode(below[t], t).mean, rung.p.mean)
+    assert torch.equal(model.encode(x, 1).mean, rungs[0].q.mean)
+    assert torch.equal(model.decode(below[1], 1).mean, rungs[0].p.mean)
+    for t in (0, -1, chain.levels + 1):
+        for ask in (chain.encode, chain.decode):
+            for z in below:
+                with pytest.raises(
+                    ValueError, match=rf"t: expected .* 1\.\.{chain.levels}, got {t}"
+                ):
+                    ask(z, t)
 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
