@@ -19,6 +19,7 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from genfw.registry import NameTaken
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.slurm import first_rank, tell
 from genfw.train.terminal import detach
@@ -39,10 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # `_target_: my_file.Flow` may name a file beside the person
     try:
         return _command(arguments)
-    except GenfwError as error:
+    except (GenfwError, NameTaken) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        return tell(error)
+        return tell(error if isinstance(error, GenfwError) else ConfigError(str(error)))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

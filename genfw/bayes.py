@@ -69,7 +69,7 @@ class DiscretePosterior(Distribution):
             *(each.expand_as(z).flatten(1) for each in (z, alpha, sigma)),
         )
         whole = bins * z.numel()
-        self.pieces = math.ceil((size or bins) * z.numel() / max(PIECE, whole / SHARE))
+        self.pieces = max(1, math.ceil((size or bins) * z.numel() / max(PIECE, whole / SHARE)))
 
     @property
     def x(self) -> Tensor:

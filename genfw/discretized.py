@@ -27,7 +27,10 @@ class BinSoftmax(Distribution):
     + 1)/K - 1
 
     Summed over a window of bins around `where` that holds all but 1e-20 of the mass, so that no
-    (b, D, K) tensor is built where a few bins suffice.
+    (b, D, K) tensor is built where a few bins suffice. Energies are those above that of the nearest
+    bin n, in which large squares cannot cancel: with d = where - v_n and j = k - n,
+
+    .. math:: \log p(k) - \log p(n) = \frac{2 j}{K} \left(d - \frac{j}{K}\right) / \text{width}^2
 
     Args:
         where: (b, ...) on the scale of normalized data.
@@ -39,6 +42,9 @@ class BinSoftmax(Distribution):
 
     def __init__(self, where: Tensor, width: Tensor, bins: int):
         self.where, self.width, self.bins = where, width, bins
+        self.nearest = ((where.detach() + 1) * bins / 2 - 0.5).round().clamp(0, bins - 1)
+        centre = (2 * self.nearest.double() + 1) / bins - 1
+        self.away = (where.double() - centre).to(where.dtype)
 
     @property
     def mean(self) -> Tensor:
@@ -48,9 +54,8 @@ class BinSoftmax(Distribution):
 
     def log_prob(self, value: Tensor) -> Nats:
         _, log_mass = self._window()
-        return per_example(
-            self._energy(shaped(value, self.where).to(self.where)) - log_mass.logsumexp(-1)
-        )
+        k = shaped(value, self.where).to(self.where)
+        return per_example(self._log_ratio(k) - log_mass.logsumexp(-1))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         k, log_mass = self._window()
@@ -61,22 +66,19 @@ class BinSoftmax(Distribution):
         """The bins near `where`, (b, ..., W), and their unnormalized log masses; no (b, D, K)
         tensor."""
         half = int(self.reach * float(self.width.detach().max()) * self.bins / 2) + 1
-        if 2 * half + 1 >= self.bins:
-            k = torch.arange(self.bins, device=self.where.device, dtype=self.where.dtype)
-            k = k.expand(*self.where.shape, -1)
-        else:
-            nearest = ((self.where + 1) * self.bins / 2 - 0.5).round()
-            nearest = nearest.clamp(half, self.bins - 1 - half)
-            step = torch.arange(-half, half + 1, device=nearest.device, dtype=nearest.dtype)
-            k = nearest.unsqueeze(-1) + step
-        return k, self._energy(k)
+        size = min(2 * half + 1, self.bins)
+        first = (self.nearest - half).clamp(0, self.bins - size)
+        step = torch.arange(size, device=first.device, dtype=first.dtype)
+        k = first.unsqueeze(-1) + step
+        return k, self._log_ratio(k)
 
-    def _energy(self, k: Tensor) -> Tensor:
-        """-(where - v_k)^2 / (2 width^2) for k of shape (b, ...) or (b, ..., W)."""
-        where, width = self.where, self.width.expand_as(self.where)
-        if k.ndim > where.ndim:
-            where, width = where.unsqueeze(-1), width.unsqueeze(-1)
-        return -0.5 * ((where - (2 * k + 1) / self.bins + 1) / width).square()
+    def _log_ratio(self, k: Tensor) -> Tensor:
+        """log p(k) - log p(n) for k of shape (b, ...) or (b, ..., W)."""
+        nearest, away, width = self.nearest, self.away, self.width.expand_as(self.where)
+        if k.ndim > nearest.ndim:
+            nearest, away, width = (each.unsqueeze(-1) for each in (nearest, away, width))
+        step = (k - nearest) / self.bins
+        return 2 * (step / width) * ((away - step) / width)
 
 
 class DiscretizedNormal(Distribution):

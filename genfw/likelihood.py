@@ -50,7 +50,8 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
 
     @abstractmethod
     def forward(self, h: Head) -> Distribution:
-        """The distribution of x given h; its log_prob is (b,) nats."""
+        """The distribution of x given h: log_prob is (b,) nats, the mean of masses the expected
+        integer in every dimension."""
 
     def normalize(self, x: Image) -> Data:
         """Bin centres 2 (x + 1/2) / K - 1 in torch's default dtype.

@@ -148,6 +148,16 @@ class MarkovianHierarchy(LatentModel):
         """p(z_T), for the examples whose z_T are z (b, ...)."""
         return self.prior(len(z))
 
+    def level(self, t: int) -> int:
+        """t itself: `encode` and `decode` of any class begin here.
+
+        Raises:
+            ValueError: the chain has no such level. A first one it always has.
+        """
+        if t != 1 and t not in range(1, self.levels + 1):
+            raise ValueError(f"t: expected a level, an integer in 1..{self.levels}, got {t}")
+        return t
+
     def climb(
         self,
         x: Image,

@@ -12,6 +12,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+class NameTaken(TypeError):
+    """Another class holds the name; says which, and whose it would be."""
+
+
 class Registered:
     """Base of every interface whose implementations are chosen by name.
 
@@ -20,7 +24,8 @@ class Registered:
         name: enters the class into the registry of its interface; given by each implementation.
 
     Raises:
-        TypeError: a name without an interface, or a name that another class already holds.
+        TypeError: a name without an interface.
+        NameTaken: a name that another class already holds.
 
     Example:
         >>> class Greeting(Registered, group="greeting_doctest"): ...
@@ -49,7 +54,7 @@ class Registered:
                 )
             held = cls.registry.get(name)
             if held is not None and _path(held) != _path(cls):
-                raise TypeError(
+                raise NameTaken(
                     f"{cls.group}={name!r} is already {_path(held)}: give {_path(cls)} another name"
                 )
             cls.name = name

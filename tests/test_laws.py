@@ -17,6 +17,7 @@ from genfw import (
     LatentModel,
     Likelihood,
     LinearParameterization,
+    MarkovianHierarchy,
     NoiseSchedule,
     Parameterization,
     Posterior,
@@ -121,13 +122,16 @@ def of_mixture(shape, bins):
     return model
 
 
-MODELS = {"vae": vae, "mhvae": mhvae, "hvae": hvae, "vdm": vdm}
+HIERARCHIES = {"vae": vae, "mhvae": mhvae, "vdm": vdm}
+MODELS = {**HIERARCHIES, "hvae": hvae}
 
 
 def test_every_model_and_estimator_is_put_through():
     for name in genfw.__all__:
         getattr(genfw, name)  # which registers it
     assert set(MODELS) == {cls.name for cls in ours(LatentModel)}
+    chains = {cls.name for cls in ours(LatentModel) if issubclass(cls, MarkovianHierarchy)}
+    assert set(HIERARCHIES) == chains
     assert set(ESTIMATORS) == set(ours(Estimator))
 
 
@@ -174,6 +178,27 @@ def test_a_model_without_classes_ignores_labels(make):
     for ask in asked:
         with torch.no_grad():
             assert torch.equal(ask(y), ask(None))
+
+
+@pytest.mark.parametrize("make", [*HIERARCHIES.values(), by_categories])
+def test_a_hierarchy_has_levels_one_to_T(make):
+    """Level 1 also where there is no T."""
+    model, x = make((1, 2, 2), 3), torch.randint(3, (2, 1, 2, 2))
+    chain = model.at(2) if isinstance(model, genfw.VDM) else model
+    rungs = chain.climb(x)
+    below = (x, *(rung.z for rung in rungs))
+    for t, rung in enumerate(rungs, 1):
+        assert torch.equal(chain.encode(below[t - 1], t).mean, rung.q.mean)
+        assert torch.equal(chain.decode(below[t], t).mean, rung.p.mean)
+    assert torch.equal(model.encode(x, 1).mean, rungs[0].q.mean)
+    assert torch.equal(model.decode(below[1], 1).mean, rungs[0].p.mean)
+    for t in (0, -1, chain.levels + 1):
+        for ask in (chain.encode, chain.decode):
+            for z in below:
+                with pytest.raises(
+                    ValueError, match=rf"t: expected .* 1\.\.{chain.levels}, got {t}"
+                ):
+                    ask(z, t)
 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
@@ -254,6 +279,20 @@ class Sharp(genfw.CategoricalParameterization):
         return super().solve(2 * output, z, alpha, sigma)
 
 
+class Running(genfw.CategoricalParameterization):
+    """A prior at a position of what stands before it."""
+
+    def log_prior(self, numbers):
+        return numbers.cumsum(-1)
+
+
+class Seventeen(genfw.CategoricalParameterization):
+    """For digits alone."""
+
+    def __init__(self):
+        super().__init__(17)
+
+
 class Leaky(CategoricalLikelihood):
     def forward(self, h):
         made = super().forward(h)
@@ -279,6 +318,52 @@ class Claims(CategoricalLikelihood):
     takes_pair = True
 
 
+class Logistic(Likelihood):
+    """A likelihood of one's own, of a logistic of which something is changed."""
+
+    outputs, made = 2, genfw.DiscretizedLogistic
+
+    def __init__(self, bins):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, h):
+        where, log_width = h.unflatten(1, (2, -1)).unbind(1)
+        return self.made(where, log_width.clamp(-9, 3).exp(), self.bins)
+
+
+def logistic(name, **methods):
+    """A likelihood with one thing wrong."""
+    made = type(name, (genfw.DiscretizedLogistic,), methods)
+    return type(name, (Logistic,), {"made": made})
+
+
+def of_a_mean(self, value):
+    return genfw.DiscretizedLogistic.log_prob(self, value) / value[0].numel()
+
+
+def of_the_first_dimension(self, value):
+    return genfw.DiscretizedLogistic(self.where[:, :1], self.width[:, :1], self.bins).log_prob(
+        value[:, :1]
+    )
+
+
+def not_keyed(self, noise=None, purpose="sample"):
+    return genfw.DiscretizedLogistic.sample(self, None, purpose)
+
+
+def of_one_number(self, noise=None, purpose="sample"):
+    """All dimensions at the same quantile."""
+    first = self.where[:, :1]
+    u = genfw.noise.draws(noise, first).uniform(purpose, first).expand_as(self.where)
+    z = self.where + self.width * u.logit()
+    return ((z + 1) * self.bins / 2).floor().clamp(0, self.bins - 1).long()
+
+
+def of_the_widest(self, where, width, bins):
+    genfw.DiscretizedLogistic.__init__(self, where, width.amax(0, keepdim=True), bins)
+
+
 class Stops(genfw.UniformGrid):
     def between(self, u, schedule):
         return super().between(u, schedule).round(decimals=2)
@@ -294,6 +379,31 @@ class Whitened(genfw.Euler):
     def step(self, denoiser, z, t, s, y, *, noise, past=()):
         z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
         return z - 0.01 * z.mean(0), prediction
+
+
+class Remembers(genfw.Euler):
+    """Leans on the last prediction, also that of another run."""
+
+    last = None
+
+    def step(self, denoiser, z, t, s, y, *, noise, past=()):
+        z, prediction = super().step(denoiser, z, t, s, y, noise=noise, past=past)
+        if self.last is not None and self.last.shape == z.shape:
+            z = z + 0.01 * self.last
+        self.last = prediction.eps
+        return z, prediction
+
+
+class Steered(genfw.Euler):
+    """How many steps must be said."""
+
+    def __init__(self, steps, grid=None, *, pull=0.0):
+        super().__init__(steps, grid)
+
+
+class Gridless(genfw.Euler):
+    def __init__(self, steps=20):
+        super().__init__(steps)
 
 
 class Doubles(genfw.Euler):
@@ -443,6 +553,7 @@ def test_an_estimator_is_found_whole():
         (Stops, {}, "times do not fall"),
         (Free, {}, "asked 10 times, evaluations says 5"),
         (Whitened, {}, "a sample depends on its batch"),
+        (Remembers, {}, "a sample depends on the run before"),
         (Doubles, {}, "samples are torch.float64"),
         (Quiet, {}, "training points|deviation of the samples"),
         (Unlabelled, {}, "mean of the samples"),
@@ -456,15 +567,34 @@ def test_an_estimator_is_found_whole():
         (Centred, {}, "depends on its batch"),
         (Divides, {}, "not finite|perfect network"),
         (Sharp, {"bins": 5}, "the score is not the gradient"),
+        (Running, {"bins": 5}, "the prior at a position depends on the others"),
         (Leaky, {"bins": 3}, "masses sum to"),
         (Last, {"bins": 3}, "samples do not follow"),
         (Edges, {"bins": 3}, "not the bin centres"),
+        (logistic("Mean", log_prob=of_a_mean), {"bins": 16}, "examples of 3 dimensions sum to"),
+        (logistic("First", log_prob=of_the_first_dimension), {"bins": 3}, "sum to"),
+        (logistic("Unkeyed", sample=not_keyed), {"bins": 16}, "a sample depends on its batch"),
+        (logistic("Locked", sample=of_one_number), {"bins": 3}, "samples do not follow"),
+        (logistic("Mates", __init__=of_the_widest), {"bins": 16}, "log_prob depends on its batch"),
+        (logistic("Real", mean=property(lambda self: self.where)), {"bins": 16}, "the mean is"),
         (Claims, {"bins": 3}, "takes_pair=True, and yet: likelihood categorical reads a network's"),
     ],
 )
 def test_a_broken_class_is_found(cls, arguments, said):
     with pytest.raises(AssertionError, match=said):
         check(cls, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments"), [(Seventeen, {}), (genfw.CategoricalParameterization, {"bins": 2})]
+)
+def test_a_discrete_parameterization_is_asked_about_its_own_values(cls, arguments):
+    check(cls, **arguments)
+
+
+def test_the_laws_choose_how_many_steps_a_sampler_takes(monkeypatch):
+    monkeypatch.setitem(LAWS, Sampler, LAWS[Sampler][:1])
+    check(Steered, pull=1.0)
 
 
 def test_a_likelihood_need_not_know_the_other_kind_of_head():
@@ -590,6 +720,10 @@ def test_what_a_function_builds_is_checked_as_its_interface():
     [
         (genfw.Cosine, {"log_snr_max": 8.0}, "the laws choose log_snr_max; leave it out"),
         (genfw.Cosine, {"log_snr_min": 8.0}, "the laws choose log_snr_min; leave it out"),
+        (Steered, {"steps": 8}, r"check\(Steered\): the laws choose steps; leave it out"),
+        (Steered, {"grid": None}, "the laws choose grid; leave it out"),
+        (Steered, {"push": 3}, r"Steered cannot be built from steps, grid, push .*'push'"),
+        (Gridless, {}, r"Gridless cannot be built from steps, grid \(.*'grid'"),
         (genfw.VAE, {"bins": 3}, r"check\(VAE\): give shape=, the smaller the better"),
         (vae, {"bins": 3}, r"expected a class, got <function vae.*check\(make, LatentModel, shape"),
         (

@@ -147,6 +147,16 @@ def test_file_beside_the_person(tmp_path):
     assert "Velocity" in done.stderr
 
 
+def test_a_name_that_is_taken_is_one_sentence(tmp_path, monkeypatch, capsys):
+    (tmp_path / "their_file.py").write_text(FLOW.replace('name="velocity"', 'name="flow"'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--cfg", "job", "param._target_=their_file.Velocity"]) == 2
+    said = capsys.readouterr().err
+    assert "param='flow' is already genfw.parameterization.Flow: give their_file.Velocity" in said
+    assert len(said.splitlines()) == 1
+
+
 OWN = """
 import genfw
 

@@ -1,6 +1,7 @@
 import pytest
 
 from genfw import NoiseSchedule, Registered
+from genfw.registry import NameTaken
 
 
 def test_a_name_enters_the_registry_of_its_interface_only():
@@ -20,7 +21,7 @@ def test_a_name_is_given_once():
 
     class Round(Shape, name="round"): ...
 
-    with pytest.raises(TypeError, match=r"'round' is already .*Round.* give .*Ball another name"):
+    with pytest.raises(NameTaken, match=r"'round' is already .*Round.* give .*Ball another name"):
 
         class Ball(Shape, name="round"): ...
 

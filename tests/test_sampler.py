@@ -319,6 +319,33 @@ def test_every_parameterization_is_sampled(cls):
         assert torch.allclose(x, drawn[0], rtol=1e-7, atol=1e-7)
 
 
+def empty_vdm(param, likelihood, sampler=None):
+    shape, bins = (2, 3, 3), 5
+    net = MLP(shape, param.channels(2, bins), width=8, blocks=1)
+    denoiser = NetworkDenoiser(net, param, LogLinear(9.0, -7.0))
+    return genfw.VDM(denoiser, likelihood, shape=shape, sampler=sampler)
+
+
+@registered(Sampler)
+def test_of_no_noise_no_samples_are_made(cls):
+    vdm = empty_vdm(genfw.Eps(), genfw.BinsLikelihood(5), cls(steps=3))
+    drawn = vdm.sample(0, torch.zeros(0, dtype=torch.long))
+    assert drawn.shape == (0, 2, 3, 3) and not drawn.is_floating_point()
+
+
+@registered(Parameterization)
+def test_of_no_images_there_is_a_bound_and_a_gradient(cls):
+    discrete = issubclass(cls, DiscreteParameterization)
+    likelihood = genfw.CategoricalLikelihood(5) if discrete else genfw.BinsLikelihood(5)
+    vdm = empty_vdm(cls(5) if discrete else cls(), likelihood, UniPC(steps=3))
+    x = torch.zeros(0, 2, 3, 3, dtype=torch.long)
+    total = vdm.elbo(x).total
+    assert total.shape == (0,)
+    total.sum().backward()
+    assert all((p.grad == 0).all() for p in vdm.parameters())
+    assert vdm.sample(0).shape == x.shape
+
+
 def test_the_path_ends_where_the_loop_does_and_the_last_time_is_zero(double):
     denoiser, z = GaussianDenoiser(Cosine(9.0, -9.0), MEAN, STD), torch.randn(4, 3)
     path = list(Ancestral(5).path(denoiser, z, noise=keys(4)))

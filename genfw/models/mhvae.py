@@ -74,14 +74,14 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         return self.standard_normal(n, self.latents[-1])
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
-        network = self.encoders[t - 1]
+        network = self.encoders[self.level(t) - 1]
         below = self.likelihood.normalize(z).to(self.dtype) if t == 1 else z
         return self._latent(
             network(as_read(network, below), self.told(y)).to(self.dtype), t, f"encoder {t}"
         )
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
-        network = self.decoders[t - 1]
+        network = self.decoders[self.level(t) - 1]
         h = network(as_read(network, z), self.told(y)).to(self.dtype)
         return self.likelihood(h) if t == 1 else self._latent(h, t - 1, f"decoder {t}")
 

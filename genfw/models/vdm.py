@@ -166,12 +166,13 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return self.prior(len(z), z.shape[1:])
 
     def encode(self, z: Tensor, t: int, y: Labels | None = None) -> Normal:
-        if t == 1:
+        if self.level(t) == 1:
             return marginal(self._normalize(z), self._time(1), self.schedule)
         return transition(z, self._time(t - 1), self._time(t), self.schedule)
 
     def decode(self, z: Tensor, t: int, y: Labels | None = None) -> Distribution:
-        if t == 1 and not self.likelihood.takes_pair:  # the network's own masses, one more call
+        if self.level(t) == 1 and not self.likelihood.takes_pair:
+            # the network's own masses, one more call
             return self.likelihood(self.denoiser.posterior(z, self._time(1), self.told(y)))
         if t == 1:
             alpha, sigma = self.schedule.alpha(self._time(1)), self.schedule.sigma(self._time(1))

@@ -54,8 +54,8 @@ LAWS: dict[type, tuple[Callable[..., None], ...]] = {
 }
 
 
-CHOSEN = {NoiseSchedule: ("log_snr_max", "log_snr_min")}
-"""What the laws give a class by themselves."""
+CHOSEN = {NoiseSchedule: ("log_snr_max", "log_snr_min"), Sampler: ("steps", "grid")}
+"""What the laws give a class by themselves: a schedule its ends by position, all else by name."""
 
 NEEDED = {LatentModel: ("shape", "bins")}
 """What they must be told."""
@@ -67,9 +67,11 @@ def check(make: Callable[..., Any], interface: type | None = None, /, **argument
     Args:
         make: a class, or a function of the same arguments.
         interface: whose laws; of a class that subclasses it, found by itself.
-        arguments: for the constructor, but for what the laws choose: the end points of a schedule.
+        arguments: for the constructor, but for what the laws choose: the end points of a schedule,
+            `steps` and `grid` of a sampler.
             A model is built from `shape` and `bins`: one that takes networks needs a function,
-            `check(make, LatentModel, shape=(1, 2, 2), bins=3)`.
+            `check(make, LatentModel, shape=(1, 2, 2), bins=3)`. Likelihoods and discrete
+            parameterizations are asked about data of as many values as they say, `bins`.
 
     Raises:
         AssertionError: the first law that does not hold.
@@ -104,11 +106,13 @@ def _interface(make: Callable[..., Any]) -> type:
 
 
 def _can_be_built(make: Callable[..., Any], interface: type, arguments: Mapping[str, Any]) -> None:
-    """As the laws will build it: the end points of a schedule come first, by position."""
+    """As the laws will build it."""
+    chosen = CHOSEN.get(interface, ())
+    by_position, by_name = (chosen, ()) if interface is NoiseSchedule else ((), chosen)
     try:
-        inspect.signature(make).bind(*CHOSEN.get(interface, ()), **arguments)
+        inspect.signature(make).bind(*by_position, **dict.fromkeys(by_name), **arguments)
     except TypeError as error:
-        said = ", ".join((*CHOSEN.get(interface, ()), *arguments)) or "nothing"
+        said = ", ".join((*chosen, *arguments)) or "nothing"
         given = "".join(f", {name}={value!r}" for name, value in arguments.items())
         raise TypeError(
             f"check({_named(make)}): {_named(make)} cannot be built from {said} ({error}): give a "

@@ -32,10 +32,12 @@ def asks_as_often_as_it_says(make: Make, **arguments: Any) -> None:
 
 
 def a_sample_keeps_its_number(make: Make, **arguments: Any) -> None:
-    """With keyed noise and labels, whatever its batch and its place in it."""
+    """With keyed noise and labels, whatever its batch, its place in it and what was drawn before:
+    samplers hold no state."""
     sampler, denoiser = make(steps=6, **arguments), _gaussian()
     z, y = _start(8), torch.arange(8) % 3
-    whole = sampler(denoiser, z, y, noise=_noise(8))
+    whole, again = (sampler(denoiser, z, y, noise=_noise(8)) for _ in range(2))
+    assert torch.equal(again, whole), "a sample depends on the run before"
     some = torch.tensor([5, 0, 3])
     part = sampler(denoiser, z[some], y[some], noise=Noise(0, some))
     close = torch.allclose(part, whole[some], rtol=1e-9, atol=1e-9)

@@ -147,8 +147,8 @@ def half_log_snr(t: Tensor, schedule: NoiseSchedule) -> Tensor:
 
 
 def level(prediction: Prediction) -> Tensor:
-    """The l at which it was made; one for the batch."""
-    alpha, sigma = prediction.alpha.flatten()[0], prediction.sigma.flatten()[0]
+    """The l at which it was made; one for the batch, nan for an empty one."""
+    alpha, sigma = (each.flatten()[:1].sum() for each in (prediction.alpha, prediction.sigma))
     return (alpha / sigma).double().log()
 
 
