@@ -19,7 +19,6 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from genfw.registry import NameTaken
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.slurm import first_rank, tell
 from genfw.train.terminal import detach
@@ -40,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.path.append(os.getcwd())  # `_target_: my_file.Flow` may name a file beside the person
     try:
         return _command(arguments)
-    except (GenfwError, NameTaken) as error:
+    except GenfwError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        return tell(error if isinstance(error, GenfwError) else ConfigError(str(error)))
+        return tell(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

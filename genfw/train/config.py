@@ -21,6 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from genfw.registry import NameTaken
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.nodes import (
     conf_folder,
@@ -314,6 +315,8 @@ def _imported(target: str) -> Any:
             if error.name and (module == error.name or module.startswith(f"{error.name}.")):
                 continue
             raise
+        except NameTaken as error:
+            raise ConfigError(f"{target}: {error}") from error
         for name in parts[depth:]:
             try:
                 found = getattr(found, name)
