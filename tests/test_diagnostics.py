@@ -93,17 +93,20 @@ def test_levels_of_a_chain_against_the_exact_answer(double):
     assert ((found.activity[1] - exact).abs() < 5 * error + 1e-3).all()
 
 
-def test_draws_are_not_taken_for_activity(double):
-    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing."""
-    model = oracles.LinearGaussianChain(2)
-    blind = genfw.Normal(torch.zeros(500, 2), torch.ones(500, 2))
+@pytest.mark.parametrize("draws", [2, 4])
+def test_draws_are_not_taken_for_activity(draws, double):
+    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing. To four
+    standard errors, those of the variance over images and of the variance over draws together."""
+    model, n = oracles.LinearGaussianChain(2), 2000
+    blind = genfw.Normal(torch.zeros(n, 2), torch.ones(n, 2))
     encode = model.encode
     model.encode = lambda z, t, y=None: blind if t == 1 else encode(z, t, y)
-    found = look(model, torch.randn(500, 2), None, noise(500), 4).findings()
+    found = look(model, torch.randn(n, 2), None, noise(n), draws).findings()
     assert found.activity[0].abs().max() < 1e-12
-    moved = (model.a * model.var[2] / model.var[1]) ** 2 / 4  # what k = 4 draws alone would show
+    moved = (model.a * model.var[2] / model.var[1]) ** 2 / draws  # what the draws alone would show
     assert moved > 10 * ACTIVE
-    assert found.activity[1].abs().max() < 5 * moved * (2 / 500) ** 0.5
+    error = moved * (2 / n + 2 / ((draws - 1) * n)) ** 0.5
+    assert found.activity[1].abs().max() < 4 * error < moved / draws
 
 
 @pytest.mark.parametrize("made", [vae, conv, chain, hvae])
