@@ -357,6 +357,35 @@ def test_interpolation_begins_and_ends_where_the_images_are(made):
     assert (rows[0, 2] - middle[0, 0]).abs().max() < 1.01
 
 
+class Painter(torch.nn.Module):
+    """Paints every image in the value that is its label."""
+
+    def forward(self, z, y):
+        return (100.0 * torch.nn.functional.one_hot(y, 3))[..., None, None].expand(-1, 3, 2, 2)
+
+
+def test_interpolation_has_the_label_of_the_nearer_image():
+    likelihood = genfw.CategoricalLikelihood(3)
+    latents = latents_of(genfw.VAE(Linear(4, 6), Painter(), likelihood, 3, classes=3))
+    x, y = torch.ones(2, 1, 2, 2, dtype=torch.int64), torch.tensor([0, 2])
+    with torch.no_grad():
+        row = shown(interpolation(latents, x, y, bins=3, columns=6), 6)[0]
+    assert row.flatten(1).float().mean(1).tolist() == [128, 0, 0, 255, 255, 128]
+
+
+def test_a_run_draws_units_three_deviations_to_either_side():
+    """The square root of A_u, which is a variance; none of one that is estimated below 0."""
+    model, x, y = vae(), torch.randint(3, (2, 1, 2, 2)), torch.zeros(2, dtype=torch.int64)
+    activity = torch.tensor([0.25, 4.0, -0.1])
+    pictures = Diagnostics(3)._pictures(module(model), x, y, Findings([activity], [activity]))
+    with torch.no_grad():
+        drawn, other = (
+            traversal(latents_of(model), x[:1], y[:1], 1, [1, 0, 2], torch.tensor(scale), 3)
+            for scale in ([0.5, 2.0, 0.0], [0.25, 4.0, 0.0])
+        )
+    assert pictures["traversal_1"].tobytes() == drawn.tobytes() != other.tobytes()
+
+
 @pytest.mark.parametrize("made", [chain, hvae])
 def test_traversal_moves_one_unit(made):
     model, x = made(), torch.tensor([0, 1, 2, 2]).view(1, 1, 2, 2)
