@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 
 def at_least(least: int, name: str, value: SupportsIndex) -> int:
@@ -35,13 +36,36 @@ def finite(name: str, value: float) -> float:
     """`value`, any number but nan and the infinite ones.
 
     Raises:
-        ValueError: it is one of those.
+        ValueError: it is one of those, or no number.
 
     Example:
         >>> finite("shift", float("inf"))
         Traceback (most recent call last):
         ValueError: shift: expected a finite number, got inf
     """
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not isinstance(value, SupportsFloat) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return value
+
+
+def example_shape(
+    shape: int | Sequence[int], rank: int | None = None, name: str = "shape"
+) -> tuple[int, ...]:
+    """`shape` as a tuple of positive integers; a number is a vector of that size.
+
+    Raises:
+        ValueError: it is empty or not of positive integers, or has another rank than asked for.
+
+    Example:
+        >>> example_shape(16), example_shape([1, 8, 8])
+        ((16,), (1, 8, 8))
+        >>> example_shape((3, 0), name="latents")
+        Traceback (most recent call last):
+        ValueError: latents: expected positive sizes (D,) or (C, *dims), got (3, 0)
+    """
+    found = tuple(shape) if isinstance(shape, Iterable) else (shape,)
+    sizes = all(isinstance(size, Integral) and size >= 1 for size in found)
+    if not found or not sizes or (rank is not None and len(found) != rank):
+        wanted = "(C, H, W)" if rank == 3 else "(D,) or (C, *dims)"
+        raise ValueError(f"{name}: expected positive sizes {wanted}, got {shape!r}")
+    return tuple(int(size) for size in found)

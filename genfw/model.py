@@ -24,6 +24,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least, at_least_one
 from genfw.distributions import Distribution, Normal, divergence
 from genfw.elbo import ELBO
 from genfw.noise import Draws, draws
@@ -63,8 +64,23 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         return self
 
     def told(self, y: Labels | None) -> Labels | None:
-        """The labels that networks are given: none, where the model has no `classes`."""
-        return None if self.classes is None else y
+        """The labels that networks are given: none, where the model has no `classes`.
+
+        Raises:
+            ValueError: labels outside 0..classes. A GPU is not waited for: there an assertion of
+                its own fails.
+        """
+        if self.classes is None or y is None:
+            return None
+        known = ((y >= 0) & (y.long() <= self.classes)).all()
+        expected = f"labels: expected 0..{self.classes - 1}, or {self.classes} for none"
+        if y.device.type == "cpu" and not known:
+            raise ValueError(
+                f"{expected}, got {int(y.min())}..{int(y.max())}: set classes to the number of "
+                "classes of your data"
+            )
+        torch._assert_async(known, expected)  # pyright: ignore[reportPrivateImportUsage]
+        return y
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +99,34 @@ def as_read(network: nn.Module, z: Tensor) -> Tensor:
     """z in the precision of the network's weights; as it is, where there are none."""
     weights = (p.dtype for p in network.parameters() if p.is_floating_point())
     return z.to(next(weights, z.dtype))
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A network that says how many labels it knows, as those of `genfw.nets` do; None: it takes
+    labels and ignores them."""
+
+    classes: int | None
+
+
+def agreed(classes: int | None, *networks: nn.Module) -> int | None:
+    """A model's `classes`, where no network of it says otherwise. A model without any may be of
+    networks that know labels: they are told none.
+
+    Raises:
+        ValueError: it is below 1, or a network knows another number of labels, to which "no label"
+            would be a class, or none at all.
+    """
+    if classes is None:
+        return None
+    classes = at_least_one("classes", classes)
+    for network in networks:
+        if isinstance(network, Labelled) and network.classes != classes:
+            raise ValueError(
+                f"classes: the model has {classes}, and its {type(network).__name__} was built "
+                f"with classes={network.classes}: build both with the same"
+            )
+    return classes
 
 
 @runtime_checkable
@@ -257,7 +301,7 @@ class MarkovianHierarchy(LatentModel):
     ) -> Image:
         """Down the chain: z_T from the prior, then every conditional in turn, (n, *shape)
         integers."""
-        noise = draws(noise, torch.empty(n, device=self.device))
+        noise = draws(noise, torch.empty(at_least(0, "n", n), device=self.device))
         z = self.prior(n).sample(noise.fold("prior"))
         for t in range(self.levels, 0, -1):
             z = self.decode(z, t, y).sample(noise.fold(f"z{t - 1}"))

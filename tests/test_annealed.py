@@ -128,6 +128,12 @@ def test_more_temperatures_are_tighter_and_acceptance_is_steered(double):
     assert (many.diagnostics["ess"] > few.diagnostics["ess"]).double().mean() > 0.5
 
 
+def test_steps_of_no_length_are_all_accepted(double):
+    ais, noise = Annealed(3, chains=2, leapfrog=2, step=1e-9), Noise(0, torch.arange(5))
+    accepted = ais(oracle(), torch.randn(5, 3), noise=noise).diagnostics["acceptance"]
+    torch.testing.assert_close(accepted, torch.ones(5), rtol=0, atol=1e-6)
+
+
 def test_no_chain_comes_back_to_where_it_was(double):
     """Four leapfrogs of sqrt(2) are a whole period of a standard normal: cos(angle) = 1 - step^2/2
     = 0. Steps that were all the same would propose the start, for ever."""

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import lightning.pytorch as L
 import pytest
 import ranks
+import tiny
 import torch
 from omegaconf import OmegaConf
 from torch import nn
@@ -18,7 +19,7 @@ import genfw
 from genfw.__main__ import main
 from genfw.classifier import classify
 from genfw.nets import NoisyClassifier
-from genfw.noise import Noise
+from genfw.noise import Noise, mix
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import ClassifierModule, fitting
 from genfw.train.compose import session, unchecked
@@ -135,6 +136,24 @@ def test_it_learns_from_z_t_at_the_noise_level_it_is_told():
     assert (t - (torch.arange(n) + 0.5) / n).abs().max() < 1 / n
     nll = nn.functional.cross_entropy(logits, y)
     assert torch.isclose(loss, nll) and nll < 0.5 < nn.functional.cross_entropy(logits, 1 - y)
+
+
+def test_what_is_logged_is_of_all_images_whatever_their_batches(tmp_path):
+    """Seven, in batches of four and three."""
+    schedule, data = genfw.Cosine(4.0, -8.0), tiny.Images(test=7, batch=4)
+    module = ClassifierModule(
+        TwoImages(), schedule, genfw.UniformTime(), 5, torch.optim.SGD, levels=3
+    )
+    (logged,) = tiny.trainer(tmp_path).test(module, data, verbose=False)
+    y, index = torch.zeros(7, dtype=torch.int64), torch.arange(7)
+    batch = Batch(data.images["test"], y, index)
+    levels = module.by_level(batch, Noise(mix(0, "test"), index)).values()
+    nll, right = (torch.stack(each) for each in zip(*levels, strict=True))
+    assert logged["test/nll"] == pytest.approx(float(nll.mean()), rel=1e-6)
+    assert logged["test/accuracy"] == pytest.approx(float(right.mean()), rel=1e-6)
+    for values in (nll, right):  # which are not the means of the batches'
+        halves = (values[:, :4].mean() + values[:, 4:].mean()) / 2
+        assert float(halves) != pytest.approx(float(values.mean()), rel=1e-3)
 
 
 @pytest.fixture(scope="module")

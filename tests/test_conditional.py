@@ -12,10 +12,13 @@ from omegaconf import OmegaConf
 from PIL import Image as PIL
 from rich import progress
 from test_job import FID, VDM, composed
+from test_laws import MODELS
 
+import genfw
 from genfw import Noise, Unguided, evaluate, sample
 from genfw.classifier import classify
 from genfw.export import export
+from genfw.model import Labelled
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
 from genfw.train.callbacks import Frechet, watched
@@ -230,6 +233,48 @@ def test_every_command_says_what_it_is_for(act, capsys):
     for flag in ("--help", "-h"):
         assert command(act, [flag]) == 0
         assert f"python -m {act.__module__} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_label_outside_the_models_own_is_refused(make):
+    """In the bound and in samples, 3 of 3 standing for none; a model without any takes all."""
+    model, x = make((1, 2, 2), 3, classes=3), torch.zeros(2, 1, 2, 2, dtype=torch.int64)
+    for wrong in (torch.tensor([0, 4]), torch.tensor([-1, 2])):
+        message = rf"labels: expected 0..2, or 3 for none, got {wrong.min()}..{wrong.max()}: set cl"
+        for act in (lambda y: model.elbo(x, y), lambda y: model.sample(2, y)):
+            with pytest.raises(ValueError, match=message):
+                act(wrong)
+    model.elbo(x, torch.tensor([0, 3])), model.sample(2, torch.tensor([3, 2], dtype=torch.uint8))
+    make((1, 2, 2), 3).elbo(x, torch.tensor([-1, 99]))
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_a_network_knows_as_many_labels_as_its_model(make):
+    """Else "no label" is one of its classes, or labels change nothing; and a network that does not
+    say how many it knows is left to know."""
+
+    def of(classes, model):
+        """A model of `classes`, of the networks of another."""
+        match model:
+            case genfw.HVAE():
+                return genfw.HVAE(model.ladder, model.likelihood, classes)
+            case genfw.VDM():
+                return genfw.VDM(model.denoiser, model.likelihood, shape=(1, 2, 2), classes=classes)
+        networks = [*model.encoders], [*model.decoders]
+        return genfw.MHVAE(*networks, model.likelihood, model.latents, classes)
+
+    model = make((1, 2, 2), 3, classes=3)
+    networks = [each for each in model.modules() if isinstance(each, Labelled)][1:]
+    assert len(networks) == {"vae": 2, "mhvae": 4}.get(model.name, 1)
+    for network in networks:
+        for their in (2, 4, None):
+            network.classes = their
+            words = rf"the model has 3, and its {type(network).__name__} .* classes={their}: build"
+            with pytest.raises(ValueError, match=words):
+                of(3, model)
+            of(None, model)
+        del network.classes
+        assert of(3, model).classes == 3
 
 
 WRONG = [

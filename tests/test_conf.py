@@ -251,13 +251,18 @@ def test_end_points_follow_the_number_of_values(name):
         assert schedule.log_snr_max == pytest.approx(2 * math.log(3.02 * 100))
 
 
+CHOICES = {"sgm": {"param": "genfw.Score", "objective": "genfw.Simple"}}
+
+
 @pytest.mark.parametrize("experiment", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
 def test_experiment_composes(experiment):
-    """And says what it trains on in its name or its comment."""
+    """To the choices it stands for, and says what it trains on in its name or its comment."""
     with session():
         config = compose([f"experiment={experiment}"])
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text().split("defaults:")[0]
     assert config.data.name in experiment + text.lower()
+    for group, choice in CHOICES.get(experiment, {}).items():
+        assert config[group]._target_ == choice
 
 
 def test_every_option_of_the_other_groups_composes():

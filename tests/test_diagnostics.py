@@ -93,17 +93,20 @@ def test_levels_of_a_chain_against_the_exact_answer(double):
     assert ((found.activity[1] - exact).abs() < 5 * error + 1e-3).all()
 
 
-def test_draws_are_not_taken_for_activity(double):
-    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing."""
-    model = oracles.LinearGaussianChain(2)
-    blind = genfw.Normal(torch.zeros(500, 2), torch.ones(500, 2))
+@pytest.mark.parametrize("draws", [2, 4])
+def test_draws_are_not_taken_for_activity(draws, double):
+    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing. To four
+    standard errors, those of the variance over images and of the variance over draws together."""
+    model, n = oracles.LinearGaussianChain(2), 2000
+    blind = genfw.Normal(torch.zeros(n, 2), torch.ones(n, 2))
     encode = model.encode
     model.encode = lambda z, t, y=None: blind if t == 1 else encode(z, t, y)
-    found = look(model, torch.randn(500, 2), None, noise(500), 4).findings()
+    found = look(model, torch.randn(n, 2), None, noise(n), draws).findings()
     assert found.activity[0].abs().max() < 1e-12
-    moved = (model.a * model.var[2] / model.var[1]) ** 2 / 4  # what k = 4 draws alone would show
+    moved = (model.a * model.var[2] / model.var[1]) ** 2 / draws  # what the draws alone would show
     assert moved > 10 * ACTIVE
-    assert found.activity[1].abs().max() < 5 * moved * (2 / 500) ** 0.5
+    error = moved * (2 / n + 2 / ((draws - 1) * n)) ** 0.5
+    assert found.activity[1].abs().max() < 4 * error < moved / draws
 
 
 @pytest.mark.parametrize("made", [vae, conv, chain, hvae])
@@ -352,6 +355,35 @@ def test_interpolation_begins_and_ends_where_the_images_are(made):
         assert (row[1] - end[0, 0]).abs().max() < 1.01
         assert (row[3] - end[1, 0]).abs().max() < 1.01
     assert (rows[0, 2] - middle[0, 0]).abs().max() < 1.01
+
+
+class Painter(torch.nn.Module):
+    """Paints every image in the value that is its label."""
+
+    def forward(self, z, y):
+        return (100.0 * torch.nn.functional.one_hot(y, 3))[..., None, None].expand(-1, 3, 2, 2)
+
+
+def test_interpolation_has_the_label_of_the_nearer_image():
+    likelihood = genfw.CategoricalLikelihood(3)
+    latents = latents_of(genfw.VAE(Linear(4, 6), Painter(), likelihood, 3, classes=3))
+    x, y = torch.ones(2, 1, 2, 2, dtype=torch.int64), torch.tensor([0, 2])
+    with torch.no_grad():
+        row = shown(interpolation(latents, x, y, bins=3, columns=6), 6)[0]
+    assert row.flatten(1).float().mean(1).tolist() == [128, 0, 0, 255, 255, 128]
+
+
+def test_a_run_draws_units_three_deviations_to_either_side():
+    """The square root of A_u, which is a variance; none of one that is estimated below 0."""
+    model, x, y = vae(), torch.randint(3, (2, 1, 2, 2)), torch.zeros(2, dtype=torch.int64)
+    activity = torch.tensor([0.25, 4.0, -0.1])
+    pictures = Diagnostics(3)._pictures(module(model), x, y, Findings([activity], [activity]))
+    with torch.no_grad():
+        drawn, other = (
+            traversal(latents_of(model), x[:1], y[:1], 1, [1, 0, 2], torch.tensor(scale), 3)
+            for scale in ([0.5, 2.0, 0.0], [0.25, 4.0, 0.0])
+        )
+    assert pictures["traversal_1"].tobytes() == drawn.tobytes() != other.tobytes()
 
 
 @pytest.mark.parametrize("made", [chain, hvae])

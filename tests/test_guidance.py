@@ -349,6 +349,31 @@ def test_an_nll_is_of_the_bare_model():
         assert torch.equal(guided.sample(64, labels, noise=many), sampled)
 
 
+def test_guidance_between_a_label_and_none_needs_a_model_that_knows_labels():
+    """Or it would change nothing, and say that it did. A classifier knows labels of its own, and a
+    weaker model needs none."""
+
+    def vdm(guidance):
+        sampler = Ancestral(4)
+        return genfw.VDM(
+            Mixture(), genfw.GaussianLikelihood(), shape=(3,), sampler=sampler, guidance=guidance
+        )
+
+    y, noise = torch.ones(4, dtype=torch.int64), Noise(0, torch.arange(4))
+    free = vdm(lambda bare: ClassifierFree(bare, 7.5))
+    for act in (lambda: free.sample(4, y, noise=noise), lambda: free.sample(4), free.guided):
+        with pytest.raises(ValueError, match=r"classifier_free needs a cond.*classes=None: build"):
+            act()
+    plain = vdm(Unguided)
+    assert torch.equal(plain.sample(4, y, noise=noise), plain.sample(4, noise=noise))
+    for guidance in (
+        lambda bare: ClassifierGuidance(bare, Bayes(), 5.0),
+        lambda bare: Autoguidance(bare, Mixture(std=0.5), 5.0),
+    ):
+        drawn = vdm(guidance).sample(4, y, noise=noise)
+        assert not torch.allclose(drawn, plain.sample(4, y, noise=noise))
+
+
 def test_what_cannot_be_guided():
     denoiser = GaussianDenoiser(SCHEDULE, 0.0, 1.0)
     with pytest.raises(ValueError, match="needs labels"):

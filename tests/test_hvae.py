@@ -162,6 +162,20 @@ def test_samples_have_the_models_own_frequencies(double):
     assert (gap.abs() < 5 * (p * (1 - p) / n + variance).sqrt()).all()
 
 
+@torch.no_grad()
+def test_a_sample_draws_its_latents_independently(double):
+    """To five standard errors of a correlation that is zero, number by number of z_2 and z_1."""
+    model, n, heads, drawn = random_hvae((2,)), 2000, [], []
+    for block in model.ladder.down:
+        block.prior.register_forward_hook(lambda module, given, out: heads.append(out[:, :4]))
+        block.project.register_forward_hook(lambda module, given, out: drawn.append(given[0]))
+    model.sample(n, noise=Noise(0, torch.arange(n)))
+    priors = [model._prior(head, t) for t, head in zip((2, 1), heads, strict=True)]
+    above, below = ((z - p.mean) / p.std for z, p in zip(drawn, priors, strict=True))
+    assert ((above * below).mean(0).abs() < 5 / n**0.5).all()
+    assert ((below.square().mean(0) - 1).abs() < 5 * (2 / n) ** 0.5).all()
+
+
 def test_gradients_against_finite_differences(double):
     model, x, noise = random_hvae((1, 1)), IMAGES[3:7], Noise(0, torch.arange(4))
     model.elbo(x, noise=noise).total.sum().backward()
@@ -195,6 +209,20 @@ def test_labels_matter_on_both_ways_and_follow_k(double):
     weights = model.log_weight(IMAGES, y, noise=noise, k=3)
     torch.testing.assert_close(weights, model.log_weight(rows, labels, noise=noise))
     assert (weights != model.log_weight(IMAGES, 1 - y, noise=noise, k=3)).all()
+
+
+@torch.no_grad()
+def test_a_label_is_told_on_the_way_up_and_on_the_way_down(double):
+    ladder, y = random_hvae(classes=2).ladder, torch.arange(16) % 2
+    ways = [ladder.read(IMAGES.double(), each) for each in (y, 1 - y)]
+    for mine, other in zip(*ways, strict=True):
+        assert (mine != other).flatten(1).any(1).all()
+
+    def means(prior, _):
+        return prior.chunk(2, 1)[0]
+
+    mine, other = (ladder(means, 16, each) for each in (y, 1 - y))
+    assert (mine != other).flatten(1).any(1).all()
 
 
 def test_before_training_every_prior_is_standard_normal_and_the_data_say_nothing():

@@ -122,6 +122,8 @@ def of_mixture(shape, bins):
     return model
 
 
+NETWORKS = MLPEncoder(4, 2), MLPDecoder(4, 2, outputs=3)
+ORACLE = genfw.testing.oracles.GaussianDenoiser(genfw.Cosine(8.0, -6.0), 0.0, 1.0)
 HIERARCHIES = {"vae": vae, "mhvae": mhvae, "vdm": vdm}
 MODELS = {**HIERARCHIES, "hvae": hvae}
 
@@ -143,6 +145,34 @@ def ours(interface):
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories, of_mixture])
 def test_models(law, make):
     law(make, shape=(1, 2, 2), bins=3)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_samples_are_counted(make, unchecked):
+    model = make((1, 2, 2), 3)
+    assert model.sample(0).shape == (0, 1, 2, 2)
+    for wrong in (-1, 2.5):
+        with pytest.raises(ValueError, match=f"n: expected an integer of at least 0, got {wrong}"):
+            model.sample(wrong)
+
+
+SIZES = r"latents: expected positive sizes \(D,\) or .*, got "
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: genfw.VAE(*NETWORKS, CategoricalLikelihood(3), "16"), f"{SIZES}'16'"),
+        (lambda: genfw.VAE(*NETWORKS, CategoricalLikelihood(3), 16.0), f"{SIZES}16.0"),
+        (lambda: genfw.VAE(*NETWORKS, CategoricalLikelihood(3), (2, "2")), rf"{SIZES}\(2, '2'\)"),
+        (lambda: MLPEncoder(4, "16"), f"{SIZES}'16'"),
+        (lambda: vae((1, 2, 2), 3, "10"), "classes: expected an integer of at least 1, got '10'"),
+        (lambda: genfw.ClassifierFree(ORACLE, "3"), "scale: expected a finite number, got '3'"),
+    ],
+)
+def test_what_is_no_number_is_named(make, message, unchecked):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        make()
 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories])

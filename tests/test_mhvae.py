@@ -204,7 +204,7 @@ E_1, D_1 = MLPEncoder((1, 2, 2), 3), MLPDecoder((1, 2, 2), 3, 1)
     [
         ([E_1], [D_1], [3, 2], "one encoder, one decoder and one size .* got 1, 1 and 2"),
         ([], [], [], "got 0, 0 and 0"),
-        ([E_1], [D_1], [0], r"latents: expected positive sizes, got \[0\]"),
+        ([E_1], [D_1], [0], r"latents: expected positive sizes .*, got 0"),
         ([E_1], [D_1], [4], r"encoder 1 gives \(6,\) numbers for z_1 of shape \(4,\): .* \(8,\)"),
         (
             [E_1, MLPEncoder(3, 2)],
@@ -216,7 +216,13 @@ E_1, D_1 = MLPEncoder((1, 2, 2), 3), MLPDecoder((1, 2, 2), 3, 1)
             [E_1, MLPEncoder(4, 2)],
             [D_1, MLPDecoder(3, 2, 2)],
             [3, 2],
-            "MLPEncoder reads 4 per example, got 3: do the latents of neighbouring levels match?",
+            "MLPEncoder reads 4 per example, got 3: build it for .* data or, .* the latents",
+        ),
+        (
+            [MLPEncoder((1, 3, 3), 3)],
+            [MLPDecoder((1, 3, 3), 3, 1)],
+            [3],
+            "MLPEncoder reads 1x3x3 per example, got 1x2x2: build it for the shape of your data or",
         ),
     ],
 )

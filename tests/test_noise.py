@@ -152,6 +152,16 @@ def test_draws_of_an_example_are_the_same_in_any_range_and_unrelated(double):
         Noise(0, torch.arange(3), draw=torch.arange(2))
 
 
+@pytest.mark.parametrize("asked", ["time", "antithetic"])
+def test_times_of_an_examples_draws_are_unrelated(asked):
+    """Draws side by side are no strata: independent, and the same in whatever range."""
+    noise, n = Noise(3, torch.arange(1000)), 1000
+    t = getattr(noise.each(0, 2), asked)().view(n, 2)
+    assert torch.equal(getattr(noise.each(1, 2), asked)(), t[:, 1])
+    assert abs(torch.corrcoef(t.T)[0, 1]) < 5 / n**0.5  # standard errors
+    assert all(stats.kstest(each.numpy(), "uniform").pvalue > 1e-3 for each in t.T)
+
+
 def test_a_seed_of_numpy_is_the_same_seed():
     one, other = (Noise(seed, torch.arange(3)).time() for seed in (7, np.int64(7)))
     assert torch.equal(one, other)

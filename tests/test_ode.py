@@ -207,6 +207,18 @@ def test_the_tolerance_is_kept(double):
         before = found.calls.mean()
 
 
+def test_an_error_is_that_of_z_over_sigma_and_that_of_the_volume(double):
+    """Per dimension: 5 / sqrt(2) is the root mean square of (3, -4), and 6 a volume's error of two
+    dimensions."""
+    schedule, s = LogLinear(4.0, -6.0), torch.tensor([0.0, 0.5, 1.0])
+    flow = Flow(GaussianDenoiser(schedule, 0.0, 1.0), None, torch.Size([2]), None, torch.float64)
+    _, sigma = amplitudes([4.0, -1.0, -6.0])
+    of_z, of_volume = torch.tensor([[3.0, -4.0, 0.0]] * 3), torch.tensor([[0.0, 0.0, -6.0]] * 3)
+    torch.testing.assert_close(flow.size(of_z, s), 12.5**0.5 / sigma)
+    torch.testing.assert_close(flow.size(of_volume, s), torch.full((3,), 3.0))
+    torch.testing.assert_close(flow.size(of_z + of_volume, s), 12.5**0.5 / sigma + 3)
+
+
 @pytest.mark.parametrize("how", [{"tolerance": 1e-2}, {"steps": 10}])
 def test_a_tolerance_is_per_dimension_and_an_error_in_nats(how, double):
     """Of two halves that are alike and independent: twice the nats, twice the error, as many

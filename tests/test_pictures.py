@@ -18,6 +18,7 @@ from genfw.train.latents import latents_of
 from genfw.train.pictures import (
     animate,
     data_to_bytes,
+    denoising_strip,
     draw_samples,
     grid,
     reconstructions,
@@ -31,6 +32,21 @@ def test_a_trajectory_ends_in_the_sample():
         way, x = trajectory(model, noise)
         assert (x == model.sample(5, noise=noise)).all()
     assert [float(step.s) for step in way] == [1, 0.75, 0.5, 0.25, 0]
+
+
+@pytest.mark.parametrize(("levels", "steps"), [(2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])])
+def test_a_strip_goes_from_noise_to_the_sample_in_even_steps(levels, steps):
+    """Two rows per sample, z_t above x_hat, both ends among them, and the image itself last."""
+    model = tiny.vdm()
+    strip = shown(denoising_strip(model, 2, seed=7, bins=3, levels=levels), levels + 1)
+    with torch.no_grad():
+        way, x = trajectory(model, Noise(7, torch.arange(2)))
+    assert strip.shape[:2] == (4, levels + 1)
+    for column, i in enumerate(steps):
+        latents, guesses = (data_to_bytes(each) for each in (way[i].z, way[i].prediction.x))
+        assert torch.equal(strip[0::2, column], latents[:, 0])
+        assert torch.equal(strip[1::2, column], guesses[:, 0])
+    assert torch.equal(strip[:, -1], to_bytes(x, 3)[:, 0].repeat_interleave(2, 0))
 
 
 def test_a_sample_is_its_number_and_seed():

@@ -2,6 +2,7 @@
 
 import math
 import os
+from unittest.mock import Mock
 
 import lightning.pytorch as L
 import pytest
@@ -9,6 +10,7 @@ import tiny
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 
 import genfw
 from genfw.train.errors import GenfwError
@@ -82,6 +84,33 @@ def test_a_gradient_that_is_not_finite_stops_too(tmp_path):
 
     with pytest.raises(GenfwError, match=r"^step 0: the gradient norm is nan for training images"):
         tiny.trainer(tmp_path, 2, callbacks=[Stability()]).fit(tiny.module(Edge()), tiny.Images())
+
+
+@pytest.mark.parametrize("scaler", [None, Mock()], ids=["none", "scaler"])
+def test_infinite_gradients_are_left_to_a_loss_scaler(scaler):
+    """Where there is one, and the loss is finite: it lowers its scale, and skips them itself."""
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    trainer = Mock(spec=L.Trainer, global_step=0, log_every_n_steps=1)
+    trainer.precision_plugin = Mock(spec=MixedPrecision, scaler=scaler)
+    module = Mock(spec=L.LightningModule)
+
+    def step(loss, gradient):
+        stability, weight.grad = Stability(), torch.tensor([1.0, gradient])
+        stability.on_train_batch_start(trainer, module, Mock(index=torch.arange(3)), 0)
+        stability.on_before_backward(trainer, module, torch.tensor(loss))
+        stability.on_before_optimizer_step(trainer, module, optimizer)
+        return stability
+
+    assert step(1.0, 2.0).skipped == 0 and weight.grad is not None
+    if scaler is None:
+        with pytest.raises(GenfwError, match="step 0: the gradient norm is inf"):
+            step(1.0, math.inf)
+    else:
+        assert step(1.0, math.inf).skipped == 0
+        assert torch.equal(weight.grad, torch.tensor([1.0, math.inf]))
+    with pytest.raises(GenfwError, match="step 0: the loss is nan"):
+        step(math.nan, 2.0)
 
 
 def test_names_the_images_of_every_micro_batch(tmp_path):

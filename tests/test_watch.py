@@ -1,7 +1,11 @@
 """What a run says about itself while it trains, against a clock that is turned by hand."""
 
+from unittest.mock import Mock
+
+import lightning.pytorch as L
 import pytest
 import tiny
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
@@ -66,6 +70,20 @@ def test_micro_batches_count_all_their_images(tmp_path):
     rows = trained(tmp_path, steps=4, accumulate_grad_batches=2)
     assert [row["train/images_per_second"] for row in rows] == pytest.approx([8 / 5] * 2)
     assert [row["train/wait_share"] for row in rows] == pytest.approx([2 / 5] * 2)
+
+
+def test_images_are_those_of_all_ranks():
+    """Two ranks that take four images each in 2 s."""
+    for ranks in (1, 2):
+        watch = Watch(clock=Mock(side_effect=[0.0, 1.0, 2.0]))
+        module = Mock(spec=L.LightningModule, device=torch.device("cpu"))
+        trainer = Mock(spec=L.Trainer, world_size=ranks, global_step=0, log_every_n_steps=1)
+        watch.on_train_start(trainer, module)
+        watch.on_train_batch_start(trainer, module, Mock(image=torch.zeros(4, 1)), 0)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        watch.on_before_optimizer_step(trainer, module, optimizer)
+        logged = dict(call.args for call in module.log.call_args_list)
+        assert logged["train/images_per_second"] == 4 * ranks / 2
 
 
 def test_everything_stands_in_one_row(tmp_path):

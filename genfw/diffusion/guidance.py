@@ -25,7 +25,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from genfw.diffusion.denoiser import Denoiser
+from genfw.check import finite
+from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.parameterization import Prediction, broadcast
 from genfw.registry import Registered
 from genfw.types import Data, Labels, Nats, Time
@@ -78,11 +79,9 @@ class Scaled(Guidance):
 
     def __init__(self, denoiser: Denoiser, scale: float, interval: Sequence[float] | None):
         super().__init__(denoiser)
-        if not math.isfinite(scale):
-            raise ValueError(f"scale: expected a finite number, got {scale}")
         if interval is not None and (len(interval) != 2 or not interval[0] < interval[1]):
             raise ValueError(f"interval: expected [lowest, highest] log SNR, got {list(interval)}")
-        self.scale = scale
+        self.scale = finite("scale", scale)
         self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
 
     @property
@@ -165,6 +164,9 @@ class ClassifierFree(Extrapolated, name="classifier_free"):
         scale: w; 1 is the conditional model, 0 the one without labels.
         interval, rescale: see `Extrapolated`.
 
+    Raises:
+        ValueError: of a model without classes, or see `Extrapolated`.
+
     References:
         Classifier-Free Diffusion Guidance, Ho, Salimans, 2022, https://arxiv.org/abs/2207.12598
             (their w is ours less 1)
@@ -177,6 +179,12 @@ class ClassifierFree(Extrapolated, name="classifier_free"):
         interval: Sequence[float] | None = None,
         rescale: float = 0.0,
     ):
+        if isinstance(denoiser, Unlabelled):
+            raise ValueError(
+                f"guidance: {self.name} needs a conditional model, trained with labels dropped, "
+                "and this one has classes=None: build it with classes=<number of labels>, or guide "
+                "it by a classifier or by a weaker model"
+            )
         super().__init__(denoiser, scale, interval, rescale)
 
     def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:

@@ -31,10 +31,11 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least
 from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import LatentModel, as_read
+from genfw.model import LatentModel, agreed, as_read
 from genfw.models.posterior import Posterior, ResidualPosterior, bounded
 from genfw.noise import Draws, draws
 from genfw.types import Data, Image, Labels, Nats
@@ -79,7 +80,8 @@ class HVAE(LatentModel, name="hvae"):
 
     Raises:
         TypeError: the ladder is none.
-        ValueError: when called, the ladder gives latents of another shape than it says.
+        ValueError: the ladder knows another number of labels; when called, it gives latents of
+            another shape than it says.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class HVAE(LatentModel, name="hvae"):
         posterior: Posterior | None = None,
     ):
         super().__init__()
-        self.classes = classes
+        self.classes = agreed(classes, ladder)
         if not isinstance(ladder, TopDown):
             raise TypeError(
                 f"ladder: expected a network with `read` and `shapes` (genfw.models.hvae.TopDown), "
@@ -148,7 +150,7 @@ class HVAE(LatentModel, name="hvae"):
             ValueError: another number of temperatures than levels, a negative one, or nan.
         """
         factors = self.temperatures(temperature)
-        noise = draws(noise, torch.empty(n, device=self.device))
+        noise = draws(noise, torch.empty(at_least(0, "n", n), device=self.device))
         t = self.levels
 
         def draw(prior: Tensor, _: Tensor | None) -> Tensor:

@@ -22,10 +22,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from genfw.check import example_shape
 from genfw.distributions import Distribution, Normal, normal_head
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import MarkovianHierarchy, as_read
+from genfw.model import MarkovianHierarchy, agreed, as_read
 from genfw.noise import Draws
 from genfw.types import Image, Labels
 
@@ -44,8 +45,9 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         classes: labels 0..classes-1 are known to the networks: p(x | y); None: they know none.
 
     Raises:
-        ValueError: the three lists are empty or of different lengths, or a size is not positive;
-            when called, a network gives latents of another shape than `latents`.
+        ValueError: the three lists are empty or of different lengths, a size is not positive, or a
+            network knows another number of labels; when called, a network gives latents of another
+            shape than `latents`.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
         classes: int | None = None,
     ):
         super().__init__()
-        self.classes = classes
+        self.classes = agreed(classes, *encoders, *decoders)
         if not len(encoders) == len(decoders) == len(latents) > 0:
             raise ValueError(
                 "expected one encoder, one decoder and one size of latents per level, got "
@@ -65,9 +67,7 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
             )
         self.encoders, self.decoders = nn.ModuleList(encoders), nn.ModuleList(decoders)
         self.likelihood = likelihood
-        self.latents = tuple((z,) if isinstance(z, int) else tuple(z) for z in latents)
-        if not all(z and min(z) > 0 for z in self.latents):
-            raise ValueError(f"latents: expected positive sizes, got {list(latents)}")
+        self.latents = tuple(example_shape(z, name="latents") for z in latents)
         self.levels = len(self.latents)
 
     def prior(self, n: int) -> Distribution:

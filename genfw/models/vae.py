@@ -30,7 +30,8 @@ class VAE(MHVAE, name="vae"):
         classes: labels 0..classes-1 are known to both networks: p(x | y); None: they know none.
 
     Raises:
-        ValueError: a size is not positive; when called, the encoder gives latents of another shape.
+        ValueError: a size is not positive, or a network knows another number of labels; when
+            called, the encoder gives latents of another shape.
     """
 
     def __init__(

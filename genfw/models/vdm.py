@@ -27,8 +27,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one
-from genfw.diffusion.denoiser import Denoiser, Unlabelled
+from genfw.check import at_least, at_least_one, example_shape
+from genfw.diffusion.denoiser import Denoiser, NetworkDenoiser, Unlabelled
 from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
 from genfw.diffusion.process import marginal, posterior, transition
@@ -37,7 +37,7 @@ from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import MarkovianHierarchy
+from genfw.model import MarkovianHierarchy, agreed
 from genfw.noise import Draws, draws
 from genfw.parameterization import broadcast
 from genfw.schedule import NoiseSchedule
@@ -62,7 +62,9 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     Raises:
         TypeError: a denoiser that is guided already.
-        ValueError: `steps` below 1; when asked about images, they are of another shape.
+        ValueError: `steps` below 1, or a network that knows another number of labels; when asked
+            about images, they are of another shape; when it samples, guidance that needs labels
+            which the model does not know.
     """
 
     def __init__(
@@ -85,10 +87,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
             )
         self.steps = None if steps is None else at_least_one("steps", steps)
         self.denoiser, self.likelihood = denoiser, likelihood
-        self.shape = None if shape is None else tuple(shape)
+        self.shape = None if shape is None else example_shape(shape)
         self.sampler = Ancestral(steps or 256) if sampler is None else sampler
         self.times = UniformTime() if times is None else times
-        self.classes, self.guidance = classes, guidance
+        network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
+        self.classes, self.guidance = agreed(classes, network), guidance
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -187,9 +190,10 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
-        prior = self.prior(n)
+        prior = self.prior(at_least(0, "n", n))
         noise = draws(noise, prior.mean)
         z_1 = prior.sample(noise.fold("prior"))
+        y = y if self.classes is None else self.told(y)  # a classifier may know labels, too
         z_0 = self.sampler(self.guided(), z_1, y, noise=noise)
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, example_shape
 from genfw.nets.blocks import ResidualBlock, group_norm
 from genfw.nets.conv import halvings
 from genfw.nets.embedding import Condition
-from genfw.nets.network import Features, by, example_shape
+from genfw.nets.network import Features, by
 
 
 class NoisyClassifier(nn.Module):

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, example_shape
 from genfw.nets.blocks import Attention, PlainBlock, ResidualBlock, group_norm
 from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
 from genfw.nets.network import (
@@ -17,7 +17,6 @@ from genfw.nets.network import (
     Encoder,
     Features,
     Level,
-    example_shape,
     fed,
     multiple,
 )
@@ -57,7 +56,7 @@ class Conv(DenoisingNetwork, name="conv"):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape = example_shape(shape, rank=3)
+        self.shape, self.classes = example_shape(shape, rank=3), classes
         channels = self.shape[0]
         outputs = multiple(out_channels, channels)
         self.out_channels = outputs * channels
@@ -106,6 +105,7 @@ class ConvEncoder(Encoder, name="conv_encoder"):
     ):
         super().__init__()
         self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
+        self.classes = classes
         sizes = halvings(self.shape, [at_least_one("channels", each) for each in channels])
         self.label = None if classes is None else LabelEmbedding(classes, channels[-1])
         self.enter = nn.Conv2d(self.shape[0], channels[0], 3, padding=1)
@@ -153,6 +153,7 @@ class ConvDecoder(Decoder, name="conv_decoder"):
     ):
         super().__init__()
         self.shape, self.latents = example_shape(shape, 3), example_shape(latents, name="latents")
+        self.classes = classes
         self.outputs = outputs
         sizes = halvings(self.shape, [at_least_one("channels", each) for each in channels])
         size = math.prod(self.latents)

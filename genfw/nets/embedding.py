@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from genfw.check import at_least_one
 from genfw.nets.network import Features, Level
 from genfw.types import Labels
 
@@ -63,9 +64,8 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int):
         super().__init__()
-        if classes < 1:
-            raise ValueError(f"classes: expected a positive number or None, got {classes}")
-        self.vectors = nn.Parameter(torch.randn(classes + 1, width) * width**-0.5)
+        vectors = torch.randn(at_least_one("classes", classes) + 1, width)
+        self.vectors = nn.Parameter(vectors * width**-0.5)
 
     def forward(self, y: Labels | None, size: int) -> Features:
         """Raises:

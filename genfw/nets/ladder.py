@@ -26,11 +26,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least, at_least_one, example_shape
 from genfw.nets.blocks import PlainBlock, group_norm
 from genfw.nets.conv import halvings
 from genfw.nets.embedding import LabelEmbedding
-from genfw.nets.network import Features, by, example_shape, fed
+from genfw.nets.network import Features, by, fed
 from genfw.types import Labels
 
 
@@ -69,7 +69,7 @@ class Ladder(nn.Module):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape, self.outputs = example_shape(shape, 3), outputs
+        self.shape, self.outputs, self.classes = example_shape(shape, 3), outputs, classes
         for name, value in (("width", width), ("latents", latents)):
             at_least_one(name, value)
         at_least(0, "encoder_blocks", encoder_blocks)

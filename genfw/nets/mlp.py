@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, example_shape
 from genfw.nets.embedding import Condition, Fourier, LabelEmbedding, Output
 from genfw.nets.network import (
     Decoder,
@@ -17,7 +17,6 @@ from genfw.nets.network import (
     Encoder,
     Features,
     Level,
-    example_shape,
     fed,
     multiple,
 )
@@ -64,7 +63,7 @@ class MLP(DenoisingNetwork, name="mlp"):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape = example_shape(shape)
+        self.shape, self.classes = example_shape(shape), classes
         channels, dims = self.shape[0], math.prod(self.shape[1:])
         outputs = multiple(out_channels, channels)
         self.out_channels = outputs * channels
@@ -128,6 +127,7 @@ class MLPEncoder(Encoder, name="mlp_encoder"):
     ):
         super().__init__()
         self.shape, self.latents = example_shape(shape), example_shape(latents, name="latents")
+        self.classes = classes
         dims = math.prod(self.shape)
         self.label = None if classes is None else LabelEmbedding(classes, dims)
         self.layers = layers([dims, *hidden, 2 * math.prod(self.latents)], activation, dropout)
@@ -169,6 +169,7 @@ class MLPDecoder(Decoder, name="mlp_decoder"):
     ):
         super().__init__()
         self.shape, self.latents = example_shape(shape), example_shape(latents, name="latents")
+        self.classes = classes
         self.outputs = outputs
         size, dims = math.prod(self.latents), outputs * math.prod(self.shape)
         self.label = None if classes is None else LabelEmbedding(classes, size)

@@ -9,7 +9,6 @@ can be called in one way.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,9 +24,16 @@ Level = Float[Tensor, " b"]
 
 
 class Network(Registered, nn.Module, ABC, group="net"):
-    """Base of all networks. `shape` is that of one example of the data, batch left out."""
+    """Base of all networks.
+
+    Attributes:
+        shape: of one example of the data, batch left out.
+        classes: number of labels it knows, None: it ignores them; a model must have the same. One
+            that does not say so is not asked.
+    """
 
     shape: tuple[int, ...]
+    classes: int | None
 
     def __repr__(self) -> str:
         count = sum(parameter.numel() for parameter in self.parameters())
@@ -87,21 +93,6 @@ def by(*sizes: int) -> str:
     return "x".join(map(str, sizes))
 
 
-def example_shape(
-    shape: int | Sequence[int], rank: int | None = None, name: str = "shape"
-) -> tuple[int, ...]:
-    """`shape` as a tuple of positive integers; a number is a vector of that size.
-
-    Raises:
-        ValueError: it is empty or not positive, or has another rank than asked for.
-    """
-    found = (shape,) if isinstance(shape, int) else tuple(int(size) for size in shape)
-    if not found or min(found) < 1 or (rank is not None and len(found) != rank):
-        wanted = "(C, H, W)" if rank == 3 else "(D,) or (C, *dims)"
-        raise ValueError(f"{name}: expected positive sizes {wanted}, got {found}")
-    return found
-
-
 def fed(network: nn.Module, given: Features, expected: tuple[int, ...]) -> Features:
     """`given`, an input of `network`, of the shape it was made for.
 
@@ -111,7 +102,8 @@ def fed(network: nn.Module, given: Features, expected: tuple[int, ...]) -> Featu
     if given.shape[1:] != expected:
         raise ValueError(
             f"{type(network).__name__} reads {by(*expected)} per example, got "
-            f"{by(*given.shape[1:])}: do the latents of neighbouring levels match?"
+            f"{by(*given.shape[1:])}: build it for the shape of your data or, between levels, of "
+            "the latents that come"
         )
     return given
 

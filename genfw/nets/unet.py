@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least, at_least_one, example_shape
 from genfw.nets.blocks import Attention, ResidualBlock, group_norm
 from genfw.nets.embedding import Condition, Fourier, Output
-from genfw.nets.network import DenoisingNetwork, Features, Level, example_shape, multiple
+from genfw.nets.network import DenoisingNetwork, Features, Level, multiple
 from genfw.types import Labels
 
 
@@ -57,7 +57,7 @@ class UNet(DenoisingNetwork, name="unet"):
         dropout: float = 0.0,
     ):
         super().__init__()
-        self.shape = example_shape(shape, rank=3)
+        self.shape, self.classes = example_shape(shape, rank=3), classes
         channels, height, wide = self.shape
         for name, value in (("width", width), ("blocks", blocks), ("heads", heads)):
             at_least_one(name, value)
