@@ -111,20 +111,22 @@ class Labelled(Protocol):
 
 def agreed(classes: int | None, *networks: nn.Module) -> int | None:
     """A model's `classes`, where no network of it says otherwise. A model without any may be of
-    networks that know labels: they are told none.
+    networks that know labels: they are told none. Of those of a model with labels some may
+    do without, as q(z | x).
 
     Raises:
         ValueError: it is below 1, or a network knows another number of labels, to which "no label"
-            would be a class, or none at all.
+            would be a class, or no network knows any.
     """
     if classes is None:
         return None
     classes = at_least_one("classes", classes)
-    for network in networks:
-        if isinstance(network, Labelled) and network.classes != classes:
+    said = [each.classes if isinstance(each, Labelled) else classes for each in networks]
+    for network, known in zip(networks, said, strict=True):
+        if known != classes and (known is not None or not any(said)):
             raise ValueError(
                 f"classes: the model has {classes}, and its {type(network).__name__} was built "
-                f"with classes={network.classes}: build both with the same"
+                f"with classes={known}: build both with the same"
             )
     return classes
 

@@ -250,8 +250,8 @@ def test_a_label_outside_the_models_own_is_refused(make):
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_a_network_knows_as_many_labels_as_its_model(make):
-    """Else "no label" is one of its classes, or labels change nothing; and a network that does not
-    say how many it knows is left to know."""
+    """Else "no label" is one of its classes, or labels change nothing. Some may do without labels,
+    and a network that does not say how many it knows is left to know."""
 
     def of(classes, model):
         """A model of `classes`, of the networks of another."""
@@ -267,14 +267,19 @@ def test_a_network_knows_as_many_labels_as_its_model(make):
     networks = [each for each in model.modules() if isinstance(each, Labelled)][1:]
     assert len(networks) == {"vae": 2, "mhvae": 4}.get(model.name, 1)
     for network in networks:
-        for their in (2, 4, None):
+        for their in (2, 4):
             network.classes = their
             words = rf"the model has 3, and its {type(network).__name__} .* classes={their}: build"
             with pytest.raises(ValueError, match=words):
                 of(3, model)
             of(None, model)
-        del network.classes
-        assert of(3, model).classes == 3
+        network.classes = None
+        if network is not networks[-1]:
+            assert of(3, model).classes == 3
+    with pytest.raises(ValueError, match=r"the model has 3, and its .* classes=None: build"):
+        of(3, model)
+    del network.classes
+    assert of(3, model).classes == 3
 
 
 WRONG = [

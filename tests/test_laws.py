@@ -26,6 +26,7 @@ from genfw import (
     TimeGrid,
     TimeSampler,
 )
+from genfw.nets import MLPDecoder, MLPEncoder
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing import (
     ESTIMATOR_LAWS,
