@@ -23,7 +23,8 @@ from genfw import (
     Prediction,
     Unguided,
 )
-from genfw.nets import MLP
+from genfw.diffusion.guidance import ByClassifier
+from genfw.nets import MLP, NoisyClassifier
 from genfw.parameterization import broadcast
 
 MEANS, STD, SHARE = (-0.6, 0.4), 0.2, (0.3, 0.7)
@@ -277,6 +278,42 @@ def test_of_x_hat_the_classifier_is_asked_as_of_a_clean_image(batch):
     expected = Bayes()(*clean).log_softmax(1)[torch.arange(6), y]
     found = DenoisedClassifierGuidance(Mixture(), Bayes(), 1.0).evidence(z, t, y)
     torch.testing.assert_close(found, expected)
+
+
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+
+
+def small_networks():
+    """A denoiser of images that are told labels, and a classifier of them; float32."""
+    torch.manual_seed(0)
+    denoiser = NetworkDenoiser(MLP((1, 4, 4), classes=2, width=8, blocks=1), genfw.V(), SCHEDULE)
+    return denoiser, NoisyClassifier((1, 4, 4), 2, 9.0, -9.0, channels=(8,)).eval()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("guide", genfw.Guidance.registry.values())
+def test_guidance_keeps_the_precision_of_z(guide, dtype):
+    """Whatever that of the weights, here float32: a model may be trained in another."""
+    denoiser, classifier = small_networks()
+    needs = {"Autoguidance": (denoiser,)}
+    by = (classifier,) if issubclass(guide, ByClassifier) else needs.get(guide.__name__, ())
+    z, y = torch.randn(3, 1, 4, 4).to(dtype), torch.tensor([0, 1, 0])
+    guided = guide(denoiser, *by)(z, torch.tensor(0.5), y)
+    assert guided.x.dtype == guided.eps.dtype == dtype and guided.x.isfinite().all()
+
+
+@PRECISIONS
+def test_the_gradient_of_a_classifier_of_another_precision_is_its_own(dtype):
+    """At z as it reads it, to the last digit that z has."""
+    denoiser, classifier = small_networks()
+    z, t, y = torch.randn(3, 1, 4, 4).to(dtype), torch.tensor(0.5), torch.tensor([0, 1, 0])
+    read = z.float().requires_grad_()
+    log_snr = SCHEDULE.log_snr(t).float().expand(3)
+    own = classifier(read, log_snr).log_softmax(1)[torch.arange(3), y]
+    (gradient,) = torch.autograd.grad(own.sum(), read)
+    guided = ClassifierGuidance(denoiser, classifier)
+    assert gradient.any() and torch.equal(guided.gradient(z, t, y), gradient.to(dtype))
+    assert torch.equal(guided.log_prob(z, t, y), own.to(dtype))
 
 
 def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):

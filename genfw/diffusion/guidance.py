@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.diffusion.denoiser import Denoiser
+from genfw.model import as_read
 from genfw.parameterization import Prediction, broadcast
 from genfw.registry import Registered
 from genfw.types import Data, Labels, Nats, Time
@@ -271,9 +272,12 @@ class ByClassifier(Scaled):
         return gradient
 
     def log_prob(self, z: Data, t: Time, y: Labels) -> Nats:
-        """What the classifier says of y at z."""
+        """What the classifier says of y at z, which it reads in its own precision."""
+        read = as_read(self.classifier, z)
         log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
-        return self.classifier(z, log_snr).log_softmax(1).gather(1, y[:, None].long())[:, 0]
+        log_snr = log_snr.to(torch.promote_types(read.dtype, torch.float32))
+        said = self.classifier(read, log_snr).log_softmax(1)
+        return said.gather(1, y[:, None].long())[:, 0].to(z.dtype)
 
 
 class ClassifierGuidance(ByClassifier, name="classifier"):
