@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.runs import all_but, checkpoint, command, output, read
+from genfw.train.rules import weaker_hears_no_label
+from genfw.train.runs import all_but, checkpoint, command, guide, other, output, read, unguided
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def sample(arguments: Sequence[str]) -> None:
             f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
         )
     if options.label == "none" and _guide(config).endswith("ClassifierFree"):
-        config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}  # it goes nowhere
+        unguided(config)  # it goes nowhere
     weights = checkpoint(folder, options.checkpoint)
     _out_is_there(options, folder)
 
@@ -202,7 +203,7 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
 
     Raises:
         ConfigError: it knows none, and nothing guides it to any; there is no such class; or none
-            is asked for where one is needed.
+            is asked for where one is needed, by the weaker model that guides too.
     """
     by_classifier = _guide(config).endswith("ClassifierGuidance")
     classes = config.data.classes if by_classifier else config.model.get("classes")
@@ -215,6 +216,8 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
                 "with label_dropout=0.1"
             )
         if classes is not None:
+            if place := (config.get("guidance") or {}).get("weaker"):
+                weaker_hears_no_label(other(place, "guidance.weaker", config)[0], place)
             return [classes]
     if classes is None:
         if asked is not None:
@@ -245,8 +248,7 @@ def _guide(config: DictConfig) -> str:
 
 def _other_run(config: DictConfig) -> str:
     """The folder of the run that guides, and the checkpoint where one was named; else nothing."""
-    guidance = config.get("guidance") or {}
-    place = guidance.get("classifier") or guidance.get("weaker")
+    place = guide(config)
     if place is None:
         return ""
     file = Path(place).absolute()

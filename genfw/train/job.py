@@ -66,7 +66,8 @@ from genfw.train.loggers import Wandb, git_commit
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
-from genfw.train.runs import other
+from genfw.train.rules import weaker_hears_no_label
+from genfw.train.runs import other, told_from_anywhere, unguided
 from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
 from genfw.train.slurm import first_rank
@@ -92,6 +93,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     """
     prepare()
     started = time.monotonic()
+    told_from_anywhere(config)
     resolved = container(config)
     if not (folder / "config.yaml").exists():
         keep_config(resolved, folder)  # a signal from here on can be gone on from
@@ -306,6 +308,9 @@ def _weaker(config: DictConfig, place: str) -> Denoiser:
     if "model" not in theirs:
         raise ConfigError(f"guidance.weaker={place}: expected a model's run, got a classifier's")
     same_data(theirs, config, f"guidance.weaker={place}: a model")
+    if config.model.classes is None:
+        weaker_hears_no_label(theirs, place)
+    unguided(theirs)
     model = restore(theirs, checkpoint)[0].evaluated
     if not isinstance(model, VDM):
         raise ConfigError(

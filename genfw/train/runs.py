@@ -177,6 +177,29 @@ def output(asked: Any, own: Path) -> Path:
     return file
 
 
+GUIDES = ("classifier", "weaker")
+"""Under `guidance`, other runs."""
+
+
+def guide(config: DictConfig) -> str | None:
+    """The other run that this one's samples are drawn with, if any: a folder or a checkpoint."""
+    node = config.get("guidance") or {}
+    return next((node[key] for key in GUIDES if key in node), None)
+
+
+def unguided(config: DictConfig) -> None:
+    """For what draws no samples: that which guides them may be gone."""
+    if "guidance" in config:
+        config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}
+
+
+def told_from_anywhere(config: DictConfig) -> None:
+    """The other run by its whole path: this one may be opened from another folder."""
+    for key in GUIDES:
+        if guide(config) is not None and key in config.guidance:
+            config.guidance[key] = str(Path(config.guidance[key]).absolute())
+
+
 def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
     """The configuration of another run that this one's samples are drawn with, and its weights.
 
@@ -190,6 +213,11 @@ def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
     """
     file = Path(place)
     folder, name = (file.parent.parent, file.stem) if file.suffix == ".ckpt" else (file, "best")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{key}={place}: there is no {folder / 'config.yaml'}; where it has moved, give "
+            f"{key}=<its folder>"
+        )
     theirs = load(folder, key)
     theirs.trusted = config.get("trusted") or []
     return theirs, checkpoint(folder, name, f"{key}={place}")
