@@ -1,5 +1,6 @@
 """Guidance of a denoiser: exact on mixtures of Gaussians, and the same in every coordinate."""
 
+import json
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from genfw import (
     Cosine,
     DenoisedClassifierGuidance,
     Denoiser,
+    Learned,
     LinearParameterization,
     LogLinear,
     NetworkDenoiser,
@@ -333,14 +335,46 @@ def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
     )
     near(Autoguidance(Mixture(), Mixture(), 3.0)(z, t, y), Mixture()(z, t, y))
     for most, least in ((5.0, -9.0), (9.0, -5.0)):
-        with pytest.raises(ValueError, match=f"9 to -9 at least, got one of {most:g} to {least:g}"):
+        own = rf"of {most:g} to {least:g}: guide within interval=\[{least:g},{most:g}\]"
+        with pytest.raises(ValueError, match=f"log SNR 9 to -9, got one {own}"):
             Autoguidance(Mixture(), Mixture(Cosine(most, least)))
+
+
+def learned(highest, lowest):
+    """A learned schedule whose ends came here from 9 and -9."""
+    schedule = Learned(9.0, -9.0)
+    schedule.moved.data += torch.tensor([highest - 9.0, lowest + 9.0])
+    return schedule
+
+
+@pytest.mark.parametrize("other", [learned(8.93, -8.94), learned(9.08, -9.05), Cosine(8.95, -9.04)])
+def test_a_weaker_model_is_asked_at_its_end_where_that_is_near(other, batch, recwarn):
+    """Learned ends move while a model trains, so that its own earlier weights end elsewhere."""
+    z, _, y = batch
+    better, weaker = Mixture(learned(9.0, -9.0)), Mixture(other, std=0.5)
+    guided = Autoguidance(better, weaker, 2.0)
+    for t in torch.tensor([0.0, 1e-4, 0.4, 0.9999, 1.0], dtype=torch.float64):
+        lowest, highest = (other.log_snr(torch.tensor(each)).item() for each in (1.0, 0.0))
+        at = better.schedule.log_snr(t).clamp(lowest, highest).detach()
+        expected = 2 * better(z, t, y).x - weaker(z, other.inverse(at), y).x
+        torch.testing.assert_close(guided(z, t, y).x, expected)
+    assert not recwarn.list  # of numbers that carry a gradient
+
+
+def test_the_interval_that_a_refusal_names_is_taken():
+    """By a schedule whose ends are no round numbers."""
+    better, weaker = Mixture(learned(9.0, -9.0)), Mixture(learned(8.51237, -8.49876))
+    with pytest.raises(ValueError, match="log SNR 9 to -9") as refused:
+        Autoguidance(better, weaker)
+    interval = json.loads(str(refused.value).partition("interval=")[2])
+    Autoguidance(better, weaker, interval=interval)
+    assert interval == pytest.approx([-8.49876, 8.51237], abs=0.01)
 
 
 def test_a_weaker_model_that_reaches_less_far_guides_where_it_does(batch):
     z, t, y = batch
     narrow = Mixture(LogLinear(5.0, -4.0), std=0.5)
-    with pytest.raises(ValueError, match=r"6 to -4 at least.*give an interval that lies within"):
+    with pytest.raises(ValueError, match=r"6 to -4, got one of 5 to -4: guide within interval="):
         Autoguidance(Mixture(), narrow, interval=[-4.0, 6.0])
     found = Autoguidance(Mixture(), narrow, 2.0, interval=[-4.0, 5.0])(z, t, y).x
     wide = Autoguidance(Mixture(), Mixture(std=0.5), 2.0, interval=[-4.0, 5.0])(z, t, y).x

@@ -49,7 +49,7 @@ from genfw.registry import Registered
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given, kind
 from genfw.train.checkpoint import AtomicIO, read
-from genfw.train.classifier import fitting, same_data
+from genfw.train.classifier import fitting, knows_the_noise, same_data
 from genfw.train.config import build, locate, trusted_by
 from genfw.train.data.module import ImageData
 from genfw.train.errors import (
@@ -102,7 +102,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config)
         served(module.model, module.objective, module.estimator, module.validation_estimator)
-        steerable(module)
+        steerable(module, config)
         files = AtomicIO()
         keeper = build(
             config.checkpoint,
@@ -333,11 +333,11 @@ def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDa
         module.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{file} does not fit its config.yaml: {one_line(error)}") from error
-    steerable(module)
+    steerable(module, config)
     return module, data
 
 
-def steerable(module: LatentModule) -> None:
+def steerable(module: LatentModule, config: DictConfig) -> None:
     """Finds out what guidance does not take before it is needed.
 
     Raises:
@@ -345,9 +345,10 @@ def steerable(module: LatentModule) -> None:
     """
     if isinstance(module.model, VDM):
         try:
-            module.model.guided()
+            guided = module.model.guided()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"guidance: {' '.join(str(error).split())}") from error
+        knows_the_noise(config, guided)
 
 
 def served(model: LatentModel, *by: Objective | Estimator) -> None:
