@@ -16,6 +16,7 @@ the name of the file too.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -229,10 +230,10 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         return None
     if asked is None or asked == "all":
         return list(range(classes))
-    try:
-        chosen = [int(each) for each in str(asked).strip("[] ").split(",")]
-    except ValueError:
-        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all") from None
+    said = [each.strip() for each in str(asked).strip("[] ").split(",")]
+    if not all(re.fullmatch(r"[-+]?\d+", each) for each in said):
+        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all")
+    chosen = [int(each) for each in said]
     for each in chosen:
         if not 0 <= each < classes:
             raise ConfigError(
