@@ -347,7 +347,17 @@ def learned(highest, lowest):
     return schedule
 
 
-@pytest.mark.parametrize("other", [learned(8.93, -8.94), learned(9.08, -9.05), Cosine(8.95, -9.04)])
+class Straight(genfw.NoiseSchedule):
+    """Of a curve that ends where the model does: it has no time at more log SNR."""
+
+    def log_snr(self, t):
+        return 8.95 - 17.9 * t
+
+
+@pytest.mark.parametrize(
+    "other",
+    [learned(8.93, -8.94), learned(9.08, -9.05), Cosine(8.95, -9.04), Straight(8.95, -8.95)],
+)
 def test_a_weaker_model_is_asked_at_its_end_where_that_is_near(other, batch, recwarn):
     """Learned ends move while a model trains, so that its own earlier weights end elsewhere."""
     z, _, y = batch
