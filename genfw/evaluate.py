@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genfw.train.errors import ConfigError, GenfwError, not_finite
-from genfw.train.runs import all_but, checkpoint, command, read
+from genfw.train.runs import all_but, checkpoint, command, read, unguided
 
 if TYPE_CHECKING:
     from genfw.estimators.estimator import Estimator
@@ -70,6 +70,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     prepare()
     weights = checkpoint(folder, options.checkpoint)
+    unguided(config)
     module, data = restore(config, weights)
     served(module.model, module.estimator)
     trainer = build(

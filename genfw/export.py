@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 
 from genfw.train.errors import GenfwError
 from genfw.train.files import replaced
-from genfw.train.runs import all_but, checkpoint, command, output, read
+from genfw.train.runs import all_but, checkpoint, command, guide, output, read, unguided
 
 if TYPE_CHECKING:
     from genfw.model import LatentModel
@@ -41,6 +41,9 @@ def export(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, defaults, USAGE, keeps=all_but(CHANGES))
     weights_file = checkpoint(folder, options.checkpoint)
     out = output(options.out, folder / "model.safetensors")
+    if (left := guide(config)) is not None:
+        unguided(config)
+        print(f"samples are not guided, as export takes no other run with it: {left}")
 
     from safetensors import SafetensorError
     from safetensors.torch import save_file

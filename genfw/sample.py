@@ -17,6 +17,7 @@ the name of the file too.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +28,8 @@ from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import replaced
-from genfw.train.runs import all_but, checkpoint, command, output, read
+from genfw.train.rules import weaker_hears_no_label
+from genfw.train.runs import all_but, checkpoint, command, guide, other, output, read, unguided
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +84,7 @@ def sample(arguments: Sequence[str]) -> None:
             f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
         )
     if options.label == "none" and _guide(config).endswith("ClassifierFree"):
-        config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}  # it goes nowhere
+        unguided(config)  # it goes nowhere
     weights = checkpoint(folder, options.checkpoint)
     _out_is_there(options, folder)
 
@@ -204,7 +206,7 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
 
     Raises:
         ConfigError: it knows none, and nothing guides it to any; there is no such class; or none
-            is asked for where one is needed.
+            is asked for where one is needed, by the weaker model that guides too.
     """
     by_classifier = _guide(config).endswith("ClassifierGuidance")
     classes = config.data.classes if by_classifier else config.model.get("classes")
@@ -217,6 +219,8 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
                 "with label_dropout=0.1"
             )
         if classes is not None:
+            if place := (config.get("guidance") or {}).get("weaker"):
+                weaker_hears_no_label(other(place, "guidance.weaker", config)[0], place)
             return [classes]
     if classes is None:
         if asked is not None:
@@ -228,10 +232,10 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         return None
     if asked is None or asked == "all":
         return list(range(classes))
-    try:
-        chosen = [int(each) for each in str(asked).strip("[] ").split(",")]
-    except ValueError:
-        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all") from None
+    said = [each.strip() for each in str(asked).strip("[] ").split(",")]
+    if not all(re.fullmatch(r"[-+]?\d+", each) for each in said):
+        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all")
+    chosen = [int(each) for each in said]
     for each in chosen:
         if not 0 <= each < classes:
             raise ConfigError(
@@ -247,8 +251,7 @@ def _guide(config: DictConfig) -> str:
 
 def _other_run(config: DictConfig) -> str:
     """The folder of the run that guides, and the checkpoint where one was named; else nothing."""
-    guidance = config.get("guidance") or {}
-    place = guidance.get("classifier") or guidance.get("weaker")
+    place = guide(config)
     if place is None:
         return ""
     file = Path(place).absolute()

@@ -13,6 +13,7 @@ import ranks
 import tiny
 import torch
 from omegaconf import OmegaConf
+from oracles import GaussianDenoiser
 from torch import nn
 
 import genfw
@@ -21,7 +22,7 @@ from genfw.classifier import classify
 from genfw.nets import NoisyClassifier
 from genfw.noise import Noise, mix
 from genfw.train.checkpoint import AtomicIO, read
-from genfw.train.classifier import ClassifierModule, fitting
+from genfw.train.classifier import ClassifierModule, fitting, knows_the_noise
 from genfw.train.compose import session, unchecked
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError
@@ -179,13 +180,10 @@ FACTS = {"shape": [1, 8, 8], "bins": 17, "classes": 10}
 BY_CLASSIFIER = {"_target_": "genfw.ClassifierGuidance", "interval": None}
 
 
-def of_model(facts=FACTS, log_snr_min=-10.0, **guidance):
-    """What a classifier must fit: a diffusion model's data, its schedule, and what it is for."""
-    schedule = {"schedule": {"log_snr_min": log_snr_min}}
+def of_model(facts=FACTS, **guidance):
+    """What a classifier must fit: a diffusion model's data, and what it is for."""
     guidance = BY_CLASSIFIER | guidance
-    return OmegaConf.create(
-        {"data": facts, "model": {"denoiser": schedule}, "guidance": guidance, "trusted": []}
-    )
+    return OmegaConf.create({"data": facts, "guidance": guidance, "trusted": []})
 
 
 def test_it_is_opened_with_the_weights_it_was_tested_with(trained):
@@ -208,13 +206,27 @@ def test_of_other_data_it_is_refused(trained, fact, value):
     assert str(value) in str(error.value) and "\n" not in str(error.value)
 
 
+def guided_to(lowest, trained, guide=genfw.ClassifierGuidance, **more):
+    """A denoiser whose learned noise ends here, guided by the classifier, as a command asks."""
+    schedule = genfw.Learned(9.0, -10.0)
+    schedule.moved.data[1] += lowest + 10.0
+    config = of_model(classifier=str(trained), **more)
+    guided = guide(GaussianDenoiser(schedule, 0.0, 1.0), net(), interval=config.guidance.interval)
+    knows_the_noise(config, guided)
+
+
 def test_of_noise_it_never_saw_it_is_not_asked(trained):
-    """Below the least log SNR it was trained at it would answer as there."""
-    with pytest.raises(GenfwError, match=r"down to -10, and guidance begins at -12.*interval=\["):
-        fitting(of_model(log_snr_min=-12.0), str(trained))
-    fitting(of_model(log_snr_min=-12.0, interval=[-10.0, 100.0]), str(trained))
-    denoised = "genfw.DenoisedClassifierGuidance"  # which asks at the data's end
-    fitting(of_model(log_snr_min=-12.0, _target_=denoised), str(trained))
+    """Below the least log SNR it was trained at it would answer as there. Where a learned schedule
+    ends is in its weights, and in its config.yaml where it began."""
+    for lowest, interval in ((-12.0, None), (-10.2, None), (-12.0, [-11.0, 100.0])):
+        begins = max(lowest, -11.0) if interval else lowest
+        words = rf"down to -10, and guidance begins at {begins:g}.*interval=\[-10,100\]"
+        with pytest.raises(ConfigError, match=words):
+            guided_to(lowest, trained, interval=interval)
+    guided_to(-12.0, trained, interval=[-10.0, 100.0])
+    guided_to(-10.05, trained)  # as good as there
+    guided_to(-9.0, trained)
+    guided_to(-12.0, trained, genfw.DenoisedClassifierGuidance)  # which asks at the data's end
 
 
 TINY = (

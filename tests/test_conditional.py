@@ -1,6 +1,8 @@
 """Models that are told labels, runs that train them, and the images they are asked for."""
 
 import json
+import re
+import shutil
 import sys
 from unittest.mock import Mock
 
@@ -16,8 +18,10 @@ from test_laws import MODELS
 
 import genfw
 from genfw import Noise, Unguided, evaluate, sample
+from genfw.__main__ import main
 from genfw.classifier import classify
 from genfw.export import export
+from genfw.export import load as load_exported
 from genfw.model import Labelled
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
@@ -27,6 +31,7 @@ from genfw.train.frechet import FrechetDistance
 from genfw.train.job import guides, restore, run
 from genfw.train.module import drop_labels, reseed
 from genfw.train.pictures import draw_samples
+from genfw.train.resume import _its_mathematics
 from genfw.train.runs import command, read
 
 CALM = [each for each in VDM if not each.startswith(("callbacks", "sampler", "trainer.max"))]
@@ -306,8 +311,9 @@ def test_labels_that_can_be_asked_for(conditional):
     assert sample.labels(None, config) == sample.labels("all", config) == list(range(10))
     assert sample.labels(7, config) == [7] and sample.labels("2,0,2", config) == [2, 0, 2]
     assert sample.labels("none", config) == [10]  # which stands for no label
-    for wrong, words in ((11, "labels are 0..9"), (-1, "no class -1"), ("seven", "0,1,2 or all")):
-        with pytest.raises(ConfigError, match=f"label={wrong}: .*{words}"):
+    of_digits = [(each, "0,1,2 or all") for each in ("seven", "0,0_1", "1.0", "[1.0]")]
+    for wrong, words in ((11, "labels are 0..9"), (-1, "no class -1"), *of_digits):
+        with pytest.raises(ConfigError, match=f"label={re.escape(str(wrong))}: .*{words}"):
             sample.labels(wrong, config)
     config.label_dropout = 0.0
     with pytest.raises(ConfigError, match="label=none: this model was never without a label"):
@@ -381,6 +387,95 @@ def test_a_classifier_guides_a_run_that_knows_no_labels(without, classifier):
         guide = model.guidance
         model.guidance = lambda bare: guide(bare, scale=300.0)
         assert (model.sample(20, y, noise=noise) != drawn).any()
+
+
+def copied(folder, place, guidance, **more):
+    """A run as it would be with this guidance in its config.yaml."""
+    shutil.copytree(folder, place)
+    config = OmegaConf.load(place / "config.yaml")
+    config.guidance = config.model.guidance = guidance
+    OmegaConf.update(config, "label_dropout", more.get("label_dropout", config.label_dropout))
+    OmegaConf.save(config, place / "config.yaml")
+    return place
+
+
+PLAIN = {"_target_": "genfw.Unguided", "_partial_": True}
+BY_NOBODY = [
+    {"_target_": "genfw.ClassifierGuidance", "_partial_": True, "classifier": "gone", "scale": 2.0},
+    {"_target_": "genfw.Autoguidance", "_partial_": True, "weaker": "gone", "scale": 2.0},
+]
+
+
+@pytest.mark.parametrize("guidance", BY_NOBODY, ids=["classifier", "weaker"])
+def test_what_guides_may_be_gone_where_nothing_is_sampled(guidance, conditional, tmp_path, capsys):
+    """A bound and weights are of the bare model; and such a run can be another's weaker one."""
+    folder, _ = conditional
+    orphan = copied(folder, tmp_path / "orphan", guidance)
+    assert command(evaluate.evaluate, [f"run={orphan}", "verify=true"]) == 0
+    assert "certificate holds" in capsys.readouterr().out
+    assert command(export, [f"run={orphan}"]) == 0
+    assert "as export takes no other run with it: gone" in capsys.readouterr().out
+    plain = load_exported(orphan / "model.safetensors")
+    assert isinstance(plain.guided(), Unguided) and plain.sample(1).shape == (1, 1, 8, 8)
+    config = OmegaConf.load(folder / "config.yaml")
+    config.guidance = {"_target_": "genfw.Autoguidance", "_partial_": True, "weaker": str(orphan)}
+    assert guides(config)["guidance"].keywords["weaker"] is not None
+    kind = "weaker" if "weaker" in guidance else "classifier"
+    (orphan / "results.json").unlink()
+    for act in (lambda: said(orphan, "n=1"), lambda: main([f"resume={orphan}"])):
+        assert act() == 2
+        answer = capsys.readouterr().err
+        assert f"guidance.{kind}=" in answer and "gone: there is no" in answer
+        assert f"where it has moved, give guidance.{kind}=<its folder>" in answer
+
+
+def test_an_export_keeps_the_guidance_that_needs_no_other_run(conditional, tmp_path):
+    out = tmp_path / "x.safetensors"
+    assert command(export, [f"run={conditional[0]}", f"out={out}"]) == 0
+    assert load_exported(out).guided().title == "classifier_free(scale=2)"
+
+
+class Begun(Exception):
+    """A run has come as far as to begin."""
+
+
+def begins(*_):
+    raise Begun
+
+
+def test_a_run_goes_on_where_what_guides_it_has_moved(conditional, tmp_path, monkeypatch):
+    """As told now; and wherever it is opened from, by its whole path in config.yaml."""
+    orphan = copied(conditional[0], tmp_path / "orphan", BY_NOBODY[0])
+    (orphan / "results.json").unlink()
+    (orphan / "config.yaml").rename(tmp_path / "config.yaml")
+    monkeypatch.setattr("genfw.train.job.assemble", begins)
+    monkeypatch.chdir(tmp_path)
+    for given, place in (
+        ("guidance.classifier=here/it", "here/it"),
+        ("data.num_workers=0", "gone"),
+    ):
+        config = read(["resume=.", given], {}, "", "resume", _its_mathematics)[1]
+        with pytest.raises(Begun):
+            run(config, orphan)
+        kept = OmegaConf.load(orphan / "config.yaml")
+        assert kept.guidance.classifier == kept.model.guidance.classifier == f"{tmp_path}/{place}"
+        (orphan / "config.yaml").unlink()
+
+
+def test_a_weaker_model_is_not_told_what_it_never_heard(conditional, without, tmp_path, capsys):
+    """No label, of one that was trained with all of them."""
+    folder = conditional[0]
+    attentive = copied(folder, tmp_path / "weaker", PLAIN, label_dropout=0.0)
+    asked = ("n=2", "guidance=autoguidance", f"guidance.weaker={attentive}")
+    assert said(folder, *asked, "label=1") == 0
+    for refused in ((folder, *asked, "label=none"), (without, *asked)):
+        assert said(*refused) == 2
+        answer = capsys.readouterr().err
+        assert f"guidance.weaker={attentive}: a model that was never without a label" in answer
+        assert "label_dropout=0" in answer
+    file = f"guidance.weaker={folder / 'checkpoints' / 'last.ckpt'}"
+    for fine in ((folder, "label=none"), (without,)):
+        assert said(*fine, "n=2", "guidance=autoguidance", file) == 0
 
 
 def test_samples_of_no_label(conditional):

@@ -1,5 +1,6 @@
 """Guidance of a denoiser: exact on mixtures of Gaussians, and the same in every coordinate."""
 
+import json
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from genfw import (
     Cosine,
     DenoisedClassifierGuidance,
     Denoiser,
+    Learned,
     LinearParameterization,
     LogLinear,
     NetworkDenoiser,
@@ -23,7 +25,8 @@ from genfw import (
     Prediction,
     Unguided,
 )
-from genfw.nets import MLP
+from genfw.diffusion.guidance import ByClassifier
+from genfw.nets import MLP, NoisyClassifier
 from genfw.parameterization import broadcast
 
 MEANS, STD, SHARE = (-0.6, 0.4), 0.2, (0.3, 0.7)
@@ -279,6 +282,42 @@ def test_of_x_hat_the_classifier_is_asked_as_of_a_clean_image(batch):
     torch.testing.assert_close(found, expected)
 
 
+PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+
+
+def small_networks():
+    """A denoiser of images that are told labels, and a classifier of them; float32."""
+    torch.manual_seed(0)
+    denoiser = NetworkDenoiser(MLP((1, 4, 4), classes=2, width=8, blocks=1), genfw.V(), SCHEDULE)
+    return denoiser, NoisyClassifier((1, 4, 4), 2, 9.0, -9.0, channels=(8,)).eval()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("guide", genfw.Guidance.registry.values())
+def test_guidance_keeps_the_precision_of_z(guide, dtype):
+    """Whatever that of the weights, here float32: a model may be trained in another."""
+    denoiser, classifier = small_networks()
+    needs = {"Autoguidance": (denoiser,)}
+    by = (classifier,) if issubclass(guide, ByClassifier) else needs.get(guide.__name__, ())
+    z, y = torch.randn(3, 1, 4, 4).to(dtype), torch.tensor([0, 1, 0])
+    guided = guide(denoiser, *by)(z, torch.tensor(0.5), y)
+    assert guided.x.dtype == guided.eps.dtype == dtype and guided.x.isfinite().all()
+
+
+@PRECISIONS
+def test_the_gradient_of_a_classifier_of_another_precision_is_its_own(dtype):
+    """At z as it reads it, to the last digit that z has."""
+    denoiser, classifier = small_networks()
+    z, t, y = torch.randn(3, 1, 4, 4).to(dtype), torch.tensor(0.5), torch.tensor([0, 1, 0])
+    read = z.float().requires_grad_()
+    log_snr = SCHEDULE.log_snr(t).float().expand(3)
+    own = classifier(read, log_snr).log_softmax(1)[torch.arange(3), y]
+    (gradient,) = torch.autograd.grad(own.sum(), read)
+    guided = ClassifierGuidance(denoiser, classifier)
+    assert gradient.any() and torch.equal(guided.gradient(z, t, y), gradient.to(dtype))
+    assert torch.equal(guided.log_prob(z, t, y), own.to(dtype))
+
+
 def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
     z, t, y = batch
     weaker = Mixture(LogLinear(12.0, -11.0), std=0.5)
@@ -296,14 +335,56 @@ def test_a_weaker_model_is_asked_at_the_same_noise_level(batch):
     )
     near(Autoguidance(Mixture(), Mixture(), 3.0)(z, t, y), Mixture()(z, t, y))
     for most, least in ((5.0, -9.0), (9.0, -5.0)):
-        with pytest.raises(ValueError, match=f"9 to -9 at least, got one of {most:g} to {least:g}"):
+        own = rf"of {most:g} to {least:g}: guide within interval=\[{least:g},{most:g}\]"
+        with pytest.raises(ValueError, match=f"log SNR 9 to -9, got one {own}"):
             Autoguidance(Mixture(), Mixture(Cosine(most, least)))
+
+
+def learned(highest, lowest):
+    """A learned schedule whose ends came here from 9 and -9."""
+    schedule = Learned(9.0, -9.0)
+    schedule.moved.data += torch.tensor([highest - 9.0, lowest + 9.0])
+    return schedule
+
+
+class Straight(genfw.NoiseSchedule):
+    """Of a curve that ends where the model does: it has no time at more log SNR."""
+
+    def log_snr(self, t):
+        return 8.95 - 17.9 * t
+
+
+@pytest.mark.parametrize(
+    "other",
+    [learned(8.93, -8.94), learned(9.08, -9.05), Cosine(8.95, -9.04), Straight(8.95, -8.95)],
+)
+def test_a_weaker_model_is_asked_at_its_end_where_that_is_near(other, batch, recwarn):
+    """Learned ends move while a model trains, so that its own earlier weights end elsewhere."""
+    z, _, y = batch
+    better, weaker = Mixture(learned(9.0, -9.0)), Mixture(other, std=0.5)
+    guided = Autoguidance(better, weaker, 2.0)
+    for t in torch.tensor([0.0, 1e-4, 0.4, 0.9999, 1.0], dtype=torch.float64):
+        lowest, highest = (other.log_snr(torch.tensor(each)).item() for each in (1.0, 0.0))
+        at = better.schedule.log_snr(t).clamp(lowest, highest).detach()
+        expected = 2 * better(z, t, y).x - weaker(z, other.inverse(at), y).x
+        torch.testing.assert_close(guided(z, t, y).x, expected)
+    assert not recwarn.list  # of numbers that carry a gradient
+
+
+def test_the_interval_that_a_refusal_names_is_taken():
+    """By a schedule whose ends are no round numbers."""
+    better, weaker = Mixture(learned(9.0, -9.0)), Mixture(learned(8.51237, -8.49876))
+    with pytest.raises(ValueError, match="log SNR 9 to -9") as refused:
+        Autoguidance(better, weaker)
+    interval = json.loads(str(refused.value).partition("interval=")[2])
+    Autoguidance(better, weaker, interval=interval)
+    assert interval == pytest.approx([-8.49876, 8.51237], abs=0.01)
 
 
 def test_a_weaker_model_that_reaches_less_far_guides_where_it_does(batch):
     z, t, y = batch
     narrow = Mixture(LogLinear(5.0, -4.0), std=0.5)
-    with pytest.raises(ValueError, match=r"6 to -4 at least.*give an interval that lies within"):
+    with pytest.raises(ValueError, match=r"6 to -4, got one of 5 to -4: guide within interval="):
         Autoguidance(Mixture(), narrow, interval=[-4.0, 6.0])
     found = Autoguidance(Mixture(), narrow, 2.0, interval=[-4.0, 5.0])(z, t, y).x
     wide = Autoguidance(Mixture(), Mixture(std=0.5), 2.0, interval=[-4.0, 5.0])(z, t, y).x

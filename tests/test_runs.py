@@ -146,6 +146,47 @@ def test_values_are_checked_for_finished_runs_too(tmp_path):
             read([f"run={tmp_path}", wrong], {"n": 64}, "")
 
 
+@pytest.fixture
+def any_run(tmp_path):
+    OmegaConf.save(composed(*BARE), tmp_path / "config.yaml", resolve=True)
+    return f"run={tmp_path}"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wrong"),
+    [
+        *(("n", each, each) for each in ("1_0", "010", "0x1F", "0b11", "1:30", "-1_0")),
+        *(("label", each, each) for each in ("3:5", "1_0", "1:30.5", "1_000.5")),
+        *(("label", each, "1_0") for each in ("[0,1_0]", "[0,[1_0]]", "{a: 1_0}")),
+    ],
+)
+def test_a_number_is_not_read_as_another(key, value, wrong, any_run):
+    """YAML 1.1 knows numbers to the bases 60, 16, 8 and 2, and digits in groups."""
+    with pytest.raises(ConfigError) as refused:
+        read([any_run, f"{key}={value}"], {"n": 64, "label": None}, "")
+    assert f"{key}={value}: expected a number in decimal digits" in str(refused.value)
+    assert f"got {wrong}; " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        *(("10", 10), ("-3", -3), ("+5", 5), ("0", 0), ("1e-3", 1e-3), ("2.0", 2.0)),
+        *(("12:75", "12:75"), ("'1_0'", "1_0"), ("0,1,2", "0,1,2"), ("a_1:3", "a_1:3")),
+        *(("[0,1.5,b_0]", [0, 1.5, "b_0"]), ("null", None), ("", None), ("true", True)),
+    ],
+)
+def test_plain_numbers_and_text_are_what_they_look_like(given, value, any_run):
+    found = read([any_run, f"label={given}"], {"label": None}, "")[2].label
+    assert found == value and isinstance(found, str) == isinstance(value, str)
+
+
+def test_what_is_no_yaml_is_said_in_one_line(any_run):
+    for wrong in ("[1", "a: b", "{"):
+        with pytest.raises(ConfigError, match=r"^label=.*: [^\n]*$"):
+            read([any_run, f"label={wrong}"], {"label": None}, "")
+
+
 def test_a_folder_holds_one_run(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     assert main([*BARE, f"hydra.run.dir={tmp_path}"]) == 2

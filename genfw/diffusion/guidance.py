@@ -27,8 +27,10 @@ from torch import Tensor, nn
 
 from genfw.check import finite
 from genfw.diffusion.denoiser import Denoiser, Unlabelled
+from genfw.model import as_read
 from genfw.parameterization import Prediction, broadcast
 from genfw.registry import Registered
+from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Nats, Time
 
 
@@ -61,6 +63,17 @@ Guide = Callable[[Denoiser], Guidance]
 """A choice of guidance that waits for its denoiser."""
 
 
+NEAR = 0.1
+"""How much log SNR further than another model reaches it is asked as at its end: learned end points
+move while a model trains, so that its own earlier weights reach a little less far."""
+
+
+def ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Lowest and highest log SNR, as numbers where they are learned too."""
+    lowest, highest = torch.as_tensor(schedule.log_snr_min), torch.as_tensor(schedule.log_snr_max)
+    return lowest.item(), highest.item()
+
+
 class Scaled(Guidance):
     """Guidance of a strength that holds in an interval of noise levels.
 
@@ -88,8 +101,8 @@ class Scaled(Guidance):
     def reach(self) -> tuple[float, float]:
         """Lowest and highest log SNR at which it is asked to guide."""
         lowest, highest = self.interval or (-math.inf, math.inf)
-        schedule = self.schedule
-        return max(lowest, float(schedule.log_snr_min)), min(highest, float(schedule.log_snr_max))
+        least, most = ends(self.schedule)
+        return max(lowest, least), min(highest, most)
 
     def weight(self, t: Time, like: Data, plain: float) -> Tensor:
         """w where it guides and `plain` elsewhere, one per example, broadcastable to `like`."""
@@ -196,7 +209,8 @@ class Autoguidance(Extrapolated, name="autoguidance"):
 
     Args:
         denoiser: the better one.
-        weaker: the other, along whatever schedule: it is asked at the same log SNR.
+        weaker: the other, along whatever schedule: it is asked at the same log SNR, or at its own
+            end where that is `NEAR`.
         scale: w.
         interval, rescale: see `Extrapolated`.
 
@@ -217,17 +231,17 @@ class Autoguidance(Extrapolated, name="autoguidance"):
         rescale: float = 0.0,
     ):
         super().__init__(denoiser, scale, interval, rescale)
-        its, (lowest, highest) = weaker.schedule, self.reach
-        if its.log_snr_max < highest or its.log_snr_min > lowest:
+        (least, most), (lowest, highest) = ends(weaker.schedule), self.reach
+        if most < highest - NEAR or least > lowest + NEAR:
             raise ValueError(
-                f"weaker: expected a model of log SNR {highest:.3g} to {lowest:.3g} at least, got "
-                f"one of {float(its.log_snr_max):.3g} to {float(its.log_snr_min):.3g}: give an "
-                "interval that lies within"
+                f"weaker: expected a model of log SNR {highest:.4g} to {lowest:.4g}, got one of "
+                f"{most:.4g} to {least:.4g}: guide within interval=[{least:.4g},{most:.4g}]"
             )
-        self.weaker = weaker
+        self.weaker, self.known = weaker, (least, most)
 
     def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:
-        return self.weaker(z, self.weaker.schedule.inverse(self.schedule.log_snr(t)), y)
+        log_snr = self.schedule.log_snr(t).clamp(*self.known)
+        return self.weaker(z, self.weaker.schedule.inverse(log_snr), y)
 
 
 class ByClassifier(Scaled):
@@ -279,9 +293,12 @@ class ByClassifier(Scaled):
         return gradient
 
     def log_prob(self, z: Data, t: Time, y: Labels) -> Nats:
-        """What the classifier says of y at z."""
+        """What the classifier says of y at z, which it reads in its own precision."""
+        read = as_read(self.classifier, z)
         log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
-        return self.classifier(z, log_snr).log_softmax(1).gather(1, y[:, None].long())[:, 0]
+        log_snr = log_snr.to(torch.promote_types(read.dtype, torch.float32))
+        said = self.classifier(read, log_snr).log_softmax(1)
+        return said.gather(1, y[:, None].long())[:, 0].to(z.dtype)
 
 
 class ClassifierGuidance(ByClassifier, name="classifier"):

@@ -14,12 +14,13 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from genfw.diffusion.guidance import NEAR, ClassifierGuidance, Guidance
 from genfw.diffusion.process import marginal
 from genfw.diffusion.times import TimeSampler
 from genfw.likelihood import BinsLikelihood
@@ -169,7 +170,6 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
             "python -m genfw.classifier"
         )
     same_data(theirs, config, f"{key}={place}: a classifier")
-    _knows_the_noise(theirs, config, f"{key}={place}")
     module = assemble(theirs)
     weights = read(checkpoint)
     try:
@@ -193,21 +193,24 @@ def same_data(theirs: DictConfig, config: DictConfig, what: str) -> None:
             )
 
 
-def _knows_the_noise(theirs: DictConfig, config: DictConfig, what: str) -> None:
+def knows_the_noise(config: DictConfig, guided: Guidance) -> None:
     """Refuses a classifier that would be asked about noisier images than it was trained on.
 
+    Args:
+        config: of the model.
+        guided: its denoiser with the weights it samples with, and their schedule.
+
     Raises:
-        ConfigError: its schedule ends before guidance does.
+        ConfigError: the classifier's schedule ends before guidance does.
     """
-    if not str(config.guidance["_target_"]).endswith(".ClassifierGuidance"):
-        return  # asked about clean images
-    ends = OmegaConf.select(config, "model.denoiser.schedule.log_snr_min")
-    interval = config.guidance.get("interval")
-    lowest = ends if interval is None else max(interval[0], ends)
-    its = theirs.schedule.log_snr_min
-    if its > lowest:
+    if not isinstance(guided, ClassifierGuidance):
+        return  # another is asked about clean images
+    place = f"guidance.classifier={config.guidance.classifier}"
+    theirs, _ = other(config.guidance.classifier, "guidance.classifier", config)
+    its, lowest = theirs.schedule.log_snr_min, guided.reach[0]
+    if its > lowest + NEAR:
         raise ConfigError(
-            f"{what}: a classifier that knows log SNR down to {its:g}, and guidance begins at "
-            f"{lowest:g}: train one with schedule.log_snr_min={lowest:g}, or guide above with "
+            f"{place}: a classifier that knows log SNR down to {its:g}, and guidance begins at "
+            f"{lowest:.4g}: train one with schedule.log_snr_min={lowest:.4g}, or guide above with "
             f"guidance.interval=[{its:g},100]"
         )

@@ -49,7 +49,7 @@ from genfw.registry import Registered
 from genfw.train.callbacks import Frechet, Pictures, show, steered
 from genfw.train.certificate import certify, given, kind
 from genfw.train.checkpoint import AtomicIO, read
-from genfw.train.classifier import fitting, same_data
+from genfw.train.classifier import fitting, knows_the_noise, same_data
 from genfw.train.config import build, locate, trusted_by
 from genfw.train.data.module import ImageData
 from genfw.train.errors import (
@@ -66,7 +66,8 @@ from genfw.train.loggers import Wandb, git_commit
 from genfw.train.memory import keep_freed_memory
 from genfw.train.module import LatentModule
 from genfw.train.pictures import save
-from genfw.train.runs import other
+from genfw.train.rules import weaker_hears_no_label
+from genfw.train.runs import other, told_from_anywhere, unguided
 from genfw.train.sharding import FSDP2
 from genfw.train.signals import Interruption, Signals, stop
 from genfw.train.slurm import first_rank
@@ -92,6 +93,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     """
     prepare()
     started = time.monotonic()
+    told_from_anywhere(config)
     resolved = container(config)
     if not (folder / "config.yaml").exists():
         keep_config(resolved, folder)  # a signal from here on can be gone on from
@@ -100,7 +102,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config)
         served(module.model, module.objective, module.estimator, module.validation_estimator)
-        steerable(module)
+        steerable(module, config)
         files = AtomicIO()
         keeper = build(
             config.checkpoint,
@@ -306,6 +308,9 @@ def _weaker(config: DictConfig, place: str) -> Denoiser:
     if "model" not in theirs:
         raise ConfigError(f"guidance.weaker={place}: expected a model's run, got a classifier's")
     same_data(theirs, config, f"guidance.weaker={place}: a model")
+    if config.model.classes is None:
+        weaker_hears_no_label(theirs, place)
+    unguided(theirs)
     model = restore(theirs, checkpoint)[0].evaluated
     if not isinstance(model, VDM):
         raise ConfigError(
@@ -328,11 +333,11 @@ def restore(config: DictConfig, file: Path) -> tuple[LatentModule, L.LightningDa
         module.load_state_dict(checkpoint["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{file} does not fit its config.yaml: {one_line(error)}") from error
-    steerable(module)
+    steerable(module, config)
     return module, data
 
 
-def steerable(module: LatentModule) -> None:
+def steerable(module: LatentModule, config: DictConfig) -> None:
     """Finds out what guidance does not take before it is needed.
 
     Raises:
@@ -340,9 +345,10 @@ def steerable(module: LatentModule) -> None:
     """
     if isinstance(module.model, VDM):
         try:
-            module.model.guided()
+            guided = module.model.guided()
         except (TypeError, ValueError) as error:
             raise ConfigError(f"guidance: {' '.join(str(error).split())}") from error
+        knows_the_noise(config, guided)
 
 
 def served(model: LatentModel, *by: Objective | Estimator) -> None:

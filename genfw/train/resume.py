@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from genfw.train.errors import ConfigError, GenfwError, command_line, not_finite
-from genfw.train.runs import read
+from genfw.train.runs import GUIDES, read
 from genfw.train.slurm import first_rank
 
 USAGE = """python -m genfw resume=<folder> [key=value ...]
@@ -32,6 +32,9 @@ MAY_CHANGE = (
 )
 """How long, where, and what is shown. The product of ranks and micro-batches must stay: see
 `genfw.train.keeper`."""
+
+
+MAY_HAVE_MOVED = tuple(f"guidance.{each}" for each in GUIDES)
 
 
 def asked(arguments: Sequence[str]) -> bool:
@@ -51,7 +54,7 @@ def resume(arguments: Sequence[str]) -> None:
 
 
 def _its_mathematics(key: str) -> str | None:
-    if key.startswith(MAY_CHANGE):
+    if key.startswith(MAY_CHANGE) or key in MAY_HAVE_MOVED:
         return None
     able = ", ".join(f"{name}*" if name.endswith(".") else name for name in MAY_CHANGE)
     return f"a run that goes on keeps its {key}. What may change: {able}"

@@ -502,6 +502,25 @@ def samples_have_labels(config: DictConfig) -> None:
         )
 
 
+def weaker_hears_no_label(theirs: DictConfig, place: str) -> None:
+    """Refuses a weaker model that has never been without a label, where none is to be given.
+
+    Args:
+        theirs: config.yaml of the weaker run.
+        place: how it was given.
+
+    Raises:
+        ConfigError: it has classes, and was trained with all labels.
+    """
+    classes = OmegaConf.select(theirs, "model.classes")
+    if classes is not None and not theirs.get("label_dropout"):
+        raise ConfigError(
+            f"guidance.weaker={place}: a model that was never without a label (label_dropout=0), "
+            "and here it would be asked without one: give one that was trained with "
+            "label_dropout=0.1 or model.classes=null"
+        )
+
+
 def data_are_there(config: DictConfig) -> None:
     """Refuses a `data.path` that is no folder; for runs that will read it.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,6 +24,10 @@ from genfw.train.terminal import detach
 
 CHOSEN_ANEW = ("estimator", "sampler", "guidance", "grid")
 """Groups that a finished run does not depend on; those of diffusion models after the first."""
+
+
+PLAIN = re.compile(r"[-+]?(0|[1-9]\d*|[^_:]*\.[^_:]*)")
+"""A number as it is written here."""
 
 
 def command(act: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +102,7 @@ def read(
             _may_change(config, key, value, known)
         target = options if key in defaults else config
         try:
-            new = OmegaConf.create(f"value: {value}").value
+            new = _typed(value)
             OmegaConf.update(target, key, new)
         except (OmegaConfBaseException, ValueError) as error:
             raise ConfigError(f"{key}={value}: {str(error).splitlines()[0]}") from error
@@ -105,6 +111,36 @@ def read(
             raise ConfigError(f"{key}={value}: expected {kind}, got {type(new).__name__} {value}")
     check(config, reference)
     return folder, config, options
+
+
+def _typed(text: str) -> Any:
+    """A value from the command line, which is YAML, but for the numbers that only YAML 1.1 knows:
+    3:5 (185), 010 (8), 0x1F (31), 1_0 (10).
+
+    Raises:
+        ValueError: one of those, or no YAML at all.
+    """
+    try:
+        for number in _numbers(yaml.compose(f"value: {text}", Loader=yaml.SafeLoader)):
+            if not PLAIN.fullmatch(number):
+                raise ValueError(
+                    f"expected a number in decimal digits, like 10, got {number}; as text it needs "
+                    "quotes of its own"
+                )
+        return OmegaConf.create(f"value: {text}").value
+    except yaml.YAMLError:
+        raise ValueError("not understood; text with brackets or colons needs quotes") from None
+
+
+def _numbers(node: yaml.Node | None) -> Iterator[str]:
+    """All that YAML takes for a number, as it was written."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+            yield node.value
+    elif isinstance(node, yaml.MappingNode | yaml.SequenceNode):
+        for each in node.value:
+            for one in each if isinstance(each, tuple) else (each,):
+                yield from _numbers(one)
 
 
 def all_but(groups: Sequence[str]) -> Callable[[str], str | None]:
@@ -179,6 +215,29 @@ def output(asked: Any, own: Path) -> Path:
     return file
 
 
+GUIDES = ("classifier", "weaker")
+"""Under `guidance`, other runs."""
+
+
+def guide(config: DictConfig) -> str | None:
+    """The other run that this one's samples are drawn with, if any: a folder or a checkpoint."""
+    node = config.get("guidance") or {}
+    return next((node[key] for key in GUIDES if key in node), None)
+
+
+def unguided(config: DictConfig) -> None:
+    """For what draws no samples: that which guides them may be gone."""
+    if "guidance" in config:
+        config.guidance = {"_target_": "genfw.Unguided", "_partial_": True}
+
+
+def told_from_anywhere(config: DictConfig) -> None:
+    """The other run by its whole path: this one may be opened from another folder."""
+    for key in GUIDES:
+        if guide(config) is not None and key in config.guidance:
+            config.guidance[key] = str(Path(config.guidance[key]).absolute())
+
+
 def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
     """The configuration of another run that this one's samples are drawn with, and its weights.
 
@@ -192,6 +251,11 @@ def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
     """
     file = Path(place)
     folder, name = (file.parent.parent, file.stem) if file.suffix == ".ckpt" else (file, "best")
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{key}={place}: there is no {folder / 'config.yaml'}; where it has moved, give "
+            f"{key}=<its folder>"
+        )
     theirs = load(folder, key)
     theirs.trusted = config.get("trusted") or []
     return theirs, checkpoint(folder, name, f"{key}={place}")
