@@ -55,7 +55,7 @@ def by_classifier(bias):
 def setting(of, guidance=None, sampler=None, seed=0, samples=4, bins=3, pixel=0, shift=0.0):
     model = tiny.vdm()
     next(model.denoiser.parameters()).data += shift
-    model.likelihood = genfw.BinsLikelihood(bins)
+    model.likelihood, model.classes = genfw.BinsLikelihood(bins), 3
     model.guidance = free() if guidance is None else guidance
     model.sampler = genfw.DDIM(steps=2) if sampler is None else sampler
     images = np.full((2, *tiny.SHAPE), pixel, dtype=np.uint8)

@@ -8,13 +8,15 @@ None of these is a likelihood, except `beta` at 1, which is the bound.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from enum import Enum
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one, finite
+from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoises
 from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
@@ -323,6 +325,6 @@ def _normalized(mean: Tensor, likelihood: Likelihood) -> Tensor:
 
 
 def _price(name: str, value: float) -> float:
-    if finite(name, value) < 0:
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+    if not (isinstance(value, SupportsFloat) and 0 <= float(value) < math.inf):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
     return value
