@@ -28,8 +28,8 @@ class Network(Registered, nn.Module, ABC, group="net"):
 
     Attributes:
         shape: of one example of the data, batch left out.
-        classes: number of labels it knows, None: it ignores them; a model must have the same. One
-            that does not say so is not asked.
+        classes: number of labels it knows, that of its model; None: it ignores them, as some
+            networks of a model may. One that does not say so is not asked.
     """
 
     shape: tuple[int, ...]

@@ -28,6 +28,7 @@ References:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -40,18 +41,19 @@ from genfw.objective.objective import Objective
 from genfw.types import Image, Labels, Nats
 
 
-class Iwae(Objective, name="iwae"):
-    """The negative importance-weighted bound of k draws.
-
-    Args:
-        k: draws per example.
-    """
+class OfWeights(Objective, ABC):
+    """The negative of a bound made of log weights of several draws, differentiated as it stands."""
 
     bound = True
 
-    def __init__(self, k: int = 50):
-        super().__init__()
-        self.k = at_least_one("k", k)
+    @property
+    @abstractmethod
+    def draws(self) -> int:
+        """How many, per example."""
+
+    @abstractmethod
+    def made_of(self, log_w: Tensor) -> Nats:
+        """The bound, (b,), of log weights (b, draws)."""
 
     def check(self, model: LatentModel) -> None:
         _weighing(self, model)
@@ -59,13 +61,34 @@ class Iwae(Objective, name="iwae"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        return -log_mean_exp(_log_weights(self, model, x, y, noise, self.k))
+        k, weights = self.draws, _weighing(self, model).log_weight
+        log_w = weights(x, y, noise=draws(noise, x).each(0, k), k=k)
+        return -self.made_of(log_w.unflatten(0, (-1, k)))
+
+
+class Iwae(OfWeights, name="iwae"):
+    """The negative importance-weighted bound of k draws.
+
+    Args:
+        k: draws per example.
+    """
+
+    def __init__(self, k: int = 50):
+        super().__init__()
+        self.k = at_least_one("k", k)
+
+    @property
+    def draws(self) -> int:
+        return self.k
+
+    def made_of(self, log_w: Tensor) -> Nats:
+        return log_mean_exp(log_w)
 
     def extra_repr(self) -> str:
         return f"log 1/{self.k} sum w"
 
 
-class Miwae(Objective, name="miwae"):
+class Miwae(OfWeights, name="miwae"):
     """The mean of m importance-weighted bounds of k draws each: m k draws per example.
 
     A better signal for the encoder than one bound of m k draws.
@@ -75,26 +98,22 @@ class Miwae(Objective, name="miwae"):
         k: draws of each.
     """
 
-    bound = True
-
     def __init__(self, m: int = 8, k: int = 8):
         super().__init__()
         self.m, self.k = at_least_one("m", m), at_least_one("k", k)
 
-    def check(self, model: LatentModel) -> None:
-        _weighing(self, model)
+    @property
+    def draws(self) -> int:
+        return self.m * self.k
 
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        log_w = _log_weights(self, model, x, y, noise, self.m * self.k)
-        return -log_mean_exp(log_w.unflatten(1, (self.m, self.k))).mean(1)
+    def made_of(self, log_w: Tensor) -> Nats:
+        return log_mean_exp(log_w.unflatten(1, (self.m, self.k))).mean(1)
 
     def extra_repr(self) -> str:
         return f"1/{self.m} sum log 1/{self.k} sum w"
 
 
-class Ciwae(Objective, name="ciwae"):
+class Ciwae(OfWeights, name="ciwae"):
     """weight times the bound plus (1 - weight) times the importance-weighted one, of the same k
     draws.
 
@@ -103,8 +122,6 @@ class Ciwae(Objective, name="ciwae"):
         weight: of the bound, 0..1 (beta in the paper).
     """
 
-    bound = True
-
     def __init__(self, k: int = 50, weight: float = 0.5):
         super().__init__()
         self.k = at_least_one("k", k)
@@ -112,14 +129,12 @@ class Ciwae(Objective, name="ciwae"):
             raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
         self.weight = weight
 
-    def check(self, model: LatentModel) -> None:
-        _weighing(self, model)
+    @property
+    def draws(self) -> int:
+        return self.k
 
-    def forward(
-        self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
-    ) -> Nats:
-        log_w = _log_weights(self, model, x, y, noise, self.k)
-        return -(self.weight * log_w.mean(1) + (1 - self.weight) * log_mean_exp(log_w))
+    def made_of(self, log_w: Tensor) -> Nats:
+        return self.weight * log_w.mean(1) + (1 - self.weight) * log_mean_exp(log_w)
 
     def extra_repr(self) -> str:
         return f"{self.weight:g} mean log w + {1 - self.weight:g} log 1/{self.k} sum w"
@@ -180,19 +195,6 @@ class Dreg(Objective, name="dreg"):
 def log_mean_exp(log_w: Tensor) -> Tensor:
     """log 1/k sum_k w over the last axis, of k log weights."""
     return log_w.logsumexp(-1) - math.log(log_w.shape[-1])
-
-
-def _log_weights(
-    objective: Objective,
-    model: LatentModel,
-    x: Image,
-    y: Labels | None,
-    noise: Draws | None,
-    k: int,
-) -> Tensor:
-    """k log weights per example, (b, k)."""
-    weights = _weighing(objective, model).log_weight
-    return weights(x, y, noise=draws(noise, x).each(0, k), k=k).unflatten(0, (-1, k))
 
 
 def _apart(

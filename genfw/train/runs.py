@@ -233,9 +233,10 @@ def unguided(config: DictConfig) -> None:
 
 def told_from_anywhere(config: DictConfig) -> None:
     """The other run by its whole path: this one may be opened from another folder."""
+    node = config.get("guidance") or {}
     for key in GUIDES:
-        if guide(config) is not None and key in config.guidance:
-            config.guidance[key] = str(Path(config.guidance[key]).absolute())
+        if (place := node.get(key)) is not None:
+            node[key] = str(Path(place).absolute())
 
 
 def other(place: str, key: str, config: DictConfig) -> tuple[DictConfig, Path]:
