@@ -4,6 +4,7 @@ A server process imports everything once; each rank is forked from it, with the 
 torchrun would give it, and calls `genfw.__main__.main`.
 """
 
+import contextlib
 import csv
 import multiprocessing as mp
 import os
@@ -165,6 +166,23 @@ def differences(one, two, path=""):
         pairs = zip(one, two, strict=True)
         return [d for i, pair in enumerate(pairs) for d in differences(*pair, f"{path}/{i}")]
     return [] if one == two else [f"{path}: {one} | {two}"]
+
+
+def started_with(variable):
+    """The processes that were started with this in their environment."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if variable.encode() in each.read_bytes().split(b"\0"):
+                found.append(each.parent.name)
+    return found
+
+
+def wait(until, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not until():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.01)
 
 
 def _folder(arguments):

@@ -55,8 +55,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, model, world):
     fault = MOMENTS[model, world]
     given = (*all_of_it, f"hydra.run.dir={killed}")
     given += ("data.num_workers=2",) * ((model, world) in WORKERS)
-    ended = ranks.run(*given, world=world, fault=fault)
+    ended = ranks.run(*given, world=world, fault=fault, environment={"OF": killed})
     assert ended.codes[0] == -signal.SIGKILL, ended.said
+    ranks.wait(lambda: not ranks.started_with(f"OF={killed}"))  # its workers are gone as well
     assert not (killed / "results.json").exists()
     assert read(killed / "checkpoints" / "last.ckpt")["global_step"] <= fault.step
     ended = ranks.run(f"resume={killed}", world=world)

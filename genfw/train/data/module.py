@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,8 +224,15 @@ class _Images(Dataset[Batch]):
 
 def _apart(worker: int) -> None:
     """A signal to the process group of a run is not for those that make its batches: a step could
-    not be finished without them. They end with the run."""
+    not be finished without them. They end with the run, be it killed: torch's own watch is on the
+    process that forked them, which from Python 3.14 on is a server that outlives the run."""
     os.setpgid(0, 0)
+    threading.Thread(target=_end_with, args=(parent_process(),), daemon=True).start()
+
+
+def _end_with(run: Any) -> None:
+    run.join()
+    os._exit(1)
 
 
 def _identity(batch: Any) -> Any:
