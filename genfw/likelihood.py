@@ -28,6 +28,7 @@ from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal
 from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
 from genfw.registry import Registered
 from genfw.types import Data, Image
+from genfw.values import check_integers, readable
 
 Head: TypeAlias = "Data | tuple[Tensor, Tensor] | DiscretePosterior"
 
@@ -274,32 +275,6 @@ def check_bins(bins: int) -> int:
             f"bins: expected an integer of at least 2 (values 0..bins-1), got {bins!r}"
         )
     return bins
-
-
-def readable(x: Tensor) -> bool:
-    """Whether the values of x may be looked at: always on the CPU, and on a GPU where no gradient
-    is taken, so that every reported number is of values that were looked at. A training step would
-    wait for the look, and a CUDA graph that is being captured cannot have one."""
-    if x.device.type == "cpu":
-        return True
-    if torch.is_grad_enabled() or x.is_meta:
-        return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def check_integers(x: Tensor, bins: int) -> None:
-    """Refuses what is not integers 0..bins-1."""
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(
-            f"images: expected integers 0..{bins - 1}, got {x.dtype}: pass the raw values, "
-            "genfw normalizes them itself (likelihood.normalize)"
-        )
-    # int(): a uint8 tensor compared with 256 would compare with 0
-    if readable(x) and x.numel() and not (int(x.min()) >= 0 and int(x.max()) < bins):
-        raise ValueError(
-            f"images: expected values 0..{bins - 1} (bins={bins}), got {int(x.min())}.."
-            f"{int(x.max())}: set bins to the number of values of your data"
-        )
 
 
 def _split(h: Head, outputs: int, name: str) -> Tensor:

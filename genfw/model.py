@@ -30,6 +30,7 @@ from genfw.elbo import ELBO
 from genfw.noise import Draws, draws
 from genfw.registry import Registered
 from genfw.types import Image, Labels, Nats
+from genfw.values import check_labels
 
 
 class LatentModel(Registered, nn.Module, ABC, group="model"):
@@ -67,19 +68,11 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         """The labels that networks are given: none, where the model has no `classes`.
 
         Raises:
-            ValueError: labels outside 0..classes. A GPU is not waited for: there an assertion of
-                its own fails.
+            ValueError: labels outside 0..classes, see `check_labels`.
         """
         if self.classes is None or y is None:
             return None
-        known = ((y >= 0) & (y.long() <= self.classes)).all()
-        expected = f"labels: expected 0..{self.classes - 1}, or {self.classes} for none"
-        if y.device.type == "cpu" and not known:
-            raise ValueError(
-                f"{expected}, got {int(y.min())}..{int(y.max())}: set classes to the number of "
-                "classes of your data"
-            )
-        torch._assert_async(known, expected)  # pyright: ignore[reportPrivateImportUsage]
+        check_labels(y, self.classes)
         return y
 
     @property

@@ -33,6 +33,7 @@ from genfw.train.module import drop_labels, reseed
 from genfw.train.pictures import draw_samples
 from genfw.train.resume import _its_mathematics
 from genfw.train.runs import command, read
+from genfw.values import check_labels
 
 CALM = [each for each in VDM if not each.startswith(("callbacks", "sampler", "trainer.max"))]
 QUICK = (
@@ -251,6 +252,16 @@ def test_a_label_outside_the_models_own_is_refused(make):
                 act(wrong)
     model.elbo(x, torch.tensor([0, 3])), model.sample(2, torch.tensor([3, 2], dtype=torch.uint8))
     make((1, 2, 2), 3).elbo(x, torch.tensor([-1, 99]))
+
+
+def test_labels_are_looked_at_where_no_device_is_waited_for(monkeypatch):
+    """A device that is neither a CPU nor NVIDIA's has no assertion of its own: there a training
+    step looks at none."""
+    monkeypatch.delattr(torch, "_assert_async")
+    elsewhere, wrong = torch.zeros(2, dtype=torch.int64, device="meta"), torch.tensor([0, 4])
+    check_labels(elsewhere, 3)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"0\.\.2, or 3 for none, got 0\.\.4"):
+        check_labels(wrong, 3)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "genfw"
 
-BASE = {"check", "types", "registry", "noise", "elbo", "distributions", "discretized", "bayes"}
+BASE = {
+    *("check", "types", "values", "registry", "noise"),
+    *("elbo", "distributions", "discretized", "bayes"),
+}
 INTERFACES = {"model", "likelihood", "schedule", "parameterization"}
 MODELS = {"models", "objective", "estimators"}
 
@@ -19,7 +22,7 @@ MAY = {
     **dict.fromkeys(INTERFACES, BASE),
     "diffusion": BASE | INTERFACES | {"diffusion"},
     **dict.fromkeys(MODELS, BASE | INTERFACES | MODELS | {"diffusion"}),
-    "nets": {"check", "types", "registry", "nets"},
+    "nets": {"check", "types", "values", "registry", "nets"},
     "testing": BASE | INTERFACES | MODELS | {"diffusion", "nets", "testing"},
     "train": BASE | INTERFACES | MODELS | {"diffusion", "nets", "train"},
     **dict.fromkeys(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genfw.check import at_least_one
 from genfw.nets.network import Features, Level
 from genfw.types import Labels
+from genfw.values import check_labels
 
 
 def sinusoidal(level: Level, width: int) -> Features:
@@ -70,7 +71,7 @@ class LabelEmbedding(nn.Module):
     def forward(self, y: Labels | None, size: int) -> Features:
         """Raises:
         TypeError: labels that are no integers.
-        ValueError: not one for each of `size` examples.
+        ValueError: not one for each of `size` examples, or outside 0..classes.
         """
         if y is None:
             return self.vectors[-1].expand(size, -1)
@@ -78,10 +79,7 @@ class LabelEmbedding(nn.Module):
             raise TypeError(f"labels: expected integers, got {y.dtype}")
         if y.shape != (size,):
             raise ValueError(f"labels: expected one for each of {size} examples, got {(*y.shape,)}")
-        none = len(self.vectors) - 1
-        known = ((y >= 0) & (y <= none)).all()
-        message = f"labels: expected 0..{none - 1}, or {none} for none"
-        torch._assert_async(known, message)  # pyright: ignore[reportPrivateImportUsage]
+        check_labels(y, len(self.vectors) - 1)
         return self.vectors[y.long()]  # bytes would be read as a mask
 
 
