@@ -53,6 +53,11 @@ class Differs(GenfwError):
 def evaluate(arguments: Sequence[str]) -> None:
     defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
     folder, config, options = read(arguments, defaults, USAGE, keeps=_no_matter)
+    if options.simulated and options.verify:
+        raise ConfigError(
+            f"verify=true computes the run's own number again, simulated={options.simulated} "
+            "another: give one of them"
+        )
     if options.simulated and config.estimator._target_ != "genfw.Annealed":
         raise ConfigError(
             f"simulated={options.simulated}: only estimator=annealed bounds log p(x) of simulated "

@@ -459,8 +459,9 @@ def test_what_cannot_be_guided():
     denoiser = GaussianDenoiser(SCHEDULE, 0.0, 1.0)
     with pytest.raises(ValueError, match="needs labels"):
         ClassifierGuidance(denoiser, Bayes())(torch.randn(2, 1), torch.tensor(0.5))
-    with pytest.raises(ValueError, match="lowest, highest"):
-        ClassifierFree(denoiser, interval=[2.0, -2.0])
+    for wrong in ([2.0, -2.0], [1.0], [1.0, 2.0, 3.0], [0.0, math.nan]):
+        with pytest.raises(ValueError, match="lowest, highest"):
+            ClassifierFree(denoiser, interval=wrong)
     with pytest.raises(ValueError, match="finite"):
         ClassifierFree(denoiser, math.inf)
     with pytest.raises(ValueError, match=r"rescale.*\[0, 1\], got 2.0"):

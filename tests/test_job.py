@@ -245,6 +245,7 @@ def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):
         (["estimator=importance_weighted"], "model.steps=1000"),
         (["estimator=annealed"], "moves one latent"),
         (["simulated=10"], "simulated=10: only estimator=annealed"),
+        (["simulated=10", "verify=true"], "give one of them"),
         (["data=mnist"], "keeps its data"),
         (["schedule.log_snr_max=4.0"], "schedule.log_snr_max=4.0: changes nothing here"),
         (["net.width=9"], "estimator, model, data, trainer, seed, trusted do"),

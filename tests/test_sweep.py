@@ -171,7 +171,7 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_reaches_the_running_job_and_ends_the_sweep(tmp_path, number):
+def test_a_signal_reaches_the_running_job_and_ends_the_sweep(tmp_path, number, capsys):
     waits = "trap 'echo saved > saved; exit 130' INT TERM; touch up; while :; do sleep 0.02; done"
 
     def send():
@@ -187,6 +187,10 @@ def test_a_signal_reaches_the_running_job_and_ends_the_sweep(tmp_path, number):
     assert (tmp_path / "0" / "saved").exists(), "it was let finish"
     assert not (tmp_path / "1").exists(), "nothing starts after the signal"
     assert [each["error"] for each in records(tmp_path)] == ["interrupted"]
+    show(tmp_path, records(tmp_path), planned=2)
+    said = capsys.readouterr().out
+    assert "job 0 interrupted after 0 s" in said and "failed" not in said
+    assert f"0 of 2 jobs finished; table.csv, .md in {tmp_path}" in said  # no picture of nothing
 
 
 def test_what_is_ignored_stays_ignored():
@@ -416,7 +420,7 @@ def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
     assert "- job 4: failed: exit code 1" in (tmp_path / "table.md").read_text()
     assert PIL.open(tmp_path / "table.png").size[0] > 400
     said = capsys.readouterr().out
-    assert "4 of 6 jobs finished" in said
+    assert f"4 of 6 jobs finished; table.csv, .md, .png in {tmp_path}" in said
     assert "job 4 (param=x0 seed=1): failed: exit code 1" in said
 
 

@@ -92,10 +92,8 @@ class Scaled(Guidance):
 
     def __init__(self, denoiser: Denoiser, scale: float, interval: Sequence[float] | None):
         super().__init__(denoiser)
-        if interval is not None and (len(interval) != 2 or not interval[0] < interval[1]):
-            raise ValueError(f"interval: expected [lowest, highest] log SNR, got {list(interval)}")
         self.scale = finite("scale", scale)
-        self.interval = None if interval is None else (float(interval[0]), float(interval[1]))
+        self.interval = None if interval is None else _ordered(interval)
 
     @property
     def reach(self) -> tuple[float, float]:
@@ -146,7 +144,7 @@ class Extrapolated(Scaled):
         rescale: float,
     ):
         super().__init__(denoiser, scale, interval)
-        if not 0 <= rescale <= 1:
+        if not 0 <= finite("rescale", rescale) <= 1:
             raise ValueError(f"rescale: expected a number in [0, 1], got {rescale}")
         self.rescale = rescale
 
@@ -352,6 +350,25 @@ class DenoisedClassifierGuidance(ByClassifier, name="classifier_denoised"):
         start = torch.zeros((), dtype=torch.float64, device=z.device)
         z_0 = broadcast(self.schedule.alpha(start), z) * self.denoiser(z, t, None).x
         return self.log_prob(z_0, start, y)
+
+
+def _ordered(interval: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest log SNR, infinite ones too.
+
+    Example:
+        >>> _ordered([-3, float("inf")])
+        (-3.0, inf)
+        >>> _ordered("wide")
+        Traceback (most recent call last):
+        ValueError: interval: expected [lowest, highest] log SNR, got wide
+    """
+    try:
+        lowest, highest = map(float, interval)
+    except (TypeError, ValueError):  # no two, or no numbers
+        lowest, highest = 0.0, 0.0
+    if not lowest < highest:
+        raise ValueError(f"interval: expected [lowest, highest] log SNR, got {interval}")
+    return lowest, highest
 
 
 def _contrast(one: Data, other: Data) -> Tensor:

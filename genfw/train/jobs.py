@@ -375,6 +375,16 @@ def ended(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+def became(code: int) -> str:
+    """What became of a process, in a word.
+
+    Example:
+        >>> became(0), became(1), became(130)
+        ('finished', 'failed', 'interrupted')
+    """
+    return "finished" if code == 0 else INTERRUPTED if ended(code) == INTERRUPTED else "failed"
+
+
 def records(sweep: Path) -> list[Mapping[str, Any]]:
     """All records of a sweep, in order, each with the `results` of its job."""
     found = [json.loads(file.read_text()) for file in (sweep / "jobs").glob("*.json")]

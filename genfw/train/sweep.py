@@ -29,6 +29,7 @@ from genfw.train.jobs import (
     Fresh,
     Interrupted,
     Job,
+    became,
     handled,
     living,
     passed_on,
@@ -98,10 +99,10 @@ class Local(Launcher):
             jobs.append(Job.of(config.hydra))
             returns.append(Answer(overrides=overrides, cfg=config, hydra_cfg=config))
         self._run(jobs)
-        ended = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
+        known = {each["number"]: each for each in records(jobs[0].sweep)} if jobs else {}
         for job, answer in zip(jobs, returns, strict=True):
             assert answer.cfg is not None
-            if error := ended[job.number].get("error"):
+            if error := known[job.number].get("error"):
                 answer.status = JobStatus.FAILED
                 answer.return_value = GenfwError(f"job {job.number} failed: {error}")
             else:
@@ -130,8 +131,10 @@ class Local(Launcher):
                     job = running.pop(process)
                     free.append(places[job.number])
                     job.record(process.returncode)
-                    seconds = time.monotonic() - started[job.number]
-                    how = "failed" if process.returncode else "finished"
+                    seconds, how = (
+                        time.monotonic() - started[job.number],
+                        became(process.returncode),
+                    )
                     print(f"job {job.number} {how} after {seconds:.0f} s", flush=True)
         if signals:
             raise Interrupted(signals[0])

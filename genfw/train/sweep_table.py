@@ -186,7 +186,7 @@ def show(sweep: Path, records: Sequence[Record], planned: int | None) -> None:
     print(
         f"{ends.count(FINISHED)} of {planned or len(records)} jobs finished"
         + f", {without} with a NLL that is not finite" * (without > 0)
-        + f"; table.csv, .md, .png in {sweep}"
+        + f"; table.csv, .md{', .png' * (sweep / 'table.png').exists()} in {sweep}"
     )
 
 
