@@ -26,8 +26,8 @@ from genfw.train.callbacks import Frechet
 from genfw.train.data import Split
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import make_callbacks
 from genfw.train.loggers import git_commit
+from genfw.train.parts import make_callbacks
 
 INHERITED = {*vars(nn.Module())}
 """Attributes that every module has."""

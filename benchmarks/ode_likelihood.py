@@ -20,7 +20,7 @@ import torch
 
 from genfw import ProbabilityFlow
 from genfw.noise import Noise
-from genfw.train.job import restore
+from genfw.train.parts import restore
 from genfw.train.runs import read
 
 ROWS = (

@@ -12,8 +12,9 @@ from omegaconf import DictConfig
 
 from genfw import VDM
 from genfw.train.errors import ConfigError
-from genfw.train.job import prepare, restore
 from genfw.train.module import LatentModule
+from genfw.train.parts import restore
+from genfw.train.process import prepare
 from genfw.train.runs import checkpoint
 from genfw.types import Image
 

@@ -69,9 +69,11 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify, given, kind
+    from genfw.train.certificate import certify, given, kind, versions
     from genfw.train.config import build
-    from genfw.train.job import prepare, restore, served, table, versions
+    from genfw.train.parts import restore, served
+    from genfw.train.process import prepare
+    from genfw.train.run_table import table
 
     prepare()
     weights = checkpoint(folder, options.checkpoint)
@@ -87,7 +89,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         default_root_dir=str(folder),
     )
     tested = trainer.test(module, data, verbose=False)[0]
-    found = certify(module, data, tested, weights, versions())
+    found = certify(module, data, tested, weights)
     conditions = {f"test/{name}": said for name, said in given(module).items()}
     results = {**tested, **conditions, **versions()}
     if claimed is not None:

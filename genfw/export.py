@@ -49,7 +49,8 @@ def export(arguments: Sequence[str]) -> None:
     from safetensors.torch import save_file
 
     import genfw
-    from genfw.train.job import prepare, restore
+    from genfw.train.parts import restore
+    from genfw.train.process import prepare
 
     prepare()
     module, _ = restore(config, weights_file)

@@ -90,8 +90,9 @@ def sample(arguments: Sequence[str]) -> None:
 
     from genfw.noise import mix
     from genfw.train.callbacks import slug, steered, watched
-    from genfw.train.job import prepare, restore
+    from genfw.train.parts import restore
     from genfw.train.pictures import draw_samples
+    from genfw.train.process import prepare
 
     prepare()
     module, _ = restore(config, weights)

@@ -319,6 +319,21 @@ def test_a_network_of_ones_own_is_trained_and_opened(tmp_path, monkeypatch):
     assert type(fitting(model, str(folder))).__name__ == "Net"
 
 
+def test_wandb_hears_of_its_run(tmp_path, monkeypatch):
+    """Configuration, numbers as they come, those of the end, and how it went."""
+    run, opened = Mock(id="abc", disabled=False, offline=True), Mock()
+    run.settings.sync_dir = "x"
+    opened.return_value = run
+    monkeypatch.setattr("wandb.init", opened)
+    given = ("logger=wandb", "logger.wandb.mode=offline", f"hydra.run.dir={tmp_path}")
+    assert command(classify, (*TINY, *given)) == 0
+    assert opened.call_args.kwargs["config"]["levels"] == 1
+    logged = [call.args[0] for call in run.log.call_args_list]
+    assert any("val/accuracy" in row for row in logged)
+    assert "test/accuracy" in run.summary.update.call_args.args[0]
+    run.finish.assert_called_once_with(exit_code=0)
+
+
 def test_its_callbacks_are_callbacks(tmp_path, capsys):
     ink = "+callbacks.ink._target_=torchmetrics.MeanMetric"
     assert command(classify, (*TINY, ink, f"hydra.run.dir={tmp_path}")) == 2

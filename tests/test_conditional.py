@@ -28,8 +28,9 @@ from genfw.noise import BatchNoise, mix
 from genfw.train.callbacks import Frechet, watched
 from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import guides, restore, run
+from genfw.train.job import run
 from genfw.train.module import drop_labels, reseed
+from genfw.train.parts import guides, restore
 from genfw.train.pictures import draw_samples
 from genfw.train.resume import _its_mathematics
 from genfw.train.runs import command, read
@@ -132,7 +133,7 @@ def test_an_nll_is_not_guided(conditional, capsys):
 @pytest.mark.parametrize("model", ["vae", "mhvae", "hvae", "vdm"])
 def test_every_model_can_be_conditional(model):
     """Its bound and its samples depend on the label; where it has no classes they do not."""
-    from genfw.train.job import assemble
+    from genfw.train.parts import assemble
 
     config = composed(f"model={model}")
     for classes in (10, None):

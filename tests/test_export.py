@@ -13,7 +13,8 @@ from genfw import Noise
 from genfw.export import export, load
 from genfw.sample import DEFAULTS, sample
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.job import restore, run
+from genfw.train.job import run
+from genfw.train.parts import restore
 from genfw.train.runs import command
 
 
@@ -91,7 +92,7 @@ def test_the_folder_of_a_file_is_made(folder, tmp_path):
 )
 def test_what_cannot_be_written_is_found_first(folder, tmp_path, monkeypatch, capsys, out, said):
     (tmp_path / "file").touch()
-    monkeypatch.setattr("genfw.train.job.restore", None)
+    monkeypatch.setattr("genfw.train.parts.restore", None)
     assert command(export, [f"run={folder}", f"out={tmp_path}{out}"]) == 2
     heard = capsys.readouterr().err
     assert said.format(tmp_path) in heard and heard.count("\n") == 1

@@ -22,7 +22,9 @@ from genfw.train.config import build
 from genfw.train.data import Digits
 from genfw.train.errors import ConfigError, GenfwError, Stopped
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import assemble, restore, run, table, validation_interval
+from genfw.train.job import run
+from genfw.train.parts import assemble, restore, validation_interval
+from genfw.train.run_table import table
 from genfw.train.runs import command
 
 SMALL = (
@@ -424,7 +426,7 @@ def test_a_top_down_hierarchy_is_sampled_at_a_temperature(tmp_path, monkeypatch,
     config = composed("model=hvae", "model.ladder.width=8")
     OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
     module, data = assemble(config)
-    monkeypatch.setattr("genfw.train.job.restore", lambda *_: (module, data))
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (module, data))
     monkeypatch.setattr("genfw.sample.checkpoint", lambda *_: None)
     asked, draw = [], module.model.sample
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ from genfw.train import plugins, resume, runs
 from genfw.train.compose import compose, searched, session, unchecked
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
-from genfw.train.job import implemented, make_callbacks
+from genfw.train.parts import implemented, make_callbacks
 from genfw.train.schema import ConfFiles, from_signature
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ import genfw
 from genfw import evaluate
 from genfw.estimators.report import differences, fingerprint, plain
 from genfw.evaluate import certificate, compare, keep
-from genfw.train.certificate import certify
+from genfw.train.certificate import certify, versions
 from genfw.train.data import ImageData, Source, Split, Splits
 from genfw.train.errors import GenfwError
 from genfw.train.loggers import git_commit
@@ -187,7 +187,7 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
         assert fingerprint(model) != fingerprint(trained)
     torch.save({"global_step": 12}, tmp_path / "best.ckpt")
     (tested,) = tiny.trainer(tmp_path).test(module, data, verbose=False)
-    held = certify(module, data, tested, tmp_path / "best.ckpt", {"versions/torch": "9.9"})
+    held = certify(module, data, tested, tmp_path / "best.ckpt")
 
     x, keys = torch.from_numpy(data.split("test").images), genfw.noise.mix(3, "test")
     found, bits = estimator(model, x, noise=genfw.Noise(keys, torch.arange(7))), 4 * math.log(2)
@@ -234,7 +234,7 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
             "checkpoint": "best.ckpt",
             "step": 12,
             "git": git_commit(),
-            "versions": {"torch": "9.9"},
+            "versions": {key.removeprefix("versions/"): said for key, said in versions().items()},
         },
     }
 
@@ -255,7 +255,7 @@ def run(config, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     torch.save({"global_step": 12}, tmp_path / "checkpoints" / "best.ckpt")
     data = ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
-    monkeypatch.setattr("genfw.train.job.restore", lambda *_: (tiny.module(), data))
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (tiny.module(), data))
     return tmp_path
 
 

@@ -8,7 +8,7 @@ import genfw
 from genfw import Estimator, LatentModel, Objective
 from genfw.objective import Floor
 from genfw.train.errors import ConfigError
-from genfw.train.job import served
+from genfw.train.parts import served
 
 
 class Bare(LatentModel):

@@ -22,8 +22,9 @@ from genfw.train import callbacks, signals
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.errors import Stopped
 from genfw.train.frechet import FrechetDistance
-from genfw.train.job import fit, prepare
+from genfw.train.job import fit
 from genfw.train.keeper import Keeper
+from genfw.train.process import prepare
 from genfw.train.run_folder import noted
 from genfw.train.signals import EXIT_CODES, Interruption, Signals
 

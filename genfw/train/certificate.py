@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 
+import genfw
 from genfw.elbo import bits_per_dim
 from genfw.estimators.report import Certificate, fingerprint, plain
 from genfw.models.vdm import VDM
@@ -23,13 +26,11 @@ def certify(
     data: L.LightningDataModule,
     tested: Mapping[str, Any],
     checkpoint: Path,
-    versions: Mapping[str, str],
 ) -> Certificate:
     """The certificate of `tested`, what `trainer.test(module, data)` returned.
 
     Args:
         checkpoint: the file whose weights were tested.
-        versions: of the packages that matter.
     """
     dims = math.prod(data.shape) if isinstance(data, ImageData) else None
     return {
@@ -37,7 +38,7 @@ def certify(
         "estimator": _estimator(module),
         "model": _model(module),
         "data": _data(data, int(tested["test/count"])),
-        "origin": _origin(checkpoint, versions),
+        "origin": _origin(checkpoint),
     }
 
 
@@ -128,11 +129,21 @@ def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
     }
 
 
-def _origin(checkpoint: Path, versions: Mapping[str, str]) -> dict[str, Any]:
+def _origin(checkpoint: Path) -> dict[str, Any]:
     held = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return {
         "checkpoint": checkpoint.name,
         "step": int(held["global_step"]),
         "git": git_commit(),
-        "versions": {key.removeprefix("versions/"): value for key, value in versions.items()},
+        "versions": {key.removeprefix("versions/"): value for key, value in versions().items()},
+    }
+
+
+def versions() -> dict[str, str]:
+    """What computed these numbers."""
+    packages = ("torch", "lightning", "torchmetrics", "numpy")
+    return {
+        "versions/python": platform.python_version(),
+        "versions/genfw": genfw.__version__,
+        **{f"versions/{package}": version(package) for package in packages},
     }

@@ -9,16 +9,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import lightning.pytorch as L
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from genfw.estimators.report import plain
 from genfw.train import job
+from genfw.train.certificate import versions
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
 from genfw.train.errors import resume_line
 from genfw.train.files import store
 from genfw.train.keeper import Keeper
+from genfw.train.loggers import git_commit
+from genfw.train.parts import make_callbacks, make_trainer, nodes
+from genfw.train.process import prepare
 
 
 def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Results:
@@ -35,29 +40,32 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
     Raises:
         Stopped: a signal asked for it, or nothing could be saved any more.
     """
-    job.prepare()
+    prepare()
     resolved = job.container(config)
     if not (folder / "config.yaml").exists():
         job.keep_config(resolved, folder)
-    with job.obedient(folder) as signals:
+    loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
+    with job.obedient(folder) as signals, job.finished(loggers, signals):
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config), build(config.data)
-        loggers = [build(node, folder=folder) for node in job.nodes(config.logger)]
-        callbacks = job.make_callbacks(config)
+        callbacks = make_callbacks(config)
         files = AtomicIO()
         keeper = Keeper(folder / "checkpoints", files, signals, begin)
-        trainer = job.make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
         keeper.check(trainer, module)
         job.keep_config(resolved, folder)
         if trainer.is_global_zero:
             said = module.classifier.extra_repr()
             print(f"classifier of {said}\nrun folder: {folder}", flush=True)
+        for logger in loggers:
+            logger.log_hyperparams({**resolved, "git": git_commit()})
         job.fit(trainer, module, data, keeper)
         keeper.look_at_the_last(trainer, module, data)
         (tested,) = trainer.test(
             module, data, ckpt_path=keeper.path, weights_only=True, verbose=False
         )
-        results: job.Results = {**tested, **job.versions()}
+        results: job.Results = {**tested, **versions()}
+        job.summarize(loggers, results)
         if trainer.is_global_zero:
             for key, value in tested.items():
                 print(f"{key:28}{value:.4f}")
