@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from omegaconf import OmegaConf
 
@@ -252,6 +253,17 @@ WRONG = [
     ("--multirun seed=0,1 hydra/launcher=ray", ["pip install hydra-ray-launcher"]),
     ("--multirun seed=0,1 hydra/launcher=loocal", ["loocal", "local"]),
 ]
+
+
+@pytest.mark.parametrize(
+    "model", sorted(file.stem for file in (conf_folder() / "model").glob("*.yaml"))
+)
+def test_every_model_trains_where_nothing_else_was_imported(tmp_path, model):
+    """As from a shell: these tests have imported all of genfw."""
+    chosen = ranks.MODELS.get(model, (f"model={model}",))
+    small = (*ranks.SMALL, *chosen, "trainer.max_steps=1", "trainer.limit_val_batches=1")
+    ended = ranks.run(*small, f"hydra.run.dir={tmp_path}/run")
+    assert ended.codes == [0], ended.said
 
 
 @pytest.mark.parametrize(("command", "said"), WRONG, ids=[command for command, _ in WRONG])

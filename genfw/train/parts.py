@@ -60,15 +60,18 @@ def implemented(config: DictConfig) -> None:
     Raises:
         ConfigError: one of them does not implement the group's interface.
     """
-    for group, interface in Registered.groups.items():
-        target = OmegaConf.select(config, f"{group}._target_")
-        if not target or group in ("net", "data"):
-            continue
-        made = locate(target, trusted_by(config))
-        if isinstance(made, type) and not issubclass(made, interface):
+    trusted = trusted_by(config)
+    made = {
+        str(group): locate(node._target_, trusted)
+        for group, node in config.items()
+        if isinstance(node, DictConfig) and "_target_" in node and group not in ("net", "data")
+    }
+    for group, cls in made.items():  # all are there: a model opens the groups of its parts
+        interface = Registered.groups.get(group)
+        if interface and isinstance(cls, type) and not issubclass(cls, interface):
             raise ConfigError(
-                f"{group}._target_={target}: expected a subclass of genfw.{interface.__name__}, "
-                f"which {made.__name__} is not"
+                f"{group}._target_={config[group]._target_}: expected a subclass of "
+                f"genfw.{interface.__name__}, which {cls.__name__} is not"
             )
 
 
