@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -119,6 +120,16 @@ def test_what_is_finished_is_not_run_again(tmp_path):
     launch(tmp_path, *lines)
     assert codes(tmp_path) == [0, 0]
     assert [len((tmp_path / n / "ran").read_text().split()) for n in "01"] == [1, 2]
+
+
+def test_a_job_whose_folder_is_gone_is_run_again(tmp_path, capsys):
+    launch(tmp_path, "echo x >> ../ran", "true")
+    shutil.rmtree(tmp_path / "0")
+    show(tmp_path, records(tmp_path), planned=2)
+    said = capsys.readouterr().out
+    assert "its folder is gone" in said and "1 of 2 jobs finished" in said
+    launch(tmp_path, "echo x >> ../ran", "true")
+    assert (tmp_path / "ran").read_text().split() == ["x", "x"]
 
 
 def test_another_job_under_the_number_of_a_finished_one_is_refused(tmp_path):
@@ -397,7 +408,10 @@ def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
     kept = dict.fromkeys(("test/bpd", "test/nll", "val/nll", "seconds/fit"), 123.456789)
     kept |= {"test/fd_digits": 39.0, "test/fd_digits_samples": 1000}
     made = [
-        {"number": n, "overrides": [f"experiment={each}"], "exit": 0, "results": kept}
+        {
+            **{"number": n, "overrides": [f"experiment={each}"], "exit": 0},
+            **{"results": kept, "folder": tmp_path},
+        }
         for n, each in enumerate(names)
     ]
     show(tmp_path, made, 2)

@@ -128,6 +128,8 @@ class Job:
         code = before.get("exit", "never started")
         if code != 0 and not (code is None and self.results):  # None: we were killed, it was not
             return False
+        if not self.folder.is_dir():  # taken away, to have it once more
+            return False
         if before["overrides"] != list(self.overrides):
             raise GenfwError(
                 f"{self.sweep}: job {self.number} was {' '.join(before['overrides'])} and is now "

@@ -103,13 +103,14 @@ def metrics(records: Sequence[Record]) -> list[str]:
 
 
 def status(record: Record) -> str:
-    """`finished`, `running`, `not finite: ` and what, or `failed: ` and why."""
+    """`finished`, `running`, `not finite: ` and what, `failed: ` and why, or that its folder is
+    gone, which is then to be run once more."""
     if record["exit"] is None:
         return "running"
     if wrong := not_finite(record["results"]):
         return f"{NOT_FINITE}{wrong}"
     if record["exit"] == 0:
-        return FINISHED
+        return FINISHED if record["folder"].is_dir() else "its folder is gone"
     said = str(record.get("error", ""))
     return said if said == "interrupted" else f"failed: {said}"
 
