@@ -187,8 +187,8 @@ class ImageData(L.LightningDataModule):
         count, (_, world) = len(getattr(self.raw, name)), self._rank_and_world()
         if count < world:
             raise DataError(
-                f"{self.name}: {name} has {count} images, and here are {world} ranks: "
-                "give fewer trainer.devices"
+                f"{self.name}: {name} has {count} image{'s' * (count > 1)}, and here are {world} "
+                "ranks: give fewer trainer.devices"
             )
 
     def _evaluation(self, name: SplitName) -> DataLoader[Batch]:
