@@ -37,10 +37,9 @@ import genfw
 from genfw import VDM, Ancestral, Sampler, TimeGrid
 from genfw.diffusion.guidance import ByClassifier
 from genfw.noise import mix
-from genfw.train.callbacks import steered
 from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.pictures import draw_samples
+from genfw.train.pictures import draw_samples, steered
 from genfw.train.runs import command, read
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {

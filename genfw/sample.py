@@ -89,10 +89,10 @@ def sample(arguments: Sequence[str]) -> None:
     _out_is_there(options, folder)
 
     from genfw.noise import mix
-    from genfw.train.callbacks import slug, steered, watched
     from genfw.train.parts import restore
-    from genfw.train.pictures import draw_samples
+    from genfw.train.pictures import draw_samples, slug, steered
     from genfw.train.process import prepare
+    from genfw.train.progress import watched
 
     prepare()
     module, _ = restore(config, weights)

@@ -25,13 +25,14 @@ from genfw.export import load as load_exported
 from genfw.model import Labelled
 from genfw.nets import Conv
 from genfw.noise import BatchNoise, mix
-from genfw.train.callbacks import Frechet, watched
+from genfw.train.callbacks import Frechet
 from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
 from genfw.train.job import run
 from genfw.train.module import drop_labels, reseed
 from genfw.train.parts import guides, restore
 from genfw.train.pictures import draw_samples
+from genfw.train.progress import watched
 from genfw.train.resume import _its_mathematics
 from genfw.train.runs import command, read
 from genfw.values import check_labels

@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import chain
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import lightning.pytorch as L
@@ -570,6 +571,19 @@ def test_batch_larger_than_the_data():
     with pytest.raises(DataError, match="a step takes 4 x 3 ranks x 2 accumulated images"):
         TrainingBatches(20, 4, 0, world=3, accumulate=2)
     assert len(TrainingBatches(20, 20, 0)) == 1
+
+
+@pytest.mark.parametrize("short", ["validation", "test"])
+def test_every_rank_has_an_image_to_evaluate(short):
+    """Lightning leaves out the evaluation of a rank that has none, and the others wait for it."""
+    splits = {"train": random_split(40), "validation": random_split(6), "test": random_split(6)}
+    data = ImageData(Given(**splits | {short: random_split(5)}), (1, 4, 4), 256, 3, batch_size=4)
+    trainer = Mock(spec=L.Trainer, global_rank=0, world_size=5, accumulate_grad_batches=1)
+    trainer.strategy = Mock(root_device=torch.device("cpu"))
+    data.check(trainer)
+    trainer.world_size = 6
+    with pytest.raises(DataError, match=f"{short} has 5 images, and here are 6 ranks: "):
+        data.check(trainer)
 
 
 # ---------------------------------------------------------------------------------------- order

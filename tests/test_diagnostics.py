@@ -1,9 +1,9 @@
-"""Diagnostics say what is so: costs and active units against exact answers, an alarm where a level
+"""Diagnostics say what is so: what they log is of the images they look at, an alarm where a level
 is dead, pictures of the latents they claim to show."""
 
 import csv
-import math
 import warnings
+from unittest.mock import Mock
 
 import oracles
 import pytest
@@ -13,18 +13,11 @@ from torch.distributions import kl_divergence
 
 import genfw
 from genfw.noise import Noise
-from genfw.train.diagnostics import (
-    ACTIVE,
-    Diagnostics,
-    Findings,
-    interpolation,
-    look,
-    spread,
-    traversal,
-    write,
-)
-from genfw.train.latents import Chain, Means, latents_of
+from genfw.train.activity import Findings, look, spread
+from genfw.train.diagnostics import Diagnostics, write
+from genfw.train.latents import Chain, latents_of
 from genfw.train.module import LatentModule
+from genfw.train.pictures import traversal
 
 
 def noise(n):
@@ -72,55 +65,6 @@ def module(model, lr=1e-4):
     )
 
 
-def test_levels_of_a_chain_against_the_exact_answer(double):
-    """z_1 = g_1 x + ..., z_2 = g_2 z_1 + ...: every expectation is one of normals."""
-    model = oracles.LinearGaussianChain(2, bias=0.0, stretch=1.3)
-    x, draws = torch.randn(200, 2) * torch.tensor([1.0, 2.5]), 200
-    found = look(model, x, None, noise(200), draws).findings()
-    gain = [model.a * model.var[t] / model.var[t - 1] for t in (1, 2)]
-    var = [1.69 * (model.var[t] - gain[t - 1] ** 2 * model.var[t - 1]) for t in (1, 2)]
-    square = var[0] + gain[0] ** 2 * x.square()  # E z_1^2, per image and dimension
-    miss = (1 - model.a * gain[1]) ** 2 * square + model.a**2 * var[1]  # E (z_1 - a z_2)^2
-    kl_1 = -0.5 * (1 + math.log(var[0])) + 0.5 * (math.log(model.s**2) + miss / model.s**2)
-    kl_2 = 0.5 * (var[1] + gain[1] ** 2 * square - 1 - math.log(var[1]))
-    torch.testing.assert_close(found.kl[0], kl_1.mean(0), atol=0.03, rtol=0)  # ± 0.008
-    torch.testing.assert_close(found.kl[1], kl_2.mean(0), atol=0.01, rtol=0)  # ± 0.0025
-
-    spread = x.var(0)
-    torch.testing.assert_close(found.activity[0], gain[0] ** 2 * spread)
-    exact = (gain[0] * gain[1]) ** 2 * spread
-    error = 2 * gain[1] ** 2 * (var[0] / draws * exact / 200) ** 0.5  # of Var_x, to first order
-    assert ((found.activity[1] - exact).abs() < 5 * error + 1e-3).all()
-
-
-@pytest.mark.parametrize("draws", [2, 4])
-def test_draws_are_not_taken_for_activity(draws, double):
-    """z_2 depends on z_1, and z_1 on no data: whatever moves is the draws' own doing. To four
-    standard errors, those of the variance over images and of the variance over draws together."""
-    model, n = oracles.LinearGaussianChain(2), 2000
-    blind = genfw.Normal(torch.zeros(n, 2), torch.ones(n, 2))
-    encode = model.encode
-    model.encode = lambda z, t, y=None: blind if t == 1 else encode(z, t, y)
-    found = look(model, torch.randn(n, 2), None, noise(n), draws).findings()
-    assert found.activity[0].abs().max() < 1e-12
-    moved = (model.a * model.var[2] / model.var[1]) ** 2 / draws  # what the draws alone would show
-    assert moved > 10 * ACTIVE
-    error = moved * (2 / n + 2 / ((draws - 1) * n)) ** 0.5
-    assert found.activity[1].abs().max() < 4 * error < moved / draws
-
-
-@pytest.mark.parametrize("made", [vae, conv, chain, hvae])
-def test_units_add_up_to_the_terms_of_the_bound(made):
-    model, x = made(), torch.randint(3, (6, 1, 2, 2))
-    found = look(model, x, None, noise(6), 2).findings()
-    bounds = [model.elbo(x, noise=noise(6).fold(j)) for j in range(2)]
-    terms = torch.stack([torch.stack([*b.levels, b.prior]) for b in bounds]).double().mean((0, 2))
-    torch.testing.assert_close(torch.stack([kl.sum() for kl in found.kl]), terms)
-    posteriors = latents_of(model).posteriors(x)
-    sizes = [z[0].numel() for _, z in posteriors]
-    assert [len(kl) for kl in found.kl] == [len(each) for each in found.activity] == sizes
-
-
 @pytest.mark.parametrize("made", [vae, conv, hvae])
 def test_a_unit_costs_its_own_divergence(made):
     """As torch has it, unit by unit, in the order of the posterior's numbers."""
@@ -159,18 +103,6 @@ def test_under_a_prior_that_is_no_normal_units_have_activity_and_no_cost(tmp_pat
     of_units = {key for key in logged if key[-2:] in ("_1", "_2")}
     names = ("kl_1", "informative_units_1", "active_units_1", "active_units_2")
     assert of_units == {f"val/{name}" for name in names}
-
-
-def test_sums_of_batches_add_up():
-    x, model = torch.randint(3, (6, 1, 2, 2)), chain()
-    whole = look(model, x, None, noise(6), 3).findings()
-    index = torch.arange(6)
-    parts = [look(model, x[i], None, Noise(3, index[i]), 3) for i in (slice(2), slice(2, 6))]
-    halves = (parts[0] + parts[1]).findings()
-    for a, b in zip(halves.kl, whole.kl, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    for a, b in zip(halves.activity, whole.activity, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
 
 
 def test_who_is_looked_at():
@@ -218,6 +150,25 @@ def test_an_estimator_without_terms_has_no_rate(tmp_path):
     trainer = tiny.trainer(tmp_path, callbacks=[Diagnostics(3, draws=2)])
     tested = trainer.test(lightning, tiny.Images(), verbose=False)[0]
     assert "test/kl_1" in tested and not {"test/rate", "test/distortion"} & tested.keys()
+
+
+def test_a_rank_that_saw_no_image_keeps_none_waiting(lockstep):
+    """Of two ranks one has looked: both find and log what it saw."""
+    model = chain()
+    with torch.no_grad():
+        seen = look(model, torch.randint(3, (6, 1, 2, 2)), None, noise(6), 2)
+
+    def rank(sums):
+        callback, lightning = Diagnostics(3), Mock(spec=LatentModule, evaluated=model)
+        lightning.nll = Mock(compute=dict)
+        lightning.device = torch.device("cpu")
+        callback.sums = sums
+        found = callback._report(Mock(spec=tiny.L.Trainer, sanity_checking=False), lightning, "val")
+        return found.table(), lightning.log.mock_calls
+
+    one, other = lockstep(lambda: rank(seen), lambda: rank(None))
+    assert one[0] == other[0] == seen.findings().table()
+    assert one[1] == other[1] and len(one[1]) == 6
 
 
 @pytest.mark.parametrize("order", ["sorted", "in turn"])
@@ -296,81 +247,9 @@ def test_no_alarm_before_its_time_nor_for_the_living(tmp_path):
         fit(tmp_path, dead, 5, again)
 
 
-def test_collapse_needs_activity_and_cost():
-    dead, active = torch.zeros(2), torch.tensor([0.0, 1.0])
-    costs = [torch.tensor(kl) for kl in ([0.03, 0.02], [1.0, 2.0], [1.0, 2.0], [-3.0, 1.0])]
-    found = Findings(costs, [active, dead, active, active])
-    assert found.collapsed() == [1, 2]
-    found = Findings([torch.ones(3)], [torch.tensor([0.1, 0.5, 0.3])])
-    assert found.most_active(1, 2).tolist() == [1, 2]
-
-
-def test_a_unit_is_active_above_a_hundredth():
-    """As Burda et al. count them: by Var_x of the posterior mean."""
-    for variance, collapsed in ((0.0099, [1]), (0.0101, [])):
-        found = Findings([torch.tensor([0.0, 3.0])], [torch.tensor([0.0, variance])])
-        assert found.collapsed() == collapsed
-
-
-def test_a_unit_that_moves_or_costs_alone_tells_nothing():
-    kl, activity = torch.tensor([0.2, 0.2, 0.05, 0.0]), torch.tensor([0.5, 0.0, 0.5, 0.0])
-    found = Findings([kl, kl[:1]], [activity, activity[:1]])
-    assert [each.tolist() for each in found.informative()] == [[True, False, False, False], [True]]
-    lines = found.table().splitlines()
-    assert lines[0] == "level,unit,kl,activity" and lines[2] == "1,1,0.2,0"
-    assert [line[:4] for line in lines[1:]] == ["1,0,", "1,1,", "1,2,", "1,3,", "2,0,"]
-
-
 def test_a_full_disk_costs_the_table_not_the_run(tmp_path, capsys):
     write("level\n", tmp_path / "missing" / "units.csv")
     assert "no table" in capsys.readouterr().err
-
-
-def shown(picture, columns, side=2, zoom=16):
-    """The images of a grid, (rows, columns, side, side), out of their enlarged pixels."""
-    size = picture.size
-    sheet = torch.tensor(list(picture.tobytes())).view(size[1], size[0])[::zoom, ::zoom]
-    rows = (sheet.shape[0] - 1) // (side + 1)
-    tiles = [
-        sheet[1 + r * (side + 1) :][:side, 1 + c * (side + 1) :][:, :side]
-        for r in range(rows)
-        for c in range(columns)
-    ]
-    return torch.stack(tiles).view(rows, columns, side, side)
-
-
-@pytest.mark.parametrize("made", [chain, hvae])
-def test_interpolation_begins_and_ends_where_the_images_are(made):
-    model, x = made(), torch.tensor([[0, 1, 2, 2], [2, 1, 0, 0]]).view(2, 1, 2, 2)
-    with torch.no_grad():
-        latents = latents_of(model)
-        rows = shown(interpolation(latents, x, None, bins=3, columns=5), 5)
-        means = [z for _, z in latents.posteriors(x, noise=Means())]
-        ends = [latents.expected(means[t:]) * 127.5 for t in range(2)]
-        middle = latents.expected([(z[:1] + z[1:]) / 2 for z in means]) * 127.5
-    assert rows.shape[0] == 2
-    for row, end in zip(rows, ends, strict=True):
-        assert (row[0] == (x[0, 0] * 127.5).round()).all()
-        assert (row[4] == (x[1, 0] * 127.5).round()).all()
-        assert (row[1] - end[0, 0]).abs().max() < 1.01
-        assert (row[3] - end[1, 0]).abs().max() < 1.01
-    assert (rows[0, 2] - middle[0, 0]).abs().max() < 1.01
-
-
-class Painter(torch.nn.Module):
-    """Paints every image in the value that is its label."""
-
-    def forward(self, z, y):
-        return (100.0 * torch.nn.functional.one_hot(y, 3))[..., None, None].expand(-1, 3, 2, 2)
-
-
-def test_interpolation_has_the_label_of_the_nearer_image():
-    likelihood = genfw.CategoricalLikelihood(3)
-    latents = latents_of(genfw.VAE(Linear(4, 6), Painter(), likelihood, 3, classes=3))
-    x, y = torch.ones(2, 1, 2, 2, dtype=torch.int64), torch.tensor([0, 2])
-    with torch.no_grad():
-        row = shown(interpolation(latents, x, y, bins=3, columns=6), 6)[0]
-    assert row.flatten(1).float().mean(1).tolist() == [128, 0, 0, 255, 255, 128]
 
 
 def test_a_run_draws_units_three_deviations_to_either_side():
@@ -384,21 +263,6 @@ def test_a_run_draws_units_three_deviations_to_either_side():
             for scale in ([0.5, 2.0, 0.0], [0.25, 4.0, 0.0])
         )
     assert pictures["traversal_1"].tobytes() == drawn.tobytes() != other.tobytes()
-
-
-@pytest.mark.parametrize("made", [chain, hvae])
-def test_traversal_moves_one_unit(made):
-    model, x = made(), torch.tensor([0, 1, 2, 2]).view(1, 1, 2, 2)
-    scale = torch.tensor([0.5, 2.0])
-    with torch.no_grad():
-        latents = latents_of(model)
-        picture = traversal(latents, x, None, 2, [1], scale, bins=3, columns=3)
-        _, (_, z) = latents.posteriors(x, noise=Means())
-        for column, shift in enumerate((-6.0, 0.0, 6.0)):
-            flat = z.flatten(1).clone()
-            flat[0, 1] += shift
-            expected = latents.expected([flat.view_as(z)])[0, 0] * 127.5
-            assert (shown(picture, 3)[0, column] - expected).abs().max() < 1.01
 
 
 def test_expected_image_of_all_latents_is_the_likelihoods_mean():

@@ -57,8 +57,22 @@ def rows(sheet):
 NUMBERS = {"nll": 80.0, "nll_stderr": 0.2, "nll_std": 9.0, "bpd": 1.8, "count": 447}
 
 
+def of_dims(lightning, dims):
+    """A module that has been tested on images of so many dimensions."""
+    lightning.dims = dims
+    return lightning
+
+
+def test_a_perfect_model_has_bits_too():
+    """0 nats are 0 bits, and the error is one of dimensions, not of the mean."""
+    said = {f"test/{key}": value for key, value in {**NUMBERS, "nll": 0.0, "bpd": 0.0}.items()}
+    shown = rows(table(said, of_dims(tiny.module(), 10)))
+    assert shown["NLL"] == "0.00 ± 0.20 nats (standard error)"
+    assert shown[""] == "0.0000 ± 0.0289 bits/dim"
+
+
 def test_the_table_says_what_kind_of_number_and_whether_to_believe_it():
-    lightning = module(chain())
+    lightning = of_dims(module(chain()), 64)
     lightning.estimator = ImportanceWeighted(k=500)
     said = {**NUMBERS, "ess": 31.72, "khat": 0.854, "khat_over_0.7": 0.25}
     shown = rows(table({f"test/{key}": value for key, value in said.items()}, lightning))
@@ -77,10 +91,10 @@ def test_a_table_without_a_number_says_so():
     assert "" not in shown and shown["images"] == "447", "no bits, and no spread"
     one_draw = {f"test/{key}": value for key, value in NUMBERS.items()}
     one_draw["test/nll_stderr"] = math.nan
-    shown = rows(table(one_draw, tiny.module()))
+    shown = rows(table(one_draw, of_dims(tiny.module(), 64)))
     assert shown["NLL"] == "80.00 nats (one draw, no standard error)"
     assert shown["images"] == "447, NLL spread over them 9.0 nats"
-    assert rows(table({**one_draw, "test/count": 1}, tiny.module()))["images"] == "1"
+    assert rows(table({**one_draw, "test/count": 1}, of_dims(tiny.module(), 64)))["images"] == "1"
 
 
 def test_a_run_without_a_number_is_no_success(tmp_path, capsys):
@@ -109,9 +123,9 @@ def test_a_run_without_a_number_is_no_success(tmp_path, capsys):
 def test_levels_are_denoising_where_they_are():
     said = {**NUMBERS, "reconstruction": -70.0, "levels": 8.0, "prior": 2.0}
     results = {f"test/{key}": value for key, value in said.items()}
-    assert rows(table(results, tiny.module()))["  levels (denoising)"] == "8.00 nats"
+    assert rows(table(results, of_dims(tiny.module(), 64)))["  levels (denoising)"] == "8.00 nats"
     for made in (chain, hvae):
-        shown = rows(table(results, module(made())))
+        shown = rows(table(results, of_dims(module(made()), 64)))
         assert shown["  levels"] == "8.00 nats" and "  levels (denoising)" not in shown
 
 

@@ -7,23 +7,38 @@ import lightning.pytorch as L
 import pytest
 import tiny
 import torch
-from test_diagnostics import chain, hvae, module, shown
+from test_diagnostics import Linear, chain, hvae, module
 
 import genfw
 from genfw.noise import Noise
 from genfw.sample import write
 from genfw.train.callbacks import Pictures
 from genfw.train.frechet import to_bytes
-from genfw.train.latents import latents_of
+from genfw.train.latents import Means, latents_of
 from genfw.train.pictures import (
     animate,
     data_to_bytes,
     denoising_strip,
     draw_samples,
     grid,
+    interpolation,
     reconstructions,
     trajectory,
+    traversal,
 )
+
+
+def shown(picture, columns, side=2, zoom=16):
+    """The images of a grid, (rows, columns, side, side), out of their enlarged pixels."""
+    size = picture.size
+    sheet = torch.tensor(list(picture.tobytes())).view(size[1], size[0])[::zoom, ::zoom]
+    rows = (sheet.shape[0] - 1) // (side + 1)
+    tiles = [
+        sheet[1 + r * (side + 1) :][:side, 1 + c * (side + 1) :][:, :side]
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    return torch.stack(tiles).view(rows, columns, side, side)
 
 
 def test_a_trajectory_ends_in_the_sample():
@@ -154,3 +169,52 @@ def test_reconstructions_of_every_level(made):
 def test_pictures_need_images_and_two_levels(wrong):
     with pytest.raises(ValueError, match="expected an integer of at least"):
         Pictures(256, **wrong)
+
+
+@pytest.mark.parametrize("made", [chain, hvae])
+def test_interpolation_begins_and_ends_where_the_images_are(made):
+    model, x = made(), torch.tensor([[0, 1, 2, 2], [2, 1, 0, 0]]).view(2, 1, 2, 2)
+    with torch.no_grad():
+        latents = latents_of(model)
+        rows = shown(interpolation(latents, x, None, bins=3, columns=5), 5)
+        means = [z for _, z in latents.posteriors(x, noise=Means())]
+        ends = [latents.expected(means[t:]) * 127.5 for t in range(2)]
+        middle = latents.expected([(z[:1] + z[1:]) / 2 for z in means]) * 127.5
+    assert rows.shape[0] == 2
+    for row, end in zip(rows, ends, strict=True):
+        assert (row[0] == (x[0, 0] * 127.5).round()).all()
+        assert (row[4] == (x[1, 0] * 127.5).round()).all()
+        assert (row[1] - end[0, 0]).abs().max() < 1.01
+        assert (row[3] - end[1, 0]).abs().max() < 1.01
+    assert (rows[0, 2] - middle[0, 0]).abs().max() < 1.01
+
+
+class Painter(torch.nn.Module):
+    """Paints every image in the value that is its label."""
+
+    def forward(self, z, y):
+        return (100.0 * torch.nn.functional.one_hot(y, 3))[..., None, None].expand(-1, 3, 2, 2)
+
+
+def test_interpolation_has_the_label_of_the_nearer_image():
+    likelihood = genfw.CategoricalLikelihood(3)
+    latents = latents_of(genfw.VAE(Linear(4, 6), Painter(), likelihood, 3, classes=3))
+    x, y = torch.ones(2, 1, 2, 2, dtype=torch.int64), torch.tensor([0, 2])
+    with torch.no_grad():
+        row = shown(interpolation(latents, x, y, bins=3, columns=6), 6)[0]
+    assert row.flatten(1).float().mean(1).tolist() == [128, 0, 0, 255, 255, 128]
+
+
+@pytest.mark.parametrize("made", [chain, hvae])
+def test_traversal_moves_one_unit(made):
+    model, x = made(), torch.tensor([0, 1, 2, 2]).view(1, 1, 2, 2)
+    scale = torch.tensor([0.5, 2.0])
+    with torch.no_grad():
+        latents = latents_of(model)
+        picture = traversal(latents, x, None, 2, [1], scale, bins=3, columns=3)
+        _, (_, z) = latents.posteriors(x, noise=Means())
+        for column, shift in enumerate((-6.0, 0.0, 6.0)):
+            flat = z.flatten(1).clone()
+            flat[0, 1] += shift
+            expected = latents.expected([flat.view_as(z)])[0, 0] * 127.5
+            assert (shown(picture, 3)[0, column] - expected).abs().max() < 1.01

@@ -188,6 +188,10 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
     torch.save({"global_step": 12}, tmp_path / "best.ckpt")
     (tested,) = tiny.trainer(tmp_path).test(module, data, verbose=False)
     held = certify(module, data, tested, tmp_path / "best.ckpt")
+    for perfect in ({}, {"test/nll": 0.0, "test/bpd": 0.0}):  # bits are those of the dimensions
+        again = certify(module, tiny.Images(), tested | perfect, tmp_path / "best.ckpt")["result"]
+        assert again["bpd_stderr"] == held["result"]["bpd_stderr"]
+        assert again["terms"] == held["result"]["terms"]
 
     x, keys = torch.from_numpy(data.split("test").images), genfw.noise.mix(3, "test")
     found, bits = estimator(model, x, noise=genfw.Noise(keys, torch.arange(7))), 4 * math.log(2)

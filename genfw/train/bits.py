@@ -18,21 +18,19 @@ from typing import Any, TypeAlias
 
 import lightning.pytorch as L
 import torch
-import torch.distributed as dist
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image as PIL
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least_one
 from genfw.diffusion.denoising import Denoising, register_denoising_hook
 from genfw.elbo import bits_per_dim
 from genfw.models.vdm import VDM
-from genfw.train.callbacks import show
 from genfw.train.data.images import Batch
-from genfw.train.errors import one_line
+from genfw.train.loggers import show
 from genfw.train.module import LatentModule, logs
+from genfw.train.occasions import Every, over_ranks, skipped
 from genfw.train.pictures import save
 
 Drawn: TypeAlias = tuple[Tensor, Tensor]
@@ -65,8 +63,7 @@ class BitAccounting(L.Callback):
 
     def __init__(self, intervals: int = 10, every: int = 5):
         self.intervals = at_least_one("intervals", intervals)
-        self.every = at_least(0, "every", every)
-        self.validations = 0
+        self.turns = Every(every)
         self.edges: Tensor | None = None
         self.drawn: list[Drawn] = []
         self.parts: list[tuple[Tensor, Tensor]] = []
@@ -122,10 +119,8 @@ class BitAccounting(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._report(pl_module, "val")
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self.validations += 1
-            if self.every and self.validations % self.every == 0:
-                self._draw(trainer, "val")
+        if self.turns.due(trainer):
+            self._draw(trainer, "val")
 
     def on_test_batch_start(
         self,
@@ -160,10 +155,11 @@ class BitAccounting(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         edges = None if self.edges is None else self.edges.tolist()
-        return {"validations": self.validations, "edges": edges}
+        return {**self.turns.state_dict(), "edges": edges}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations, edges = state_dict["validations"], state_dict["edges"]
+        self.turns.load_state_dict(state_dict)
+        edges = state_dict["edges"]
         self.edges = None if edges is None else torch.tensor(edges, dtype=torch.float64)
 
     def _open(self, module: L.LightningModule, batch: Batch) -> None:
@@ -213,7 +209,7 @@ class BitAccounting(L.Callback):
             return
         self._sum(split)
         nothing = torch.zeros(3, self.intervals, dtype=torch.float64, device=module.device)
-        sums = over_ranks(self.sums.pop(split, nothing))
+        (sums,) = over_ranks([self.sums.pop(split, nothing)])
         if self.edges is None or sums[0, 0] == 0:
             return
         nats, error = findings(sums)
@@ -228,12 +224,9 @@ class BitAccounting(L.Callback):
         if not trainer.is_global_zero or split not in self.found or self.edges is None:
             return
         beside = {name: self.found[name] for name in (split, "train") if name in self.found}
-        try:
-            picture = chart(self.edges.cpu(), beside)
-        except Exception as error:
-            print(f"picture of bits skipped: {one_line(error)}", flush=True)
-            return
-        show(trainer, f"{split}/bits", save(picture, Path(trainer.default_root_dir) / "bits.png"))
+        with skipped("picture of bits"):
+            path = Path(trainer.default_root_dir) / "bits.png"
+            show(trainer, f"{split}/bits", save(chart(self.edges.cpu(), beside), path))
 
 
 def between(model: VDM, intervals: int) -> Tensor:
@@ -262,14 +255,6 @@ def spent(log_snr: Tensor, cost: Tensor, edges: Tensor) -> Tensor:
     zeros = torch.zeros(len(cost), len(edges) - 1, dtype=torch.float64, device=cost.device)
     nats = zeros.scatter_add(1, where, cost.double() / cost.shape[1])
     return torch.stack([torch.ones_like(nats), nats, nats.square()]).sum(1)
-
-
-def over_ranks(sums: Tensor) -> Tensor:
-    """The sums of all ranks together."""
-    sums = sums.clone()
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums
 
 
 def findings(sums: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,166 +1,43 @@
-"""What is shown while a model trains: progress, pictures, and how far samples are from the data."""
+"""What is drawn of a model while it trains, and how far its samples are from the data.
+
+Progress and StartAtMean have pages of their own; configurations and run folders name them here.
+"""
 
 from __future__ import annotations
 
 import math
-import re
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image as PIL
-from rich import progress as rich
-from rich.console import Console
 from torch import Tensor
 
 from genfw.check import at_least
-from genfw.diffusion.denoiser import Denoiser
-from genfw.diffusion.guidance import Guidance
-from genfw.likelihood import BernoulliLikelihood
-from genfw.model import LatentModel
-from genfw.models.mhvae import MHVAE
 from genfw.models.vdm import VDM
-from genfw.nets.mlp import MLPDecoder
 from genfw.noise import Noise, mix
 from genfw.train.data.module import ImageData
-from genfw.train.errors import GenfwError, Stopped, one_line
+from genfw.train.errors import GenfwError, Stopped
 from genfw.train.frechet import FrechetDistance, to_bytes
 from genfw.train.latents import latents_of
-from genfw.train.loggers import Wandb
+from genfw.train.loggers import show
 from genfw.train.module import LatentModule
+from genfw.train.occasions import Every, skipped
 from genfw.train.pictures import (
     denoising_strip,
     draw_samples,
     grid,
     reconstructions,
     save,
+    steered,
 )
+from genfw.train.progress import Progress, watched
 from genfw.train.signals import heard
+from genfw.train.start_at_mean import StartAtMean
 
-
-class Progress(ProgressBar):
-    """One bar over the optimizer steps of the whole run; off a terminal, lines.
-
-    It shows the objective (nats) and the bits/dim of the last validation.
-
-    Args:
-        every: steps between lines where there is no terminal.
-
-    Raises:
-        ValueError: every below 1.
-    """
-
-    def __init__(self, every: int = 100):
-        super().__init__()
-        self.every = at_least(1, "every", every)
-        self.enabled = True
-        self.bar: rich.Progress | None = None
-        self.total: int | None = None
-        self.started, self.first, self.said = 0.0, 0, 0
-
-    def disable(self) -> None:
-        self.enabled = False
-
-    def enable(self) -> None:
-        self.enabled = True
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
-        self.total = int(steps) if math.isfinite(steps) else None
-        self.started, self.first = time.monotonic(), trainer.global_step
-        if self.enabled and sys.stdout.isatty():
-            self.bar = rich.Progress(
-                rich.TextColumn("training"),
-                rich.BarColumn(),
-                rich.MofNCompleteColumn(),
-                rich.TimeElapsedColumn(),
-                rich.TimeRemainingColumn(),
-                rich.TextColumn("{task.description}"),
-            )
-            self.bar.add_task("", total=self.total, completed=self.first)
-            self.bar.start()
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        step = trainer.global_step
-        if self.bar is not None:
-            shown = "  ".join(f"{name} {value}" for name, value in _shown(trainer).items())
-            self.bar.update(self.bar.task_ids[0], completed=step, description=shown)
-        elif self.enabled and step >= self.said + self.every:
-            self.said = step
-            print(self._line(trainer), flush=True)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close()
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-    def _line(self, trainer: L.Trainer) -> str:
-        step, seconds = trainer.global_step, time.monotonic() - self.started
-        parts = [f"step {step}" + (f"/{self.total}" if self.total else "")]
-        parts += [f"{name} {value}" for name, value in _shown(trainer).items()]
-        parts.append(f"{seconds:.0f} s")
-        if self.total:
-            left = seconds * (self.total - step) / max(1, step - self.first)
-            parts.append(f"{left:.0f} s left")
-        return "  ".join(parts)
-
-
-class StartAtMean(L.Callback):
-    r"""Before training, sets the bias of a Bernoulli decoder to the logit of the mean training
-    image: :math:`\log m_i - \log(1 - m_i)`, m between 0.001 and 0.999.
-
-    A decoder that begins at grey first spends hundreds of steps on a plateau, where it knows the
-    mean image and nothing of z.
-
-    Raises:
-        GenfwError: in training, a model without a Bernoulli likelihood and an `MLPDecoder`.
-
-    References:
-        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016 (their code),
-        https://arxiv.org/abs/1509.00519
-    """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Before the weights of a checkpoint are read, which win."""
-        if stage != "fit":
-            return
-        data = trainer.datamodule  # pyright: ignore
-        images = data.raw.train.images
-        mean = torch.from_numpy(images.mean(0, dtype="float64") / (data.raw_bins - 1))
-        for model in filter(None, (pl_module.model, pl_module.average)):
-            _bernoulli_decoder(model).start_at(mean.clamp(0.001, 0.999).logit())
-
-
-def _bernoulli_decoder(model: Any) -> MLPDecoder:
-    decoder = model.decoders[0] if isinstance(model, MHVAE) else None
-    if isinstance(decoder, MLPDecoder) and isinstance(model.likelihood, BernoulliLikelihood):
-        return decoder
-    raise GenfwError(
-        "StartAtMean: expected a VAE or MHVAE with likelihood=bernoulli and MLPDecoder as its "
-        f"first decoder, got {type(model).__name__}: remove the callback"
-    )
+__all__ = ["Frechet", "Pictures", "Progress", "StartAtMean"]
 
 
 class Pictures(L.Callback):
@@ -184,13 +61,12 @@ class Pictures(L.Callback):
     def __init__(
         self, bins: int, every: int = 5, samples: int = 64, examples: int = 6, levels: int = 8
     ):
-        self.bins, self.every = bins, at_least(0, "every", every)
+        self.bins, self.turns = bins, Every(every)
         self.samples, self.examples = (
             at_least(1, "samples", samples),
             at_least(1, "examples", examples),
         )
         self.levels = at_least(2, "levels", levels)
-        self.validations = 0
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
 
@@ -208,10 +84,7 @@ class Pictures(L.Callback):
             self.labels = batch.label[: 2 * self.examples]
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _fitting(trainer):
-            return
-        self.validations += 1
-        if self.every and self.validations % self.every == 0:
+        if self.turns.due(trainer):
             assert isinstance(pl_module, LatentModule)
             for kind, picture in self.draw(trainer, pl_module, self.images).items():
                 path = Path(trainer.default_root_dir) / kind / f"{trainer.global_step:06d}.png"
@@ -219,10 +92,10 @@ class Pictures(L.Callback):
                 show(trainer, f"val/{kind}", path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations}
+        return self.turns.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations = state_dict["validations"]
+        self.turns.load_state_dict(state_dict)
 
     def draw(
         self, trainer: L.Trainer, module: LatentModule, images: Tensor | None
@@ -235,14 +108,11 @@ class Pictures(L.Callback):
         Raises:
             Stopped: a signal came, on any rank.
         """
-        with heard(trainer):
-            try:
-                return self._draw(module, images) if trainer.is_global_zero else {}
-            except Stopped:
-                raise
-            except Exception as error:
-                print(f"pictures skipped: {one_line(error)}", flush=True)
-                return {}
+        pictures: dict[str, PIL.Image] = {}
+        with heard(trainer), skipped("pictures"):
+            if trainer.is_global_zero:
+                pictures = self._draw(module, images)
+        return pictures
 
     def _draw(self, module: LatentModule, images: Tensor | None) -> dict[str, PIL.Image]:
         seed = mix(module.seed, "sample")
@@ -298,26 +168,22 @@ class Frechet(L.Callback):
     ):
         self.samples = at_least(2, "samples", samples)
         self.validation_samples = at_least(2, "validation_samples", validation_samples)
-        self.every, self.chunk = at_least(0, "every", every), at_least(1, "chunk", chunk)
-        self.validations = 0
+        self.turns, self.chunk = Every(every), at_least(1, "chunk", chunk)
         self.distance = FrechetDistance.open(extractor, tuple(shape), bins, weights)
         self.referred = False
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not _fitting(trainer):
-            return
-        self.validations += 1
-        if self.every and self.validations % self.every == 0:
+        if self.turns.due(trainer):
             self._measure(trainer, pl_module, "val", self.validation_samples)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure(trainer, pl_module, "test", self.samples)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self.validations}
+        return self.turns.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.validations = state_dict["validations"]
+        self.turns.load_state_dict(state_dict)
 
     def _measure(
         self, trainer: L.Trainer, module: L.LightningModule, split: str, samples: int
@@ -325,12 +191,10 @@ class Frechet(L.Callback):
         if self.distance is None:
             return
         assert isinstance(module, LatentModule)
-        try:
+        value = None
+        with skipped(self.distance.key):
             value = self._compute(self.distance, trainer, module, samples)
-        except Stopped:
-            raise
-        except Exception as error:
-            print(f"{self.distance.key} skipped: {one_line(error)}", flush=True)
+        if value is None:
             self.distance = None
             return
         key = f"{split}/{self.distance.key}{steered(module.model)}"
@@ -367,67 +231,3 @@ class Frechet(L.Callback):
             train = data.split("train")
             distance.to(module.device).reference(train.images, "train", train.hash)
             self.referred = True
-
-
-def steered(model: LatentModel) -> str:
-    """What guides samples, as the end of a name; nothing where nothing does.
-
-    Example:
-        >>> slug("classifier_free(scale=1.5, interval=[-3, 4])")
-        '_classifier_free_scale_1.5_interval_-3_4'
-    """
-    return slug(model.guided().title) if isinstance(model, VDM) else ""
-
-
-@contextmanager
-def watched(model: LatentModel, batches: int, wanted: bool = True) -> Iterator[None]:
-    """A bar while a diffusion model draws so many batches of samples, where there is a terminal and
-    it is wanted (that of training may still stand there).
-
-    It counts calls of the guided denoiser, of which `Sampler.evaluations` make a batch.
-    """
-    if not (wanted and isinstance(model, VDM) and sys.stderr.isatty()):
-        yield
-        return
-    guide = model.guidance
-    with rich.Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("sampling", total=batches * model.sampler.evaluations)
-
-        def counted(denoiser: Denoiser) -> Guidance:
-            guided = guide(denoiser)
-            guided.register_forward_hook(lambda *_: bar.advance(task))
-            return guided
-
-        model.guidance = counted
-        try:
-            yield
-        finally:
-            model.guidance = guide
-
-
-def slug(title: str) -> str:
-    """For names of files and metrics."""
-    words = re.sub(r"[^\w.+-]+", "_", title).strip("_")
-    return f"_{words}" if words else ""
-
-
-def _fitting(trainer: L.Trainer) -> bool:
-    """Whether this validation is one of a training run."""
-    return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-
-
-def show(trainer: L.Trainer, key: str, path: Path) -> None:
-    """A picture to W&B, where there is one."""
-    for logger in trainer.loggers:
-        if isinstance(logger, Wandb):
-            logger.log_picture(key, path, trainer.global_step)
-
-
-def _shown(trainer: L.Trainer) -> dict[str, str]:
-    named = {
-        "train/objective": "objective",
-        "val/bpd": "val bits/dim",
-        "val/accuracy": "val accuracy",
-    }
-    values = trainer.callback_metrics
-    return {name: f"{float(values[key]):.3f}" for key, name in named.items() if key in values}

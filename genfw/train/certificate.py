@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -32,9 +31,8 @@ def certify(
     Args:
         checkpoint: the file whose weights were tested.
     """
-    dims = math.prod(data.shape) if isinstance(data, ImageData) else None
     return {
-        "result": _result(module, tested, dims),
+        "result": _result(module, tested),
         "estimator": _estimator(module),
         "model": _model(module),
         "data": _data(data, int(tested["test/count"])),
@@ -42,11 +40,10 @@ def certify(
     }
 
 
-def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -> dict[str, Any]:
+def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
     nll, stderr, bpd = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr", "bpd"))
-    dims = dims or round(nll / (bpd * math.log(2)))
     terms = {
-        name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), dims))
+        name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), module.dims))
         for name, sign in (("reconstruction", -1), ("levels", 1), ("prior", 1))
         if f"test/{name}" in tested
     }
@@ -54,7 +51,7 @@ def _result(module: LatentModule, tested: Mapping[str, Any], dims: int | None) -
         "nll": nll,
         "nll_stderr": plain(stderr),
         "bpd": bpd,
-        "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), dims))),
+        "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), module.dims))),
         "kind": kind(module),
         "terms": terms,
         "diagnostics": {

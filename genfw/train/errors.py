@@ -34,7 +34,7 @@ class Stopped(GenfwError):
 
 
 def not_finite(results: Mapping[str, Any]) -> str | None:
-    """What is wrong with the NLL of a test, of one without a NLL nothing.
+    """What is wrong with the NLL of a test; None if nothing is, or if there is no NLL.
 
     Example:
         >>> not_finite({"test/nll": None, "test/nonfinite": 3.0, "test/count": 447.0})

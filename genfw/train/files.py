@@ -13,7 +13,8 @@ from genfw.train.errors import GenfwError
 
 
 def probe(folder: Path) -> None:
-    """
+    """Writes and removes a file, to know early whether a folder takes any.
+
     Raises:
         OSError: nothing can be written there.
     """

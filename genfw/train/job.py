@@ -29,7 +29,7 @@ from rich.console import Console
 from genfw.elbo import bits_per_dim
 from genfw.estimators.report import Certificate, plain
 from genfw.model import LatentModel
-from genfw.train.callbacks import Frechet, Pictures, show, steered
+from genfw.train.callbacks import Frechet, Pictures
 from genfw.train.certificate import certify, given, versions
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.config import build
@@ -37,10 +37,10 @@ from genfw.train.data.module import ImageData
 from genfw.train.errors import Stopped, not_finite, resume_line
 from genfw.train.files import replace_text, store
 from genfw.train.keeper import Keeper
-from genfw.train.loggers import Wandb, git_commit
+from genfw.train.loggers import Wandb, git_commit, show
 from genfw.train.module import LatentModule
 from genfw.train.parts import assemble, make_callbacks, make_trainer, nodes, served, steerable
-from genfw.train.pictures import save
+from genfw.train.pictures import save, steered
 from genfw.train.process import prepare
 from genfw.train.run_table import so_far, table
 from genfw.train.runs import told_from_anywhere

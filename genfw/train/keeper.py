@@ -27,6 +27,7 @@ from genfw.train.checkpoint import AtomicIO, read, same
 from genfw.train.errors import ConfigError, Stopped, resume_line
 from genfw.train.files import probe
 from genfw.train.loggers import CSV
+from genfw.train.occasions import fitting
 from genfw.train.signals import Signals, stop
 
 
@@ -154,7 +155,7 @@ class Keeper(Checkpoint):
         self._loops = copy.deepcopy(trainer.fit_loop.state_dict()) if wanted else None
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        if fitting(trainer):
             self._save(trainer)
             self.signals.idle = self.saved == self.step
 
@@ -175,7 +176,7 @@ class Keeper(Checkpoint):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.signals.idle = trainer.state.fn != TrainerFn.FITTING
+            self.signals.idle = not fitting(trainer)
             self.validation_due, self.validated = False, trainer.global_step
             self.consider(trainer, trainer.callback_metrics.get("val/nll"))
 

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -363,3 +364,10 @@ def git_commit() -> str | None:
 def plain(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Python numbers."""
     return {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+
+
+def show(trainer: L.Trainer, key: str, path: Path) -> None:
+    """A picture to W&B, where there is one."""
+    for logger in trainer.loggers:
+        if isinstance(logger, Wandb):
+            logger.log_picture(key, path, trainer.global_step)

@@ -57,6 +57,7 @@ class LatentModule(L.LightningModule):
 
     Attributes:
         arithmetic: what the last numbers were computed in, dtype and whether TF32 was allowed.
+        dims: C * H * W of the images that they are of.
 
     Raises:
         ValueError: label_dropout outside [0, 1); in evaluation, a loader that shuffles.
@@ -86,6 +87,7 @@ class LatentModule(L.LightningModule):
         self.validation_estimator = validation_estimator or Bound(sets=2, strata=4)
         self.seed = seed
         self.arithmetic: dict[str, Any] = {}
+        self.dims = 0
         known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
         self.nll = NLL(diagnostics=known)
         self._nats: list[Tensor] = []
@@ -158,7 +160,8 @@ class LatentModule(L.LightningModule):
         with self.evaluating() as model:
             self.arithmetic = arithmetic(model)
             estimate = estimator(model, batch.image, batch.label, noise=noise)
-        self.nll.update(estimate, batch.image[0].numel())
+        self.dims = batch.image[0].numel()
+        self.nll.update(estimate, self.dims)
 
     def _report(self, split: str) -> None:
         values = self.nll.compute()
@@ -184,9 +187,10 @@ class LatentModule(L.LightningModule):
 
 
 def in_order(loaders: Any) -> None:
-    """
+    """Loaders, or a loader, that give examples in the same order each time.
+
     Raises:
-        ValueError: one of these loaders, or this loader, shuffles.
+        ValueError: one of them shuffles.
     """
     for loader in loaders if isinstance(loaders, list) else [loaders]:
         sampler = getattr(loader, "sampler", None)
@@ -241,8 +245,8 @@ def optimizers(
 def on_schedule(schedules: Iterable[LRScheduler]) -> None:
     """Sets learning rates to what schedules say of their step, here and now.
 
-    A checkpoint holds the rate of its last step: at the end of a run none. A run that is given more
-    steps goes on at the rate of one that was planned that long.
+    A checkpoint holds the rate of its last step: at the end of a run the rate is 0. A run that is
+    given more steps goes on at the rate of one that was planned that long.
     """
     for schedule in schedules:
         if isinstance(schedule, LambdaLR):

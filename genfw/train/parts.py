@@ -186,7 +186,8 @@ def make_callbacks(config: DictConfig) -> list[L.Callback]:
 
 
 def _callback(place: str, node: DictConfig) -> L.Callback:
-    """
+    """A callback that somebody configured.
+
     Raises:
         ConfigError: it is something else.
     """

@@ -1,7 +1,8 @@
-"""Images to look at: grids of samples, of reconstructions, and the way from noise to a sample."""
+"""Images to look at: grids of samples, the way from noise to one, what latents stand for."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +18,8 @@ from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.train.files import replaced
 from genfw.train.frechet import to_bytes
-from genfw.train.latents import Latents
-from genfw.types import Data, Image
+from genfw.train.latents import Latents, Means
+from genfw.types import Data, Image, Labels
 
 GAP = 1
 """Pixels between the images of a grid, before enlarging."""
@@ -91,6 +92,22 @@ def in_turn(model: LatentModel, index: Tensor) -> Tensor | None:
     """The labels of a conditional model's samples where nobody asks for any: class i modulo their
     number for sample i, so that classes are balanced. None where there are no classes."""
     return None if model.classes is None else index % model.classes
+
+
+def steered(model: LatentModel) -> str:
+    """What guides samples, as the end of a name; nothing where nothing does.
+
+    Example:
+        >>> slug("classifier_free(scale=1.5, interval=[-3, 4])")
+        '_classifier_free_scale_1.5_interval_-3_4'
+    """
+    return slug(model.guided().title) if isinstance(model, VDM) else ""
+
+
+def slug(title: str) -> str:
+    """For names of files and metrics."""
+    words = re.sub(r"[^\w.+-]+", "_", title).strip("_")
+    return f"_{words}" if words else ""
 
 
 @torch.no_grad()
@@ -166,6 +183,52 @@ def reconstructions(
     z = [each for _, each in latents.posteriors(x, y, noise=noise)]
     levels = [pixels(latents.expected(z[t:], y), bins) for t in range(latents.levels)]
     return grid(torch.cat([pixels(x, bins), *levels]), columns=len(x))
+
+
+def interpolation(
+    latents: Latents, x: Image, y: Labels | None, bins: int, columns: int = 9
+) -> PIL.Image:
+    """Between the two images x: they at both ends of every row, and between them E[x | z] on the
+    straight line between their latents. In row t, z_t .. z_T are on the line, and what is below
+    z_t is the mean of its prior, so that rows tell what a level and those above hold."""
+    means = [z for _, z in latents.posteriors(x, y, noise=Means())]
+    w = torch.linspace(0, 1, columns - 2, device=x.device)
+    labels = None if y is None else y[(w > 0.5).long()]
+    rows = []
+    for t in range(latents.levels):
+        lines = [torch.lerp(z[:1], z[1:2], _column(w, z)) for z in means[t:]]
+        between = pixels(latents.expected(lines, labels), bins)
+        rows.append(torch.cat([pixels(x[:1], bins), between, pixels(x[1:2], bins)]))
+    return grid(torch.cat(rows), columns)
+
+
+def traversal(
+    latents: Latents,
+    x: Image,
+    y: Labels | None,
+    t: int,
+    units: Sequence[int] | Tensor,
+    scale: Tensor,
+    bins: int,
+    columns: int = 9,
+) -> PIL.Image:
+    """What single units of z_t mean: a row for each of `units`, in which it goes from -3 to 3
+    `scale`s (units,) away from where the image x (1, ...) has it. All else at z_t and above stays
+    with x, what is below z_t is the mean of its prior."""
+    above = [z for _, z in latents.posteriors(x, y, noise=Means())][t - 1 :]
+    steps = torch.linspace(-3, 3, columns, device=x.device)
+    labels = None if y is None else y.expand(columns)
+    rows = []
+    for unit in units:
+        z, *rest = (z.repeat(columns, *(1,) * (z.ndim - 1)) for z in above)
+        flat = z.flatten(1)
+        flat[:, int(unit)] += steps.to(z) * float(scale[int(unit)])
+        rows.append(pixels(latents.expected([flat.view_as(z), *rest], labels), bins))
+    return grid(torch.cat(rows), columns)
+
+
+def _column(w: Tensor, like: Tensor) -> Tensor:
+    return w.to(like).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def to_png(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> None:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as L
+import torch
 from rich.table import Table
 
 from genfw.diffusion.denoising import Denoises
+from genfw.elbo import bits_per_dim
 from genfw.estimators.estimator import Estimator
 from genfw.train.certificate import kind
 from genfw.train.errors import not_finite
@@ -22,7 +24,7 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
 
     Args:
         results: of the test, as in results.json.
-        module: what was tested, and by which estimator.
+        module: what was tested, by which estimator, on images of how many dimensions.
     """
     test = {
         key.removeprefix("test/"): value
@@ -34,10 +36,11 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     if wrong := not_finite(results):
         sheet.add_row(name, f"{test['nll']:.2f} nats: {wrong}")
     else:
-        error, bits = test["nll_stderr"], test["bpd"] / test["nll"]
+        error = test["nll_stderr"]
         how = "standard error" if math.isfinite(error) else "one draw, no standard error"
         sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
-        sheet.add_row("", f"{_give_or_take(test['bpd'], error * bits, 4)} bits/dim")
+        bits = float(bits_per_dim(torch.tensor(error), module.dims))
+        sheet.add_row("", f"{_give_or_take(test['bpd'], bits, 4)} bits/dim")
     sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")

@@ -151,7 +151,8 @@ def all_but(groups: Sequence[str]) -> Callable[[str], str | None]:
 
 
 def _may_change(config: DictConfig, key: str, value: str, known: Sequence[str]) -> None:
-    """
+    """Whether a command that reads a run may set `key`, one of `known` or a group chosen anew.
+
     Raises:
         ConfigError: the run's configuration has no such key, or it is a group.
     """

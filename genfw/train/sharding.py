@@ -10,9 +10,9 @@ the blocks of a ladder, the networks of an MHVAE); what lies outside of them is 
 What follows is as with whole weights. Steps of the optimizer and of the average are taken number by
 number, on parts alone; the norm of all gradients is that of all parts together. Gathering is left
 out of evaluation, where ranks have different numbers of batches: before a validation the weights
-that are reported are put together on every rank, and taken apart by nobody: the parts were kept.
-A checkpoint is put together on the first rank, the same file that one process writes. After
-training the weights are whole.
+that are reported are put together on every rank; the whole copy is dropped afterwards, and the
+parts were never changed. A checkpoint is put together on the first rank, the same file that one
+process writes. After training the weights are whole.
 
 So a rank must hold, beside its parts: in training the largest unit; in a validation the weights
 once, at the beginning and after training twice (with their average).

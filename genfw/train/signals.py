@@ -136,7 +136,7 @@ class Signals(L.Callback):
         self._catch_up(trainer)
 
     def _most(self, code: int, busy: int = 0) -> tuple[int, int]:
-        """The largest of all ranks, of each."""
+        """The maximum over ranks of `code` and of `busy`."""
         if not (dist.is_available() and dist.is_initialized()):
             return code, busy
         if self._group is None:

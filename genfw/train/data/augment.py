@@ -38,8 +38,9 @@ class Binarize(Augmentation):
 
     References:
         On the Quantitative Analysis of Deep Belief Networks, Salakhutdinov, Murray, 2008 (binarized
-        MNIST) Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
-        https://arxiv.org/abs/1509.00519 (dynamic)
+            MNIST);
+        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
+            https://arxiv.org/abs/1509.00519 (dynamic)
     """
 
     def __init__(self, bins: int, seed: int):

@@ -17,8 +17,9 @@ class Digits(Source, name="digits"):
 
     References:
         Optical Recognition of Handwritten Digits, Alpaydin, Kaynak, 1998,
-        https://doi.org/10.24432/C50P49 Deep Generative Modeling, Tomczak, 2022,
-        https://github.com/jmtomczak/intro_dgm
+            https://doi.org/10.24432/C50P49;
+        Deep Generative Modeling, Tomczak, 2022,
+            https://github.com/jmtomczak/intro_dgm
 
     Example:
         >>> [len(split) for split in Digits().read((1, 8, 8))]

@@ -79,9 +79,10 @@ class HubImages(Source, name="hub"):
         return self._splits(parts, where)
 
     def _complete(self, parts: Collection[str], where: str, found: str) -> None:
-        """
+        """All splits that are needed are there.
+
         Raises:
-            DataError: a split is missing.
+            DataError: one is missing.
         """
         needed = {"train", "test"} | ({"validation"} if self.validation == 0 else set())
         if missing := sorted(needed - set(parts)):

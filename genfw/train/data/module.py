@@ -28,7 +28,6 @@ class ImageData(L.LightningDataModule):
 
     Needs `Trainer(use_distributed_sampler=False)`: the batches know ranks already.
 
-
     Shape, bins and classes are facts that everything else is built from; they are compared with the
     data before the first step.
 
@@ -52,11 +51,10 @@ class ImageData(L.LightningDataModule):
         num_workers: processes that prepare batches; indexing an array needs none.
 
     Raises:
-        DataError: see `check`; facts that contradict each other; a batch larger than the data.
+        DataError: see `check`; facts that contradict each other; a batch larger than the data; a
+            rank without an image to evaluate.
         ValueError: unknown `binarize`, a size out of range.
     """
-
-    allow_zero_length_dataloader_with_multiple_devices = True  # more ranks than images to evaluate
 
     def __init__(
         self,
@@ -113,9 +111,10 @@ class ImageData(L.LightningDataModule):
         return splits
 
     def _as_many_classes(self, names: Sequence[str] | None) -> None:
-        """
+        """The classes that the source names are all there are.
+
         Raises:
-            DataError: `classes` is not the number of those that the source names.
+            DataError: `classes` is not their number.
         """
         if names is not None and len(names) != self.classes:
             some = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
@@ -141,11 +140,14 @@ class ImageData(L.LightningDataModule):
         """Reads the data, before a run has begun anything.
 
         Raises:
-            DataError: as `setup`, or there are not enough images for a step of this trainer.
+            DataError: as `setup`, or there are not enough images for a step of this trainer, or for
+                each rank to evaluate one.
         """
         self.trainer = trainer
         self.setup()
         self.train_dataloader()
+        self._for_each_rank("validation")
+        self._for_each_rank("test")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._rank_and_world()
@@ -176,7 +178,21 @@ class ImageData(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Batch]:
         return self._evaluation("test")
 
+    def _for_each_rank(self, name: SplitName) -> None:
+        """Lightning leaves out the evaluation of a rank without an image, and others would wait.
+
+        Raises:
+            DataError: a split has fewer images than there are ranks.
+        """
+        count, (_, world) = len(getattr(self.raw, name)), self._rank_and_world()
+        if count < world:
+            raise DataError(
+                f"{self.name}: {name} has {count} image{'s' * (count > 1)}, and here are {world} "
+                "ranks: give fewer trainer.devices"
+            )
+
     def _evaluation(self, name: SplitName) -> DataLoader[Batch]:
+        self._for_each_rank(name)
         split = self.split(name)
         rank, world = self._rank_and_world()
         batches = EvaluationBatches(len(split), self.eval_batch_size, rank=rank, world=world)
