@@ -55,11 +55,11 @@ class Learned(NoiseSchedule, name="learned"):
 
     @property
     def log_snr_max(self) -> Tensor:
-        return self._ends[0] + self.moved[0].double()
+        return super().log_snr_max + self.moved[0].double()
 
     @property
     def log_snr_min(self) -> Tensor:
-        return self._ends[1] + self.moved[1].double()
+        return super().log_snr_min + self.moved[1].double()
 
     def log_snr(self, t: Time) -> Tensor:
         return self.log_snr_max - (self.log_snr_max - self.log_snr_min) * self.interior(t)
@@ -76,13 +76,8 @@ class Learned(NoiseSchedule, name="learned"):
             slope = self.interior.slope(u)
         return u + (n - self.interior(u)) / slope
 
-    def still(self, t: Time) -> Tensor:
-        at = t.detach().double()
-        n = self.interior(at)
-        return t - (n - n.detach()) / self.interior.slope(at).detach()
-
-    def _piece(self) -> tuple[float, float]:
-        return 0.0, 1.0  # the whole curve: it has its ends by construction
+    def piece(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
 
 class Monotone(nn.Module):
