@@ -383,7 +383,7 @@ def test_one_key_begins_at_one_z_whatever_the_sampler_and_its_steps():
 
 
 def test_grids_are_even_in_what_they_say():
-    schedule = Cosine(7.0, -9.0)
+    schedule = Cosine(7.1, -9.3)  # ends that float32 would round
     inside = genfw.UniformGrid()(8, schedule)
     assert torch.allclose(inside.diff(), torch.tensor(-1 / 8).double())
     rho = 3.0
@@ -394,7 +394,7 @@ def test_grids_are_even_in_what_they_say():
         (KarrasGrid(1.0), lambda log_snr: (-log_snr / 2).exp()),
     ):
         steps = read(schedule.log_snr(grid(8, schedule))).diff()
-        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-9)
 
 
 def test_the_angle_is_where_the_cosine_schedule_stops():

@@ -14,6 +14,7 @@ Grids are float64, begin at exactly 1, end at exactly 0 and fall strictly.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -55,7 +56,7 @@ class LogSNRGrid(TimeGrid, name="log_snr"):
     """
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        lowest, highest = schedule.log_snr_min, schedule.log_snr_max
+        highest, lowest = schedule.ends
         return schedule.inverse(lowest + (highest - lowest) * u)
 
 
@@ -69,10 +70,7 @@ class AngleGrid(TimeGrid, name="angle"):
     """
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        high, low = (
-            (torch.as_tensor(end, device=u.device).double() / -2).exp().atan()
-            for end in (schedule.log_snr_min, schedule.log_snr_max)
-        )
+        low, high = (math.atan(math.exp(-end / 2)) for end in schedule.ends)
         return schedule.inverse(-2 * ((1 - u) * high + u * low).tan().log())
 
 
@@ -99,10 +97,8 @@ class KarrasGrid(TimeGrid, name="karras"):
         self.rho = rho
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        high, low = (  # log n^(1/rho): the power itself may be beyond any number
-            torch.as_tensor(end, device=u.device).double() / (-2 * self.rho)
-            for end in (schedule.log_snr_min, schedule.log_snr_max)
-        )
+        # log n^(1/rho): the power itself may be beyond any number
+        low, high = (-end / (2 * self.rho) for end in schedule.ends)
         root = torch.logaddexp((-u).log1p() + high, u.log() + low)
         return schedule.inverse(-2 * self.rho * root)
 

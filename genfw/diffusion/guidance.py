@@ -30,7 +30,6 @@ from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.model import as_read
 from genfw.parameterization import Prediction, broadcast
 from genfw.registry import Registered
-from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Nats, Time
 
 
@@ -68,12 +67,6 @@ NEAR = 0.1
 move while a model trains, so that its own earlier weights reach a little less far."""
 
 
-def ends(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Lowest and highest log SNR, as numbers where they are learned too."""
-    lowest, highest = torch.as_tensor(schedule.log_snr_min), torch.as_tensor(schedule.log_snr_max)
-    return lowest.item(), highest.item()
-
-
 class Scaled(Guidance):
     """Guidance of a strength that holds in an interval of noise levels.
 
@@ -99,7 +92,7 @@ class Scaled(Guidance):
     def reach(self) -> tuple[float, float]:
         """Lowest and highest log SNR at which it is asked to guide."""
         lowest, highest = self.interval or (-math.inf, math.inf)
-        least, most = ends(self.schedule)
+        most, least = self.schedule.ends
         return max(lowest, least), min(highest, most)
 
     def weight(self, t: Time, like: Data, plain: float) -> Tensor:
@@ -229,7 +222,7 @@ class Autoguidance(Extrapolated, name="autoguidance"):
         rescale: float = 0.0,
     ):
         super().__init__(denoiser, scale, interval, rescale)
-        (least, most), (lowest, highest) = ends(weaker.schedule), self.reach
+        (most, least), (lowest, highest) = weaker.schedule.ends, self.reach
         if most < highest - NEAR or least > lowest + NEAR:
             raise ValueError(
                 f"weaker: expected a model of log SNR {highest:.4g} to {lowest:.4g}, got one of "
