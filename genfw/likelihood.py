@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior, centres
+from genfw.check import at_least, at_least_one
 from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal, LogisticMixture
 from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
 from genfw.registry import Registered
@@ -89,7 +90,7 @@ class CategoricalLikelihood(Likelihood, name="categorical"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), bins
+        self.bins = self.outputs = at_least(2, "bins", bins)
 
     def forward(self, h: Head) -> Categorical | DiscretePosterior:
         if not isinstance(h, DiscretePosterior):
@@ -139,7 +140,7 @@ class BinsLikelihood(Likelihood, name="bins"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 1
+        self.bins, self.outputs = at_least(2, "bins", bins), 1
 
     def forward(self, h: Head) -> BinSoftmax:
         where, width = _pair(h, "bins")
@@ -159,7 +160,7 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 2
+        self.bins, self.outputs = at_least(2, "bins", bins), 2
 
     def forward(self, h: Head) -> DiscretizedNormal:
         assert self.bins is not None
@@ -176,7 +177,7 @@ class DiscretizedLogisticLikelihood(Likelihood, name="discretized_logistic"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 2
+        self.bins, self.outputs = at_least(2, "bins", bins), 2
 
     def forward(self, h: Head) -> DiscretizedLogistic:
         assert self.bins is not None
@@ -215,9 +216,11 @@ class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
 
     def __init__(self, bins: int, components: int = 10):
         super().__init__()
-        if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-            raise ValueError(f"components: expected an integer of at least 1, got {components!r}")
-        self.bins, self.components, self.outputs = check_bins(bins), components, 4 * components
+        self.bins, self.components = (
+            at_least(2, "bins", bins),
+            at_least_one("components", components),
+        )
+        self.outputs = 4 * self.components
 
     def forward(self, h: Head) -> LogisticMixture:
         assert self.bins is not None
@@ -267,14 +270,6 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
 
     def forward(self, h: Head) -> Normal:
         return Normal(*_location_scale(h, "gaussian"))
-
-
-def check_bins(bins: int) -> int:
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
-        raise ValueError(
-            f"bins: expected an integer of at least 2 (values 0..bins-1), got {bins!r}"
-        )
-    return bins
 
 
 def _split(h: Head, outputs: int, name: str) -> Tensor:

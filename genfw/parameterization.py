@@ -48,7 +48,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least, at_least_one, positive
 from genfw.discretized import log_logistic_mass
 from genfw.registry import Registered
 from genfw.types import Data
@@ -231,9 +231,7 @@ class Edm(LinearParameterization, name="edm"):
 
     def __init__(self, data_std: float = 0.5):
         super().__init__()
-        if not 0 < data_std < float("inf"):
-            raise ValueError(f"data_std: expected a finite positive number, got {data_std}")
-        self.data_std = data_std
+        self.data_std = positive("data_std", data_std)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         inverse_r = self.input_scale(alpha, sigma)

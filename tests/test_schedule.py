@@ -228,10 +228,13 @@ def test_bad_ends_are_refused(cls):
     [
         *(("cosine", "shift"), ("linear", "beta_max"), ("edm", "p_mean"), ("laplace", "mean")),
         *(("sigmoid", "start"), ("sigmoid", "end"), ("sigmoid", "tau")),
+        *(("linear", "beta_min"), ("edm", "p_std"), ("laplace", "scale")),
     ],
 )
 def test_an_argument_that_is_no_number_is_named(name, argument):
-    with pytest.raises(ValueError, match=f"{argument}: expected a finite number, got inf"):
+    with pytest.raises(
+        ValueError, match=f"{argument}: expected a finite (positive )?number, got inf"
+    ):
         NoiseSchedule.registry[name](7.0, -10.0, **{argument: math.inf})
 
 

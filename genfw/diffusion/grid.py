@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from genfw.check import positive
 from genfw.registry import Registered
 from genfw.schedule import NoiseSchedule
 
@@ -92,9 +93,7 @@ class KarrasGrid(TimeGrid, name="karras"):
 
     def __init__(self, rho: float = 7.0):
         super().__init__()
-        if not 0 < rho < float("inf"):
-            raise ValueError(f"rho: expected a finite positive number, got {rho}")
-        self.rho = rho
+        self.rho = positive("rho", rho)
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
         # log n^(1/rho): the power itself may be beyond any number

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from genfw.check import finite
+from genfw.check import finite, share
 from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.model import as_read
 from genfw.parameterization import Prediction, broadcast
@@ -137,9 +137,7 @@ class Extrapolated(Scaled):
         rescale: float,
     ):
         super().__init__(denoiser, scale, interval)
-        if not 0 <= finite("rescale", rescale) <= 1:
-            raise ValueError(f"rescale: expected a number in [0, 1], got {rescale}")
-        self.rescale = rescale
+        self.rescale = share("rescale", rescale)
 
     @abstractmethod
     def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:

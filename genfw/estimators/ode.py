@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least, at_least_one, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
@@ -100,9 +100,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         super().__init__()
         self.draws, self.k = at_least_one("draws", draws), at_least_one("k", k)
         self.dequantization = _one_of("dequantization", dequantization, DEQUANTIZATIONS)
-        if not 0 < tolerance < math.inf:
-            raise ValueError(f"tolerance: expected a finite positive number, got {tolerance}")
-        self.tolerance = tolerance
+        self.tolerance = positive("tolerance", tolerance)
         self.steps = None if steps is None else at_least_one("steps", steps)
         solved = "to a tolerance" if steps is None else f"in {steps} fixed steps"
         self.kind = f"upper bound on -log p(x), by an ODE {solved}"

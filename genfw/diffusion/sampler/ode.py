@@ -15,6 +15,7 @@ import math
 
 from torch import Tensor
 
+from genfw.check import not_negative, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler.sampler import Sampler
@@ -105,13 +106,10 @@ class Churn(Sampler, name="edm"):
         grid: TimeGrid | None = None,
     ):
         super().__init__(steps, grid)
-        if not churn >= 0:
-            raise ValueError(f"churn: expected at least 0, got {churn}")
-        if not inflation > 0:
-            raise ValueError(f"inflation: expected a positive number, got {inflation}")
         if not 0 <= low <= high:
             raise ValueError(f"expected 0 <= low <= high, got {low} and {high}")
-        self.churn, self.low, self.high, self.inflation = churn, low, high, inflation
+        self.low, self.high = low, high
+        self.churn, self.inflation = not_negative("churn", churn), positive("inflation", inflation)
 
     def step(
         self,
