@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import amplitudes, broadcast
 from genfw.bayes import DiscretePosterior
 from genfw.model import as_read
-from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction, broadcast
+from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
 
@@ -89,8 +90,7 @@ class NetworkDenoiser(Denoiser):
         log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
         lowest, highest = self.schedule.log_snr_min, self.schedule.log_snr_max
         level = (log_snr - lowest) / (highest - lowest)
-        alpha = broadcast(log_snr.sigmoid().sqrt(), z)
-        sigma = broadcast((-log_snr).sigmoid().sqrt(), z)
+        alpha, sigma = (broadcast(each, z) for each in amplitudes(log_snr))
         scaled = as_read(self.network, self.parameterization.input_scale(alpha, sigma) * z)
         level = level.to(torch.promote_types(scaled.dtype, torch.float32))
         return self.network(scaled, level, y).to(z.dtype), z, alpha, sigma

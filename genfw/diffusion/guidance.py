@@ -25,10 +25,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import broadcast
 from genfw.check import finite, share
 from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.model import as_read
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.registry import Registered
 from genfw.types import Data, Labels, Nats, Time
 

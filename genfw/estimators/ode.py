@@ -34,6 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import amplitudes, broadcast
 from genfw.check import at_least, at_least_one, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
@@ -45,7 +46,6 @@ from genfw.estimators.weights import log_mean
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
-from genfw.parameterization import broadcast
 from genfw.types import Data, Image, Labels, Nats
 
 
@@ -228,7 +228,7 @@ class Flow:
     def size(self, error: Tensor, s: Tensor) -> Tensor:
         """Nats per dimension, (n,): an error of z moves log p by error x score, and the score is of
         size 1/sigma."""
-        sigma = (-self._log_snr(s)).sigmoid().sqrt()
+        _, sigma = amplitudes(self._log_snr(s))
         of_z, of_volume = error[:, :-1], error[:, -1]
         return of_z.square().mean(1).sqrt() / sigma + of_volume.abs() / of_z.shape[1]
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import amplitudes
 from genfw.registry import Registered
 from genfw.types import Time
 
@@ -104,11 +105,13 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     def alpha(self, t: Time) -> Tensor:
         """Signal amplitude, sqrt(sigmoid(log SNR))."""
-        return self.log_snr(t).sigmoid().sqrt()
+        alpha, _ = amplitudes(self.log_snr(t))
+        return alpha
 
     def sigma(self, t: Time) -> Tensor:
         """Noise amplitude, sqrt(sigmoid(-log SNR))."""
-        return (-self.log_snr(t)).sigmoid().sqrt()
+        _, sigma = amplitudes(self.log_snr(t))
+        return sigma
 
     def snr(self, t: Time) -> Tensor:
         """Signal-to-noise ratio, alpha^2 / sigma^2."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.check import share
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
@@ -20,7 +21,7 @@ from genfw.diffusion.process import lost_snr, posterior
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.distributions import Normal
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.types import Data, Labels
 
 

@@ -23,12 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.process import posterior
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels
 

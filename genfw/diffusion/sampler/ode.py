@@ -15,12 +15,13 @@ import math
 
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.check import not_negative, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels
 
