@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from genfw.bayes import DiscretePosterior, centres
 from genfw.check import at_least, at_least_one
 from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal, LogisticMixture
-from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
+from genfw.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Normal,
+    normal_head,
+    scale_of,
+)
 from genfw.registry import Registered
 from genfw.types import Data, Image
 from genfw.values import check_integers, readable
@@ -39,7 +46,7 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
 
     Attributes:
         bins: K, the number of values of a data dimension; None for a density.
-        outputs: how many numbers per data dimension a network must give.
+        outputs: how many numbers per data dimension a network must give; 1 where none is read.
         density: True where `log_prob` is a density, not a mass. A density is never quoted as
             bits/dim of images.
         takes_pair: True where h may be a diffusion model's pair.
@@ -182,7 +189,7 @@ class DiscretizedLogisticLikelihood(Likelihood, name="discretized_logistic"):
     def forward(self, h: Head) -> DiscretizedLogistic:
         assert self.bins is not None
         where, log_width = _split(h, 2, "discretized_logistic").unbind(1)
-        return DiscretizedLogistic(where, log_width.clamp(-9, 3).exp(), self.bins)
+        return DiscretizedLogistic(where, scale_of(log_width), self.bins)
 
 
 class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
@@ -227,7 +234,7 @@ class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
         numbers = _split(h, self.outputs, "logistic_mixture").unflatten(1, (4, self.components))
         logits, where, log_width, coefficients = numbers.unbind(1)
         coupling = coefficients.tanh() if where.shape[2] == 3 else None
-        width = log_width.clamp(-9, 3).exp()
+        width = scale_of(log_width)
         return LogisticMixture(logits.mean(2), where, width, self.bins, coupling)
 
     def extra_repr(self) -> str:
@@ -275,10 +282,7 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
 def _split(h: Head, outputs: int, name: str) -> Tensor:
     """Network output (b, outputs * C, ...) as (b, outputs, C, ...)."""
     if not isinstance(h, Tensor):
-        raise TypeError(
-            f"likelihood {name} reads a network's output; a diffusion model gives (z_0/alpha_0, "
-            "sigma_0/alpha_0): use bins or discretized_gaussian there"
-        )
+        raise _other(h, f"likelihood {name} reads a network's output")
     if h.shape[1] % outputs:
         raise ValueError(
             f"likelihood {name} needs {outputs} channels per data channel, got {h.shape[1]} in all"
@@ -288,11 +292,20 @@ def _split(h: Head, outputs: int, name: str) -> Tensor:
 
 def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(h, tuple):
-        raise TypeError(
-            f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion "
-            "model, got a network's output: use categorical or discretized_gaussian there"
-        )
+        raise _other(h, f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0)")
     return h
+
+
+def _other(h: Head, expected: str) -> TypeError:
+    """The error that says what came instead, and which likelihoods take it."""
+    if isinstance(h, DiscretePosterior):
+        came, takers = "a diffusion model's posterior over the K values", "categorical"
+    elif isinstance(h, tuple):
+        came = "a diffusion model's pair (z_0/alpha_0, sigma_0/alpha_0)"
+        takers = "bins or discretized_gaussian"
+    else:
+        came, takers = "a network's output", "categorical or discretized_gaussian"
+    return TypeError(f"{expected}, got {came}: use {takers} there")
 
 
 def _location_scale(h: Head, name: str) -> tuple[Tensor, Tensor]:
