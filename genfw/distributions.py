@@ -28,7 +28,8 @@ def shaped(value: Tensor, like: Tensor) -> Tensor:
     be of one row.
 
     Raises:
-        ValueError: it has others. They might broadcast, and every value be paid for many times.
+        ValueError: it has others. Shapes that differ could broadcast, and count a value several
+            times.
     """
     if value.shape[1:] != like.shape[1:]:
         raise ValueError(

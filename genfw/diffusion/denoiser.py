@@ -36,14 +36,14 @@ class Denoiser(nn.Module, ABC):
             TypeError: it does not.
         """
         raise TypeError(
-            f"{self._get_name()} says where x lies, not how likely each value is: use likelihood "
-            "bins or discretized_gaussian, or param categorical"
+            f"{type(self).__name__} says where x lies, not how likely each value is: use "
+            "likelihood bins or discretized_gaussian, or param categorical"
         )
 
 
 class Unlabelled(Denoiser):
-    """Another, told no labels: what a model that has no classes is, also in guidance, to which
-    labels may mean something."""
+    """Wraps a denoiser and hides labels from it. An unconditional model samples through it, so that
+    a classifier may use labels that the denoiser must not see."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()

@@ -64,8 +64,9 @@ Guide = Callable[[Denoiser], Guidance]
 
 
 NEAR = 0.1
-"""How much log SNR further than another model reaches it is asked as at its end: learned end points
-move while a model trains, so that its own earlier weights reach a little less far."""
+"""Tolerance in log SNR: asked up to this far beyond its end points, another model answers as at
+the end point. Learned end points move while a model trains, so that its own earlier weights reach a
+little less far."""
 
 
 class Scaled(Guidance):
@@ -77,7 +78,7 @@ class Scaled(Guidance):
         interval: lowest and highest log SNR where it guides; None: everywhere.
 
     Raises:
-        ValueError: an interval that is none, or a scale that is not finite.
+        ValueError: interval is not two rising numbers, or scale not finite.
 
     References:
         Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in

@@ -13,11 +13,12 @@ falls on, and by the slope there. Written as an integral over the noise levels o
     p_n = 1 / (-\lambda'(t)), \qquad \nabla_n E[l^2] = E[-l^2\, \nabla_n \log p_n(\lambda)],
 
 log SNR held where it is: nothing has to be differentiated through the denoiser, and no gradient
-passes between it and the interior. `still` holds log SNR; `genfw.diffusion.denoising` puts the
-gradients together, in one backward pass, and divides this one by the batch's own mean of l^2: the
-gradient of log E[l^2] is of order one from the first step to the last, so clipping the norm of all
-gradients together takes nothing from the network. Kingma et al. hold t instead, and multiply the
-gradient that comes through the denoiser by 2 l: but for the scale the same in the mean.
+passes between it and the interior. `NoiseSchedule.still` holds log SNR; `genfw.diffusion.denoising`
+puts the gradients together, in one backward pass, and divides this one by the batch's own mean of
+l^2: the gradient of log E[l^2] is of order one from the first step to the last, so clipping the
+norm of all gradients together takes nothing from the network. Kingma et al. hold t instead, and
+multiply the gradient that comes through the denoiser by 2 l: but for the scale the same in the
+mean.
 
 References:
     Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
