@@ -76,7 +76,7 @@ class Errors:
 def errors(vdm: VDM, x: Tensor, draws: int, seed: int) -> Errors:
     noise, read = Noise(seed, torch.arange(len(x))), vdm.for_evaluation()
     drawn = [read.denoising(x, noise=noise.stratified(j, draws)) for j in range(draws)]
-    ends = float(vdm.schedule.log_snr_max), float(vdm.schedule.log_snr_min)
+    ends = vdm.schedule.ends
     log_snr = torch.stack([each.log_snr for each in drawn])
     return Errors(log_snr, torch.stack([each.eps_error for each in drawn]).double() / 2, ends)
 

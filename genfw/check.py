@@ -43,9 +43,77 @@ def finite(name: str, value: float) -> float:
         Traceback (most recent call last):
         ValueError: shift: expected a finite number, got inf
     """
-    if not isinstance(value, SupportsFloat) or not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
     return value
+
+
+def positive(name: str, value: float) -> float:
+    """`value`, a finite number above 0.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> positive("rho", 0.0)
+        Traceback (most recent call last):
+        ValueError: rho: expected a finite positive number, got 0.0
+    """
+    if not (_is_finite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite positive number, got {value!r}")
+    return value
+
+
+def not_negative(name: str, value: float) -> float:
+    """`value`, a finite number of at least 0.
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> not_negative("beta", float("inf"))
+        Traceback (most recent call last):
+        ValueError: beta: expected a finite number of at least 0, got inf
+    """
+    if not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """`value`, a number in [0, 1].
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> share("eta", 1.1)
+        Traceback (most recent call last):
+        ValueError: eta: expected a number from 0 to 1, got 1.1
+    """
+    if not (_is_finite(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+    return value
+
+
+def share_below_one(name: str, value: float) -> float:
+    """`value`, a number in [0, 1).
+
+    Raises:
+        ValueError: it is not.
+
+    Example:
+        >>> share_below_one("decay", 1.0)
+        Traceback (most recent call last):
+        ValueError: decay: expected a number in [0, 1), got 1.0
+    """
+    if not (_is_finite(value) and 0 <= value < 1):
+        raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+    return value
+
+
+def _is_finite(value: float) -> bool:
+    return isinstance(value, SupportsFloat) and math.isfinite(value)
 
 
 def example_shape(

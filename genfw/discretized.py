@@ -27,8 +27,8 @@ class BinSoftmax(Distribution):
     + 1)/K - 1
 
     Summed over a window of bins around `where` that holds all but 1e-20 of the mass, so that no
-    (b, D, K) tensor is built where a few bins suffice. Energies are those above that of the nearest
-    bin n, in which large squares cannot cancel: with d = where - v_n and j = k - n,
+    (b, D, K) tensor is built where a few bins suffice. Energies are relative to that of the nearest
+    bin n, so that no large squares cancel: with d = where - v_n and j = k - n,
 
     .. math:: \log p(k) - \log p(n) = \frac{2 j}{K} \left(d - \frac{j}{K}\right) / \text{width}^2
 
@@ -192,8 +192,8 @@ class LogisticMixture(Distribution):
         """Expected integer, (b, C, *pixels).
 
         Exact without coupling. With it, G and B of a component are taken where R and G have their
-        expectations, as exact sums would need K^3 terms: exact but for what rounding and the ends
-        of the range bend.
+        expectations, as exact sums would need K^3 terms: approximate, as rounding to bins and
+        clipping at the ends are ignored.
         """
         each = self._in_order(lambda where: _mean(torch.sigmoid, where, self.width, self.bins))
         return (self.logits.softmax(1).unsqueeze(2) * each).sum(1)

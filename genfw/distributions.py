@@ -28,7 +28,8 @@ def shaped(value: Tensor, like: Tensor) -> Tensor:
     be of one row.
 
     Raises:
-        ValueError: it has others. They might broadcast, and every value be paid for many times.
+        ValueError: it has others. Shapes that differ could broadcast, and count a value several
+            times.
     """
     if value.shape[1:] != like.shape[1:]:
         raise ValueError(
@@ -119,14 +120,17 @@ def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
     return (log_q - p.log_prob(z)).to(q.mean.dtype)
 
 
+def scale_of(log_scale: Tensor) -> Tensor:
+    """A network's log scale, or log standard deviation, as a positive number: kept in [-9, 3],
+    beyond which a diverging network turns into infinities."""
+    return log_scale.clamp(-9, 3).exp()
+
+
 def normal_head(h: Tensor) -> Normal:
     """A network's output (b, 2 C, ...) as a normal over (b, C, ...): means, then log standard
-    deviations.
-
-    Log standard deviations are kept in [-9, 3]: beyond, a diverging network turns into infinities.
-    """
+    deviations (`scale_of`)."""
     mean, log_std = h.chunk(2, dim=1)
-    return Normal(mean, log_std.clamp(-9, 3).exp())
+    return Normal(mean, scale_of(log_std))
 
 
 class Categorical(Distribution):

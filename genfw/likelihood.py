@@ -24,8 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior, centres
+from genfw.check import at_least, at_least_one
 from genfw.discretized import BinSoftmax, DiscretizedLogistic, DiscretizedNormal, LogisticMixture
-from genfw.distributions import Bernoulli, Categorical, Distribution, Normal, normal_head
+from genfw.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Normal,
+    normal_head,
+    scale_of,
+)
 from genfw.registry import Registered
 from genfw.types import Data, Image
 from genfw.values import check_integers, readable
@@ -38,7 +46,7 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
 
     Attributes:
         bins: K, the number of values of a data dimension; None for a density.
-        outputs: how many numbers per data dimension a network must give.
+        outputs: how many numbers per data dimension a network must give; 1 where none is read.
         density: True where `log_prob` is a density, not a mass. A density is never quoted as
             bits/dim of images.
         takes_pair: True where h may be a diffusion model's pair.
@@ -89,7 +97,7 @@ class CategoricalLikelihood(Likelihood, name="categorical"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), bins
+        self.bins = self.outputs = at_least(2, "bins", bins)
 
     def forward(self, h: Head) -> Categorical | DiscretePosterior:
         if not isinstance(h, DiscretePosterior):
@@ -139,7 +147,7 @@ class BinsLikelihood(Likelihood, name="bins"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 1
+        self.bins, self.outputs = at_least(2, "bins", bins), 1
 
     def forward(self, h: Head) -> BinSoftmax:
         where, width = _pair(h, "bins")
@@ -159,7 +167,7 @@ class DiscretizedGaussianLikelihood(Likelihood, name="discretized_gaussian"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 2
+        self.bins, self.outputs = at_least(2, "bins", bins), 2
 
     def forward(self, h: Head) -> DiscretizedNormal:
         assert self.bins is not None
@@ -176,12 +184,12 @@ class DiscretizedLogisticLikelihood(Likelihood, name="discretized_logistic"):
 
     def __init__(self, bins: int):
         super().__init__()
-        self.bins, self.outputs = check_bins(bins), 2
+        self.bins, self.outputs = at_least(2, "bins", bins), 2
 
     def forward(self, h: Head) -> DiscretizedLogistic:
         assert self.bins is not None
         where, log_width = _split(h, 2, "discretized_logistic").unbind(1)
-        return DiscretizedLogistic(where, log_width.clamp(-9, 3).exp(), self.bins)
+        return DiscretizedLogistic(where, scale_of(log_width), self.bins)
 
 
 class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
@@ -215,16 +223,18 @@ class LogisticMixtureLikelihood(Likelihood, name="logistic_mixture"):
 
     def __init__(self, bins: int, components: int = 10):
         super().__init__()
-        if isinstance(components, bool) or not isinstance(components, int) or components < 1:
-            raise ValueError(f"components: expected an integer of at least 1, got {components!r}")
-        self.bins, self.components, self.outputs = check_bins(bins), components, 4 * components
+        self.bins, self.components = (
+            at_least(2, "bins", bins),
+            at_least_one("components", components),
+        )
+        self.outputs = 4 * self.components
 
     def forward(self, h: Head) -> LogisticMixture:
         assert self.bins is not None
         numbers = _split(h, self.outputs, "logistic_mixture").unflatten(1, (4, self.components))
         logits, where, log_width, coefficients = numbers.unbind(1)
         coupling = coefficients.tanh() if where.shape[2] == 3 else None
-        width = log_width.clamp(-9, 3).exp()
+        width = scale_of(log_width)
         return LogisticMixture(logits.mean(2), where, width, self.bins, coupling)
 
     def extra_repr(self) -> str:
@@ -269,21 +279,10 @@ class GaussianLikelihood(Likelihood, name="gaussian"):
         return Normal(*_location_scale(h, "gaussian"))
 
 
-def check_bins(bins: int) -> int:
-    if isinstance(bins, bool) or not isinstance(bins, int) or bins < 2:
-        raise ValueError(
-            f"bins: expected an integer of at least 2 (values 0..bins-1), got {bins!r}"
-        )
-    return bins
-
-
 def _split(h: Head, outputs: int, name: str) -> Tensor:
     """Network output (b, outputs * C, ...) as (b, outputs, C, ...)."""
     if not isinstance(h, Tensor):
-        raise TypeError(
-            f"likelihood {name} reads a network's output; a diffusion model gives (z_0/alpha_0, "
-            "sigma_0/alpha_0): use bins or discretized_gaussian there"
-        )
+        raise _other(h, f"likelihood {name} reads a network's output")
     if h.shape[1] % outputs:
         raise ValueError(
             f"likelihood {name} needs {outputs} channels per data channel, got {h.shape[1]} in all"
@@ -293,11 +292,20 @@ def _split(h: Head, outputs: int, name: str) -> Tensor:
 
 def _pair(h: Head, name: str) -> tuple[Tensor, Tensor]:
     if not isinstance(h, tuple):
-        raise TypeError(
-            f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0) of a diffusion "
-            "model, got a network's output: use categorical or discretized_gaussian there"
-        )
+        raise _other(h, f"likelihood {name} reads the pair (z_0/alpha_0, sigma_0/alpha_0)")
     return h
+
+
+def _other(h: Head, expected: str) -> TypeError:
+    """The error that says what came instead, and which likelihoods take it."""
+    if isinstance(h, DiscretePosterior):
+        came, takers = "a diffusion model's posterior over the K values", "categorical"
+    elif isinstance(h, tuple):
+        came = "a diffusion model's pair (z_0/alpha_0, sigma_0/alpha_0)"
+        takers = "bins or discretized_gaussian"
+    else:
+        came, takers = "a network's output", "categorical or discretized_gaussian"
+    return TypeError(f"{expected}, got {came}: use {takers} there")
 
 
 def _location_scale(h: Head, name: str) -> tuple[Tensor, Tensor]:

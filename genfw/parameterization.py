@@ -47,9 +47,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import broadcast
 from genfw.bayes import DiscretePosterior
-from genfw.check import at_least, at_least_one
+from genfw.check import at_least, at_least_one, positive
 from genfw.discretized import log_logistic_mass
+from genfw.distributions import scale_of
 from genfw.registry import Registered
 from genfw.types import Data
 
@@ -138,14 +140,6 @@ class LinearParameterization(Parameterization):
         return Prediction(x, eps, alpha, sigma)
 
 
-def broadcast(amplitude: Tensor | float, like: Tensor) -> Tensor:
-    """(b,) or a scalar, made broadcastable to (b, ...)."""
-    amplitude = torch.as_tensor(amplitude, device=like.device)
-    if amplitude.ndim == 1:
-        amplitude = amplitude.reshape(-1, *[1] * (like.ndim - 1))
-    return amplitude.to(like.dtype)
-
-
 class Eps(LinearParameterization, name="eps"):
     """The noise. Luo (115), (130)."""
 
@@ -231,9 +225,7 @@ class Edm(LinearParameterization, name="edm"):
 
     def __init__(self, data_std: float = 0.5):
         super().__init__()
-        if not 0 < data_std < float("inf"):
-            raise ValueError(f"data_std: expected a finite positive number, got {data_std}")
-        self.data_std = data_std
+        self.data_std = positive("data_std", data_std)
 
     def coefficients(self, alpha: Tensor, sigma: Tensor) -> tuple[Coefficient, Coefficient]:
         inverse_r = self.input_scale(alpha, sigma)
@@ -358,7 +350,7 @@ class LogisticMixtureParameterization(DiscreteParameterization, name="logistic_m
         logits, shift, log_ratio = numbers.unflatten(1, (3, self.components)).unsqueeze(3).unbind(1)
         m = torch.arange(self.components, dtype=numbers.dtype, device=numbers.device)
         where = shift + ((2 * m + 1) / self.components - 1)[:, None, None]
-        width = (log_ratio - math.log(self.components)).clamp(-9, 3).exp()
+        width = scale_of(log_ratio - math.log(self.components))
         k = torch.arange(self.bins, device=numbers.device)[:, None]
         log_mass = log_logistic_mass(k, where, width, self.bins)
         return (logits.log_softmax(1) + log_mass).logsumexp(1).to(numbers.dtype)

@@ -19,4 +19,4 @@ Nats = Float[Tensor, " b"]
 """Log-likelihood terms, summed over dimensions, one per example, in nats."""
 
 Labels = Integer[Tensor, " b"]
-"""Class labels 0..classes-1."""
+"""Class labels 0..classes-1; to a model, `classes` itself is "no label"."""

@@ -194,7 +194,7 @@ def test_other_models_and_bad_numbers_are_refused():
     for wrong in ("temperatures", "chains", "leapfrog", "chunk"):
         with pytest.raises(ValueError, match=f"{wrong}: expected an integer of at least 1"):
             Annealed(**{wrong: 0})
-    with pytest.raises(ValueError, match="step: expected a positive"):
+    with pytest.raises(ValueError, match="step: expected a finite positive"):
         Annealed(step=0.0)
 
 

@@ -25,9 +25,9 @@ from genfw import (
     Prediction,
     Unguided,
 )
+from genfw.amplitudes import broadcast
 from genfw.diffusion.guidance import ByClassifier
 from genfw.nets import MLP, NoisyClassifier
-from genfw.parameterization import broadcast
 
 MEANS, STD, SHARE = (-0.6, 0.4), 0.2, (0.3, 0.7)
 SCHEDULE = Cosine(9.0, -9.0)

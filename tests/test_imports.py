@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "genfw"
 
 BASE = {
-    *("check", "types", "values", "registry", "noise"),
+    *("check", "types", "values", "registry", "noise", "amplitudes"),
     *("elbo", "distributions", "discretized", "bayes"),
 }
 INTERFACES = {"model", "likelihood", "schedule", "parameterization"}

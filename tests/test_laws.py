@@ -404,6 +404,10 @@ class Free(genfw.Heun):
     calls = 1
 
 
+class Forgetful(genfw.DPMSolver):
+    remembers = 0
+
+
 class Whitened(genfw.Euler):
     """The prediction, the mean over the batch taken off."""
 
@@ -584,6 +588,7 @@ def test_an_estimator_is_found_whole():
         (Stops, {}, "times do not fall"),
         (Free, {}, "asked 10 times, evaluations says 5"),
         (Whitened, {}, "a sample depends on its batch"),
+        (Forgetful, {}, "leans on more of the past than remembers=0"),
         (Remembers, {}, "a sample depends on the run before"),
         (Doubles, {}, "samples are torch.float64"),
         (Quiet, {}, "training points|deviation of the samples"),

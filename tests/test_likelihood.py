@@ -14,6 +14,7 @@ from genfw import (
     Likelihood,
     LogisticMixtureLikelihood,
 )
+from genfw.bayes import DiscretePosterior
 
 MASSES = [cls for cls in Likelihood.registry.values() if not cls.density]
 
@@ -156,3 +157,27 @@ def test_wrong_bins_and_wrong_heads_are_refused():
             LogisticMixtureLikelihood(bins=17, components=components)
     with pytest.raises(TypeError, match="use categorical"):
         BinsLikelihood(bins=17)(torch.zeros(2, 17))
+
+
+@pytest.mark.parametrize("cls", Likelihood.registry.values(), ids=Likelihood.registry)
+def test_what_came_is_named_and_who_takes_it(cls):
+    """Each of the three heads is taken, or refused by its name; the likelihoods that are named
+    instead take it."""
+    pair, numbers = (torch.zeros(2, 1), torch.ones(2, 1)), torch.zeros(2, 2, 1)
+    heads = {
+        "a network's output": lambda likelihood: torch.zeros(2, likelihood.outputs),
+        "a diffusion model's pair": lambda _: pair,
+        "a diffusion model's posterior": lambda _: DiscretePosterior(numbers, *pair, pair[1], 2),
+    }
+    made = {name: make(each, 2) for name, each in Likelihood.registry.items() if not each.density}
+    likelihood, refused = made.get(cls.name) or cls(), []
+    for came, head in heads.items():
+        try:
+            likelihood(head(likelihood))
+        except TypeError as error:
+            refused.append(came)
+            said, advice = str(error).split(": use ")
+            assert said.startswith(f"likelihood {cls.name} reads ") and f"got {came}" in said
+            for name in advice.removesuffix(" there").split(" or "):
+                made[name](head(made[name]))
+    assert len(refused) in (1, 2), "takes all, or none"

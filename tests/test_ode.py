@@ -30,10 +30,10 @@ from genfw import (
     Prediction,
     ProbabilityFlow,
 )
+from genfw.amplitudes import broadcast
 from genfw.estimators.dormand_prince import FIFTH_MINUS_FOURTH, NODES, WEIGHTS, adaptive
 from genfw.estimators.ode import DEQUANTIZATIONS, PROBES, Flow
 from genfw.nets import MLP, Conv, UNet
-from genfw.parameterization import broadcast
 
 PROBED = {"exact_dims": 0}
 

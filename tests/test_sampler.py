@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 
 import pytest
 import torch
@@ -383,7 +384,7 @@ def test_one_key_begins_at_one_z_whatever_the_sampler_and_its_steps():
 
 
 def test_grids_are_even_in_what_they_say():
-    schedule = Cosine(7.0, -9.0)
+    schedule = Cosine(7.1, -9.3)  # ends that float32 would round
     inside = genfw.UniformGrid()(8, schedule)
     assert torch.allclose(inside.diff(), torch.tensor(-1 / 8).double())
     rho = 3.0
@@ -394,7 +395,7 @@ def test_grids_are_even_in_what_they_say():
         (KarrasGrid(1.0), lambda log_snr: (-log_snr / 2).exp()),
     ):
         steps = read(schedule.log_snr(grid(8, schedule))).diff()
-        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-6)
+        assert torch.allclose(steps, steps.mean().expand(8), rtol=1e-9)
 
 
 def test_the_angle_is_where_the_cosine_schedule_stops():
@@ -410,17 +411,38 @@ def test_a_root_beyond_any_number_is_still_a_grid():
     assert times.isfinite().all() and (times.diff() < 0).all()
 
 
+def test_a_step_is_given_the_predictions_that_its_sampler_remembers():
+    """Whatever their number, the oldest first, and no others are kept."""
+    given = []
+
+    class Fifth(Euler):
+        remembers = 5
+
+        def step(self, denoiser, z, t, s, y, *, noise, past=()):
+            given.append(past)
+            return super().step(denoiser, z, t, s, y, noise=noise)
+
+    z = torch.randn(2, 3, dtype=torch.float64)
+    made = [step.prediction for step in Fifth(8).path(mixture(), z, noise=keys(2))]
+    for i, past in enumerate(given):
+        expected = made[max(0, i - 5) : i]
+        assert len(past) == len(expected) and all(map(operator.is_, past, expected))
+    assert len(given) == 8
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: Ancestral(steps=0), "at least 1, got 0"),
         (lambda: DDIM(eta=1.1), "eta: expected a number from 0 to 1, got 1.1"),
-        (lambda: Churn(churn=-1.0), "churn: expected at least 0"),
-        (lambda: Churn(inflation=0.0), "inflation: expected a positive"),
+        (lambda: Churn(churn=-1.0), "churn: expected a finite number of at least 0"),
+        (lambda: Churn(inflation=0.0), "inflation: expected a finite positive"),
+        (lambda: Churn(inflation=math.inf), "inflation: expected a finite positive"),
         (lambda: Churn(low=2.0, high=1.0), "low <= high, got 2.0 and 1.0"),
         (lambda: UniPC(order=4), "order: expected 1, 2 or 3, got 4"),
         (lambda: Langevin(corrections=0), "corrections: expected an integer of at least 1"),
-        (lambda: PredictorCorrector(size=1.0), r"size: expected a share in \(0, 1\), got 1.0"),
+        (lambda: PredictorCorrector(size=1.0), r"size: expected a number in \[0, 1\), got 1.0"),
+        (lambda: Langevin(size=0.0), "size: expected a finite positive number, got 0.0"),
         (lambda: KarrasGrid(rho=0.0), "rho: expected a finite positive number"),
     ],
 )

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 from genfw import Cosine, Laplace, Linear, LogLinear, LogNormal, NoiseSchedule, Sigmoid
 from genfw.testing import SCHEDULE_LAWS
@@ -169,6 +170,51 @@ def test_a_new_schedule_that_sets_its_numbers_too_late_is_told():
         Power(8.0, -9.0)
 
 
+class Bent(NoiseSchedule):
+    """log SNR a learned power of t: somebody else's schedule with a parameter."""
+
+    def __init__(self, log_snr_max, log_snr_min):
+        super().__init__(log_snr_max, log_snr_min)
+        self.log_power = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def piece(self):
+        return 0.0, 1.0
+
+    def log_snr(self, t):
+        power = self.log_power.exp()
+        return self.log_snr_max - (self.log_snr_max - self.log_snr_min) * t**power
+
+
+@pytest.mark.parametrize("law", SCHEDULE_LAWS)
+def test_the_laws_hold_of_a_schedule_with_a_parameter(law):
+    law(Bent)
+
+
+def test_the_shape_of_any_learned_schedule_gets_its_gradient():
+    """log SNR held still does not move with it; the slope there does as on paper: with p the power
+    and u = t^p, span p t^(p - 1) at t = u^(1/p) is span p u^(1 - 1/p)."""
+    schedule, t = Bent(8.0, -9.0), torch.linspace(0.1, 0.9, 7, dtype=torch.float64)
+    p = schedule.log_power
+    still = schedule.still(t)
+    assert torch.equal(still, t)
+    for log_snr, slope in zip(schedule.log_snr(still), schedule.slope(still), strict=True):
+        (held,) = torch.autograd.grad(log_snr, p, retain_graph=True)
+        assert abs(held) < 1e-12
+        (found,) = torch.autograd.grad(slope, p, retain_graph=True)
+        power = p.detach().exp().requires_grad_()
+        u = ((8.0 - log_snr) / 17.0).detach()
+        (expected,) = torch.autograd.grad(17.0 * power * u ** (1 - 1 / power), power)
+        assert found.item() == pytest.approx((expected * power).item(), rel=1e-6)
+
+
+def test_a_new_schedule_whose_parameter_comes_too_late_is_told_how():
+    class Unsaid(Bent):
+        piece = NoiseSchedule.piece
+
+    with pytest.raises(TypeError, match=r"no attribute 'log_power': .* by construction .* `piece`"):
+        Unsaid(8.0, -9.0)
+
+
 @ALL
 def test_bad_ends_are_refused(cls):
     with pytest.raises(ValueError, match="must be finite"):
@@ -182,10 +228,13 @@ def test_bad_ends_are_refused(cls):
     [
         *(("cosine", "shift"), ("linear", "beta_max"), ("edm", "p_mean"), ("laplace", "mean")),
         *(("sigmoid", "start"), ("sigmoid", "end"), ("sigmoid", "tau")),
+        *(("linear", "beta_min"), ("edm", "p_std"), ("laplace", "scale")),
     ],
 )
 def test_an_argument_that_is_no_number_is_named(name, argument):
-    with pytest.raises(ValueError, match=f"{argument}: expected a finite number, got inf"):
+    with pytest.raises(
+        ValueError, match=f"{argument}: expected a finite (positive )?number, got inf"
+    ):
         NoiseSchedule.registry[name](7.0, -10.0, **{argument: math.inf})
 
 

@@ -12,9 +12,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import amplitudes, broadcast
 from genfw.bayes import DiscretePosterior
 from genfw.model import as_read
-from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction, broadcast
+from genfw.parameterization import DiscreteParameterization, Parameterization, Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Time
 
@@ -35,14 +36,14 @@ class Denoiser(nn.Module, ABC):
             TypeError: it does not.
         """
         raise TypeError(
-            f"{self._get_name()} says where x lies, not how likely each value is: use likelihood "
-            "bins or discretized_gaussian, or param categorical"
+            f"{type(self).__name__} says where x lies, not how likely each value is: use "
+            "likelihood bins or discretized_gaussian, or param categorical"
         )
 
 
 class Unlabelled(Denoiser):
-    """Another, told no labels: what a model that has no classes is, also in guidance, to which
-    labels may mean something."""
+    """Wraps a denoiser and hides labels from it. An unconditional model samples through it, so that
+    a classifier may use labels that the denoiser must not see."""
 
     def __init__(self, denoiser: Denoiser):
         super().__init__()
@@ -89,8 +90,7 @@ class NetworkDenoiser(Denoiser):
         log_snr = self.schedule.log_snr(t).to(z.device).expand(len(z))
         lowest, highest = self.schedule.log_snr_min, self.schedule.log_snr_max
         level = (log_snr - lowest) / (highest - lowest)
-        alpha = broadcast(log_snr.sigmoid().sqrt(), z)
-        sigma = broadcast((-log_snr).sigmoid().sqrt(), z)
+        alpha, sigma = (broadcast(each, z) for each in amplitudes(log_snr))
         scaled = as_read(self.network, self.parameterization.input_scale(alpha, sigma) * z)
         level = level.to(torch.promote_types(scaled.dtype, torch.float32))
         return self.network(scaled, level, y).to(z.dtype), z, alpha, sigma

@@ -14,11 +14,13 @@ Grids are float64, begin at exactly 1, end at exactly 0 and fall strictly.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
 
+from genfw.check import positive
 from genfw.registry import Registered
 from genfw.schedule import NoiseSchedule
 
@@ -55,7 +57,7 @@ class LogSNRGrid(TimeGrid, name="log_snr"):
     """
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        lowest, highest = schedule.log_snr_min, schedule.log_snr_max
+        highest, lowest = schedule.ends
         return schedule.inverse(lowest + (highest - lowest) * u)
 
 
@@ -69,10 +71,7 @@ class AngleGrid(TimeGrid, name="angle"):
     """
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        high, low = (
-            (torch.as_tensor(end, device=u.device).double() / -2).exp().atan()
-            for end in (schedule.log_snr_min, schedule.log_snr_max)
-        )
+        low, high = (math.atan(math.exp(-end / 2)) for end in schedule.ends)
         return schedule.inverse(-2 * ((1 - u) * high + u * low).tan().log())
 
 
@@ -94,15 +93,11 @@ class KarrasGrid(TimeGrid, name="karras"):
 
     def __init__(self, rho: float = 7.0):
         super().__init__()
-        if not 0 < rho < float("inf"):
-            raise ValueError(f"rho: expected a finite positive number, got {rho}")
-        self.rho = rho
+        self.rho = positive("rho", rho)
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        high, low = (  # log n^(1/rho): the power itself may be beyond any number
-            torch.as_tensor(end, device=u.device).double() / (-2 * self.rho)
-            for end in (schedule.log_snr_min, schedule.log_snr_max)
-        )
+        # log n^(1/rho): the power itself may be beyond any number
+        low, high = (-end / (2 * self.rho) for end in schedule.ends)
         root = torch.logaddexp((-u).log1p() + high, u.log() + low)
         return schedule.inverse(-2 * self.rho * root)
 

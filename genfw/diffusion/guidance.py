@@ -25,12 +25,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from genfw.check import finite
+from genfw.amplitudes import broadcast
+from genfw.check import finite, share
 from genfw.diffusion.denoiser import Denoiser, Unlabelled
 from genfw.model import as_read
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.registry import Registered
-from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels, Nats, Time
 
 
@@ -64,14 +64,9 @@ Guide = Callable[[Denoiser], Guidance]
 
 
 NEAR = 0.1
-"""How much log SNR further than another model reaches it is asked as at its end: learned end points
-move while a model trains, so that its own earlier weights reach a little less far."""
-
-
-def ends(schedule: NoiseSchedule) -> tuple[float, float]:
-    """Lowest and highest log SNR, as numbers where they are learned too."""
-    lowest, highest = torch.as_tensor(schedule.log_snr_min), torch.as_tensor(schedule.log_snr_max)
-    return lowest.item(), highest.item()
+"""Tolerance in log SNR: asked up to this far beyond its end points, another model answers as at
+the end point. Learned end points move while a model trains, so that its own earlier weights reach a
+little less far."""
 
 
 class Scaled(Guidance):
@@ -83,7 +78,7 @@ class Scaled(Guidance):
         interval: lowest and highest log SNR where it guides; None: everywhere.
 
     Raises:
-        ValueError: an interval that is none, or a scale that is not finite.
+        ValueError: interval is not two rising numbers, or scale not finite.
 
     References:
         Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in
@@ -99,7 +94,7 @@ class Scaled(Guidance):
     def reach(self) -> tuple[float, float]:
         """Lowest and highest log SNR at which it is asked to guide."""
         lowest, highest = self.interval or (-math.inf, math.inf)
-        least, most = ends(self.schedule)
+        most, least = self.schedule.ends
         return max(lowest, least), min(highest, most)
 
     def weight(self, t: Time, like: Data, plain: float) -> Tensor:
@@ -144,9 +139,7 @@ class Extrapolated(Scaled):
         rescale: float,
     ):
         super().__init__(denoiser, scale, interval)
-        if not 0 <= finite("rescale", rescale) <= 1:
-            raise ValueError(f"rescale: expected a number in [0, 1], got {rescale}")
-        self.rescale = rescale
+        self.rescale = share("rescale", rescale)
 
     @abstractmethod
     def away(self, z: Data, t: Time, y: Labels | None) -> Prediction:
@@ -229,7 +222,7 @@ class Autoguidance(Extrapolated, name="autoguidance"):
         rescale: float = 0.0,
     ):
         super().__init__(denoiser, scale, interval, rescale)
-        (least, most), (lowest, highest) = ends(weaker.schedule), self.reach
+        (most, least), (lowest, highest) = weaker.schedule.ends, self.reach
         if most < highest - NEAR or least > lowest + NEAR:
             raise ValueError(
                 f"weaker: expected a model of log SNR {highest:.4g} to {lowest:.4g}, got one of "

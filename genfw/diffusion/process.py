@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.distributions import Normal
-from genfw.parameterization import broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Time
 

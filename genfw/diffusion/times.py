@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, positive, share, share_below_one
 from genfw.diffusion.denoising import Denoising
 from genfw.noise import Draws
 from genfw.registry import Registered
@@ -110,11 +110,8 @@ class ImportanceTime(TimeSampler, name="importance"):
 
     def __init__(self, bins: int = 32, floor: float = 0.1, decay: float = 0.99):
         super().__init__()
-        if not 0 < floor <= 1:
-            raise ValueError(f"floor: expected a share in (0, 1], got {floor}")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
-        self.bins, self.floor, self.decay = at_least_one("bins", bins), floor, decay
+        self.bins, self.floor = at_least_one("bins", bins), share("floor", positive("floor", floor))
+        self.decay = share_below_one("decay", decay)
         self.register_buffer("count", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("total", torch.zeros(bins, dtype=torch.float64))
 

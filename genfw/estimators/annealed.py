@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, positive
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
 from genfw.estimators.importance import alternatives, chunks
@@ -92,9 +92,7 @@ class Annealed(Estimator, name="annealed"):
         self.temperatures = at_least_one("temperatures", temperatures)
         self.chains = self.draws = at_least_one("chains", chains)
         self.leapfrog = at_least_one("leapfrog", leapfrog)
-        if not step > 0:
-            raise ValueError(f"step: expected a positive number, got {step}")
-        self.step, self.from_encoder = step, from_encoder
+        self.step, self.from_encoder = positive("step", step), from_encoder
         self.chunk = at_least_one("chunk", chunk)
 
     def check(self, model: LatentModel) -> None:

@@ -34,7 +34,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from genfw.check import at_least, at_least_one
+from genfw.amplitudes import amplitudes, broadcast
+from genfw.check import at_least, at_least_one, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Normal, per_example
 from genfw.elbo import ELBO
@@ -45,7 +46,6 @@ from genfw.estimators.weights import log_mean
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
-from genfw.parameterization import broadcast
 from genfw.types import Data, Image, Labels, Nats
 
 
@@ -100,9 +100,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         super().__init__()
         self.draws, self.k = at_least_one("draws", draws), at_least_one("k", k)
         self.dequantization = _one_of("dequantization", dequantization, DEQUANTIZATIONS)
-        if not 0 < tolerance < math.inf:
-            raise ValueError(f"tolerance: expected a finite positive number, got {tolerance}")
-        self.tolerance = tolerance
+        self.tolerance = positive("tolerance", tolerance)
         self.steps = None if steps is None else at_least_one("steps", steps)
         solved = "to a tolerance" if steps is None else f"in {steps} fixed steps"
         self.kind = f"upper bound on -log p(x), by an ODE {solved}"
@@ -230,7 +228,7 @@ class Flow:
     def size(self, error: Tensor, s: Tensor) -> Tensor:
         """Nats per dimension, (n,): an error of z moves log p by error x score, and the score is of
         size 1/sigma."""
-        sigma = (-self._log_snr(s)).sigmoid().sqrt()
+        _, sigma = amplitudes(self._log_snr(s))
         of_z, of_volume = error[:, :-1], error[:, -1]
         return of_z.square().mean(1).sqrt() / sigma + of_volume.abs() / of_z.shape[1]
 

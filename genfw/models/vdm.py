@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import amplitudes, broadcast
 from genfw.check import at_least, at_least_one, example_shape
 from genfw.diffusion.denoiser import Denoiser, NetworkDenoiser, Unlabelled
 from genfw.diffusion.denoising import Denoising, lowering_variance
@@ -39,7 +40,6 @@ from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import MarkovianHierarchy, agreed
 from genfw.noise import Draws, draws
-from genfw.parameterization import broadcast
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Image, Labels
 
@@ -139,7 +139,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
             measure, dt = self.steps * gained.expm1(), torch.ones_like(t)
         eps = noise.normal("eps", data)
         log_snr = self.schedule.log_snr(t)
-        alpha, sigma = (broadcast(each.sigmoid().sqrt(), data) for each in (log_snr, -log_snr))
+        alpha, sigma = (broadcast(each, data) for each in amplitudes(log_snr))
         prediction = self.denoiser(alpha * data + sigma * eps, t, self.told(y))
         error = per_example((eps - prediction.eps).square())
         if self.steps is None:

@@ -65,7 +65,7 @@ class Attention(nn.Module):
         heads: a divisor of `channels`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it does not divide the channels.
     """
 
     def __init__(self, channels: int, heads: int = 1):

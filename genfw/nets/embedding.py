@@ -69,9 +69,11 @@ class LabelEmbedding(nn.Module):
         self.vectors = nn.Parameter(vectors * width**-0.5)
 
     def forward(self, y: Labels | None, size: int) -> Features:
-        """Raises:
-        TypeError: labels that are no integers.
-        ValueError: not one for each of `size` examples, or outside 0..classes.
+        """The vectors of `size` examples, (size, width).
+
+        Raises:
+            TypeError: labels that are no integers.
+            ValueError: not one for each of `size` examples, or outside 0..classes.
         """
         if y is None:
             return self.vectors[-1].expand(size, -1)

@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from genfw.check import finite
+from genfw.check import finite, not_negative, positive
 from genfw.diffusion.denoising import Denoises, Denoising
 from genfw.model import LatentModel
 from genfw.noise import Draws
@@ -117,7 +117,7 @@ class MinSnr(PerTime, name="min_snr"):
 
     def __init__(self, gamma: float = 5.0):
         super().__init__()
-        self.gamma = _positive("gamma", gamma)
+        self.gamma = positive("gamma", gamma)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         return (math.log(self.gamma) - log_snr).exp().clamp_max(1)
@@ -146,9 +146,7 @@ class P2(PerTime, name="p2"):
 
     def __init__(self, gamma: float = 1.0, k: float = 1.0):
         super().__init__()
-        if not 0 <= gamma < math.inf:
-            raise ValueError(f"gamma: expected a finite number of at least 0, got {gamma}")
-        self.gamma, self.k = gamma, _positive("k", k)
+        self.gamma, self.k = not_negative("gamma", gamma), positive("k", k)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         return (self.k + log_snr.exp()) ** -self.gamma
@@ -209,8 +207,8 @@ class EdmWeighted(PerLogSNR, name="edm"):
 
     def __init__(self, mean: float = 2.4, std: float = 2.4, data_std: float = 0.5):
         super().__init__()
-        self.mean, self.std = finite("mean", mean), _positive("std", std)
-        self.data_std = _positive("data_std", data_std)
+        self.mean, self.std = finite("mean", mean), positive("std", std)
+        self.data_std = positive("data_std", data_std)
 
     def weight(self, log_snr: Tensor) -> Tensor:
         error = (log_snr - self.mean) / self.std
@@ -219,9 +217,3 @@ class EdmWeighted(PerLogSNR, name="edm"):
 
     def extra_repr(self) -> str:
         return f"w = N(log SNR; {self.mean:g}, {self.std:g}^2) (1 / SNR + {self.data_std:g}^2)"
-
-
-def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite positive number, got {value}")
-    return value

@@ -33,7 +33,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, share
 from genfw.distributions import Normal, per_example
 from genfw.model import LatentModel, MarkovianHierarchy, Weighs
 from genfw.noise import Draws, draws
@@ -125,9 +125,7 @@ class Ciwae(OfWeights, name="ciwae"):
     def __init__(self, k: int = 50, weight: float = 0.5):
         super().__init__()
         self.k = at_least_one("k", k)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight: expected a number from 0 to 1, got {weight}")
-        self.weight = weight
+        self.weight = share("weight", weight)
 
     @property
     def draws(self) -> int:

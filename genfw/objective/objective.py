@@ -42,7 +42,7 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
     def title(self) -> str:
         """What messages call it: as it is chosen, or its class where that has no name."""
         name = getattr(type(self), "name", None)
-        return self._get_name() if name is None else f"objective={name}"
+        return type(self).__name__ if name is None else f"objective={name}"
 
     @abstractmethod
     def forward(

@@ -8,15 +8,13 @@ None of these is a likelihood, except `beta` at 1, which is the bound.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from enum import Enum
-from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one
+from genfw.check import at_least_one, not_negative, positive, share
 from genfw.diffusion.denoising import Denoises
 from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
@@ -39,7 +37,7 @@ class Beta(Objective, name="beta"):
 
     def __init__(self, beta: float = 4.0):
         super().__init__()
-        self.beta = _price("beta", beta)
+        self.beta = not_negative("beta", beta)
 
     def check(self, model: LatentModel) -> None:
         fixed_schedule(self, model)
@@ -116,7 +114,7 @@ class LinearWarmup(Warmup, name="warmup"):
     def __init__(self, steps: int = 1000, start: float = 0.0, beta: float = 1.0):
         super().__init__()
         self.steps = at_least_one("steps", steps)
-        self.start, self.beta = _price("start", start), _price("beta", beta)
+        self.start, self.beta = not_negative("start", start), not_negative("beta", beta)
 
     def beta_at(self, step: int) -> float:
         return self.start + (self.beta - self.start) * min(1.0, step / self.steps)
@@ -142,9 +140,8 @@ class CyclicWarmup(Warmup, name="cyclic"):
     def __init__(self, period: int = 1000, cycles: int = 4, ramp: float = 0.5, beta: float = 1.0):
         super().__init__()
         self.period, self.cycles = at_least_one("period", period), at_least_one("cycles", cycles)
-        if not 0 < ramp <= 1:
-            raise ValueError(f"ramp: expected a part of the cycle, above 0 and up to 1, got {ramp}")
-        self.ramp, self.beta = ramp, _price("beta", beta)
+        self.ramp = share("ramp", positive("ramp", ramp))
+        self.beta = not_negative("beta", beta)
 
     def beta_at(self, step: int) -> float:
         if step >= self.period * self.cycles:
@@ -201,7 +198,7 @@ class FreeBits(Objective, name="free_bits"):
 
     def __init__(self, nats: float = 2.0, per: Floor | str = Floor.BATCH_LEVEL):
         super().__init__()
-        self.nats = _price("nats", nats)
+        self.nats = not_negative("nats", nats)
         values = [each.value for each in Floor]
         if per not in [*Floor, *values]:
             raise ValueError(f"per: expected one of {', '.join(values)}, got {per!r}")
@@ -255,7 +252,7 @@ class L2(Objective, name="l2"):
 
     def __init__(self, rate: float = 1.0):
         super().__init__()
-        self.rate = _price("rate", rate)
+        self.rate = not_negative("rate", rate)
 
     def check(self, model: LatentModel) -> None:
         _decoding(model)
@@ -322,9 +319,3 @@ def _normalized(mean: Tensor, likelihood: Likelihood) -> Tensor:
         return mean
     first, second = likelihood.centres()[:2].tolist()
     return first + (second - first) * mean
-
-
-def _price(name: str, value: float) -> float:
-    if not (isinstance(value, SupportsFloat) and 0 <= float(value) < math.inf):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {value!r}")
-    return value

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from genfw.check import finite
+from genfw.check import finite, positive
 from genfw.schedule.schedule import NoiseSchedule
 from genfw.types import Time
 
@@ -56,9 +56,10 @@ class Linear(NoiseSchedule, name="linear"):
     def __init__(
         self, log_snr_max: float, log_snr_min: float, beta_min: float = 0.1, beta_max: float = 20.0
     ):
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"expected 0 < beta_min < beta_max, got {beta_min} and {beta_max}")
-        self.beta_min, self.beta_max = beta_min, finite("beta_max", beta_max)
+        self.beta_min = positive("beta_min", beta_min)
+        self.beta_max = finite("beta_max", beta_max)
+        if not beta_min < beta_max:
+            raise ValueError(f"expected beta_min < beta_max, got {beta_min} and {beta_max}")
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:
@@ -143,9 +144,9 @@ class Sigmoid(NoiseSchedule, name="sigmoid"):
         tau: float = 1.0,
     ):
         self.start, self.end = finite("start", start), finite("end", end)
-        self.tau = finite("tau", tau)
-        if not (start < end and tau > 0):
-            raise ValueError(f"expected start < end and tau > 0, got {start}, {end} and {tau}")
+        self.tau = positive("tau", tau)
+        if not start < end:
+            raise ValueError(f"expected start < end, got {start} and {end}")
         self._width = (end - start) / (2 * tau)
         self._offset = _log_cosh(start / tau / 2) - _log_cosh(end / tau / 2)
         super().__init__(log_snr_max, log_snr_min)
@@ -184,9 +185,7 @@ class LogNormal(NoiseSchedule, name="edm"):
     def __init__(
         self, log_snr_max: float, log_snr_min: float, p_mean: float = -1.2, p_std: float = 1.2
     ):
-        if not p_std > 0:
-            raise ValueError(f"p_std: expected a positive number, got {p_std}")
-        self.p_mean, self.p_std = finite("p_mean", p_mean), finite("p_std", p_std)
+        self.p_mean, self.p_std = finite("p_mean", p_mean), positive("p_std", p_std)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:
@@ -224,9 +223,7 @@ class Laplace(NoiseSchedule, name="laplace"):
     def __init__(
         self, log_snr_max: float, log_snr_min: float, mean: float = 0.0, scale: float = 0.5
     ):
-        if not scale > 0:
-            raise ValueError(f"scale: expected a positive number, got {scale}")
-        self.mean, self.scale = finite("mean", mean), finite("scale", scale)
+        self.mean, self.scale = finite("mean", mean), positive("scale", scale)
         super().__init__(log_snr_max, log_snr_min)
 
     def log_snr(self, t: Time) -> Tensor:

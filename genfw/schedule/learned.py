@@ -13,11 +13,12 @@ falls on, and by the slope there. Written as an integral over the noise levels o
     p_n = 1 / (-\lambda'(t)), \qquad \nabla_n E[l^2] = E[-l^2\, \nabla_n \log p_n(\lambda)],
 
 log SNR held where it is: nothing has to be differentiated through the denoiser, and no gradient
-passes between it and the interior. `still` holds log SNR; `genfw.diffusion.denoising` puts the
-gradients together, in one backward pass, and divides this one by the batch's own mean of l^2: the
-gradient of log E[l^2] is of order one from the first step to the last, so clipping the norm of all
-gradients together takes nothing from the network. Kingma et al. hold t instead, and multiply the
-gradient that comes through the denoiser by 2 l: but for the scale the same in the mean.
+passes between it and the interior. `NoiseSchedule.still` holds log SNR; `genfw.diffusion.denoising`
+puts the gradients together, in one backward pass, and divides this one by the batch's own mean of
+l^2: the gradient of log E[l^2] is of order one from the first step to the last, so clipping the
+norm of all gradients together takes nothing from the network. Kingma et al. hold t instead, and
+multiply the gradient that comes through the denoiser by 2 l: but for the scale the same in the
+mean.
 
 References:
     Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
@@ -55,11 +56,11 @@ class Learned(NoiseSchedule, name="learned"):
 
     @property
     def log_snr_max(self) -> Tensor:
-        return self._ends[0] + self.moved[0].double()
+        return super().log_snr_max + self.moved[0].double()
 
     @property
     def log_snr_min(self) -> Tensor:
-        return self._ends[1] + self.moved[1].double()
+        return super().log_snr_min + self.moved[1].double()
 
     def log_snr(self, t: Time) -> Tensor:
         return self.log_snr_max - (self.log_snr_max - self.log_snr_min) * self.interior(t)
@@ -76,13 +77,8 @@ class Learned(NoiseSchedule, name="learned"):
             slope = self.interior.slope(u)
         return u + (n - self.interior(u)) / slope
 
-    def still(self, t: Time) -> Tensor:
-        at = t.detach().double()
-        n = self.interior(at)
-        return t - (n - n.detach()) / self.interior.slope(at).detach()
-
-    def _piece(self) -> tuple[float, float]:
-        return 0.0, 1.0  # the whole curve: it has its ends by construction
+    def piece(self) -> tuple[float, float]:
+        return 0.0, 1.0
 
 
 class Monotone(nn.Module):

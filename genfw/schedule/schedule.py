@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genfw.amplitudes import amplitudes
 from genfw.registry import Registered
 from genfw.types import Time
 
@@ -41,6 +42,10 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
     them autograd and bisection serve, whatever a parent of another curve has. Within, that curve is
     `super().log_snr(u)`. Numbers of its own it sets before `super().__init__`, which looks for the
     end points on the curve.
+
+    A curve that is learned has its end points by construction, whatever its parameters, and
+    overrides `piece`: nobody looks at it before its parameters are there, which torch takes only
+    after `super().__init__`. `still` gives the shape of any curve its gradient.
     """
 
     def __init__(self, log_snr_max: float, log_snr_min: float):
@@ -56,11 +61,13 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             )
         self._ends = float(log_snr_max), float(log_snr_min)
         try:
-            self._start, self._stop = self._piece()
+            self._start, self._stop = self.piece()
         except AttributeError as error:
             raise TypeError(
                 f"{error}: set it before super().__init__(log_snr_max, log_snr_min), which looks "
-                "for the end points on the curve"
+                "for the end points on the curve; parameters and modules, which torch takes only "
+                "afterwards, belong to a curve that has its end points by construction and says so "
+                "in `piece`"
             ) from error
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -72,6 +79,15 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             for closed in ("curve_slope", "curve_inverse"):
                 if closed not in vars(cls):  # a parent's would be that of another curve
                     setattr(cls, closed, vars(NoiseSchedule)[closed])
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """log SNR at t = 0 and at t = 1 as numbers, which carry no gradient."""
+        most, least = (
+            torch.as_tensor(end, dtype=torch.float64).item()
+            for end in (self.log_snr_max, self.log_snr_min)
+        )
+        return most, least
 
     @property
     def log_snr_max(self) -> float | Tensor:
@@ -89,11 +105,13 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     def alpha(self, t: Time) -> Tensor:
         """Signal amplitude, sqrt(sigmoid(log SNR))."""
-        return self.log_snr(t).sigmoid().sqrt()
+        alpha, _ = amplitudes(self.log_snr(t))
+        return alpha
 
     def sigma(self, t: Time) -> Tensor:
         """Noise amplitude, sqrt(sigmoid(-log SNR))."""
-        return (-self.log_snr(t)).sigmoid().sqrt()
+        _, sigma = amplitudes(self.log_snr(t))
+        return sigma
 
     def snr(self, t: Time) -> Tensor:
         """Signal-to-noise ratio, alpha^2 / sigma^2."""
@@ -106,8 +124,12 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
 
     def inverse(self, log_snr: Tensor) -> Tensor:
         """The time at which log SNR takes this value; clamped to [0, 1]."""
-        u = self.curve_inverse(_double(log_snr))
-        return ((u - self._start) / (self._stop - self._start)).clamp(0, 1)
+        log_snr = _double(log_snr)
+        above, below = log_snr > self.log_snr_max, log_snr < self.log_snr_min
+        within = torch.where(below, self.log_snr_min, log_snr)  # no curve need go on beyond
+        u = self.curve_inverse(torch.where(above, self.log_snr_max, within))
+        t = ((u - self._start) / (self._stop - self._start)).clamp(0, 1)
+        return torch.where(above, 0.0, torch.where(below, 1.0, t))
 
     def curve(self, u: Tensor) -> Tensor:
         """The log SNR that the subclass stated, before end points are fixed."""
@@ -144,12 +166,22 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
             return bisect(self.curve, log_snr, low, high, steps=100)
 
     def still(self, t: Time) -> Tensor:
-        """The same times, moving with the shape where that is learned, so that log SNR there
-        depends on the end points alone."""
-        return _double(t)
+        """t, float64; where the shape is learned with a gradient by which the times move with it,
+        so that log SNR there depends on the end points alone."""
+        t = _double(t).detach()
+        log_snr, span = self.log_snr(t), self.log_snr_max - self.log_snr_min
+        if not log_snr.requires_grad:
+            return t
+        n = (self.log_snr_max - log_snr) / span
+        return t - (n - n.detach()) * (span / self.slope(t)).detach()
 
-    def _piece(self) -> tuple[float, float]:
-        """Where on the stated curve the end points lie."""
+    def piece(self) -> tuple[float, float]:
+        """u_0 and u_1, where on the stated curve the end points lie; `return 0.0, 1.0` of a curve
+        that has them by construction.
+
+        Raises:
+            ValueError: float64 cannot say where.
+        """
         ends = torch.tensor(self._ends, dtype=torch.float64)
         u = self.curve_inverse(ends)
         if not torch.allclose(self.curve(u), ends, rtol=0, atol=1e-3):

@@ -12,13 +12,14 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.diffusion.denoiser import Denoiser
 from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
 from genfw.likelihood import GaussianLikelihood
 from genfw.model import MarkovianHierarchy
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Image, Labels, Nats, Time
 

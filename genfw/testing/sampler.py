@@ -31,6 +31,19 @@ def asks_as_often_as_it_says(make: Make, **arguments: Any) -> None:
     assert torch.equal(stops, sampler.times(denoiser.schedule)[1:]), "the path leaves its grid"
 
 
+def leans_on_no_more_of_the_past_than_it_remembers(make: Make, **arguments: Any) -> None:
+    """A step that is given more predictions than `remembers` is the same as from the latest."""
+    sampler, denoiser = make(steps=8, **arguments), _gaussian()
+    path = list(sampler.path(denoiser, _start(2), noise=_noise(2)))[:6]
+    t, s = sampler.times(denoiser.schedule)[6:8]
+    past = tuple(step.prediction for step in path)
+    whole, part = (
+        sampler.step(denoiser, path[-1].z, t, s, None, noise=_noise(2), past=given)[0]
+        for given in (past, past[len(past) - sampler.remembers :])
+    )
+    assert torch.equal(whole, part), f"leans on more of the past than remembers={sampler.remembers}"
+
+
 def a_sample_keeps_its_number(make: Make, **arguments: Any) -> None:
     """With keyed noise and labels, whatever its batch, its place in it and what was drawn before:
     samplers hold no state."""
@@ -93,6 +106,7 @@ def has_the_mean_and_variance_of_the_data(make: Make, **arguments: Any) -> None:
 SAMPLER_LAWS = (
     asks_as_often_as_it_says,
     a_sample_keeps_its_number,
+    leans_on_no_more_of_the_past_than_it_remembers,
     every_schedule_grid_and_precision_will_do,
     lands_on_the_data,
     has_the_mean_and_variance_of_the_data,

@@ -23,6 +23,7 @@ def exact_ends(make: Make, **arguments: Any) -> None:
         log_snr = schedule.log_snr(torch.tensor([0.0, 1.0])).detach()
         assert log_snr.dtype == torch.float64, f"log SNR is {log_snr.dtype}, not float64"
         assert log_snr.tolist() == [high, low], f"ends {log_snr.tolist()}, asked for {[high, low]}"
+        assert schedule.ends == (high, low), f"ends {schedule.ends}, asked for {(high, low)}"
         within = torch.tensor([high - 1e-2, low + 1e-2], dtype=torch.float64)
         near = schedule.log_snr(schedule.inverse(within))
         assert torch.allclose(near, within, rtol=0, atol=1e-3), f"a jump at an end: {near.tolist()}"

@@ -231,8 +231,7 @@ class BitAccounting(L.Callback):
 
 def between(model: VDM, intervals: int) -> Tensor:
     """(intervals + 1,) log SNR, equally spaced from the schedule's lower end point to its upper."""
-    ends = (model.schedule.log_snr_min, model.schedule.log_snr_max)
-    low, high = (torch.as_tensor(end).item() for end in ends)
+    high, low = model.schedule.ends
     return torch.linspace(low, high, intervals + 1, dtype=torch.float64)
 
 

@@ -96,11 +96,10 @@ def _model(module: LatentModule) -> dict[str, Any]:
         "decoder": repr(getattr(model, "likelihood", None)),
     }
     if isinstance(model, VDM):
-        ends = (model.schedule.log_snr_max, model.schedule.log_snr_min)
         known |= {
             "parameterization": repr(getattr(model.denoiser, "parameterization", None)),
             "schedule": f"{type(model.schedule).__name__}({model.schedule.extra_repr()})",
-            "log_snr": [torch.as_tensor(end).item() for end in ends],
+            "log_snr": list(model.schedule.ends),
             "steps": "continuous time"
             if model.steps is None or module.estimator.continuous
             else model.steps,

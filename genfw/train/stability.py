@@ -26,7 +26,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch.optim import Optimizer
 
-from genfw.check import at_least
+from genfw.check import at_least, positive, share
 from genfw.train.errors import Stopped
 from genfw.train.module import logs
 from genfw.train.sharding import whole
@@ -159,11 +159,8 @@ class Outliers:
     """
 
     def __init__(self, factor: float | None, quantile: float, window: int, max_consecutive: int):
-        if factor is not None and factor <= 0:
-            raise ValueError(f"factor: expected a positive number or None, got {factor}")
-        if not 0 <= quantile <= 1:
-            raise ValueError(f"quantile: expected a number in [0, 1], got {quantile}")
-        self.factor, self.quantile, self.max_consecutive = factor, quantile, max_consecutive
+        self.factor = None if factor is None else positive("factor", factor)
+        self.quantile, self.max_consecutive = share("quantile", quantile), max_consecutive
         self.norms: deque[float] = deque(maxlen=at_least(1, "window", window))
         self.skipped = 0
 

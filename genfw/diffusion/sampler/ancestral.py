@@ -13,13 +13,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
+from genfw.check import share
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.process import lost_snr, posterior
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.distributions import Normal
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.types import Data, Labels
 
 
@@ -61,9 +63,7 @@ class DDIM(Sampler, name="ddim"):
 
     def __init__(self, steps: int = 50, eta: float = 0.0, grid: TimeGrid | None = None):
         super().__init__(steps, grid)
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")
-        self.eta = eta
+        self.eta = share("eta", eta)
 
     def step(
         self,

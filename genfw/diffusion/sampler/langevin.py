@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from genfw.check import at_least_one
+from genfw.amplitudes import broadcast
+from genfw.check import at_least_one, positive, share_below_one
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.process import posterior
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.types import Data, Labels
 
 
@@ -140,6 +141,4 @@ def walk(
 
 
 def _checked(corrections: int, size: float) -> tuple[int, float]:
-    if not 0 < size < 1:
-        raise ValueError(f"size: expected a share in (0, 1), got {size}")
-    return at_least_one("corrections", corrections), size
+    return at_least_one("corrections", corrections), share_below_one("size", positive("size", size))

@@ -23,12 +23,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.process import posterior
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels
 
@@ -40,6 +41,8 @@ class DPMSolver(Sampler, name="dpm_solver"):
     References:
         DPM-Solver++, Lu, Zhou, Bao, Chen, Li, Zhu, 2022, https://arxiv.org/abs/2211.01095.
     """
+
+    remembers = 1
 
     def __init__(self, steps: int = 20, grid: TimeGrid | None = None):
         super().__init__(steps, grid)
@@ -69,6 +72,8 @@ class DPMSolverSDE(Sampler, name="dpm_solver_sde"):
     References:
         DPM-Solver++, Lu, Zhou, Bao, Chen, Li, Zhu, 2022, https://arxiv.org/abs/2211.01095.
     """
+
+    remembers = 1
 
     def __init__(self, steps: int = 20, grid: TimeGrid | None = None):
         super().__init__(steps, grid)
@@ -112,7 +117,7 @@ class UniPC(Sampler, name="unipc"):
         super().__init__(steps, grid)
         if order not in (1, 2, 3):
             raise ValueError(f"order: expected 1, 2 or 3, got {order}")
-        self.order = order
+        self.order = self.remembers = order
 
     def step(
         self,

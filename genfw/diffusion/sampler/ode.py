@@ -15,11 +15,13 @@ import math
 
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
+from genfw.check import not_negative, positive
 from genfw.diffusion.denoiser import Denoiser
 from genfw.diffusion.grid import TimeGrid
 from genfw.diffusion.sampler.sampler import Sampler
 from genfw.noise import Draws
-from genfw.parameterization import Prediction, broadcast
+from genfw.parameterization import Prediction
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Labels
 
@@ -105,13 +107,10 @@ class Churn(Sampler, name="edm"):
         grid: TimeGrid | None = None,
     ):
         super().__init__(steps, grid)
-        if not churn >= 0:
-            raise ValueError(f"churn: expected at least 0, got {churn}")
-        if not inflation > 0:
-            raise ValueError(f"inflation: expected a positive number, got {inflation}")
         if not 0 <= low <= high:
             raise ValueError(f"expected 0 <= low <= high, got {low} and {high}")
-        self.churn, self.low, self.high, self.inflation = churn, low, high, inflation
+        self.low, self.high = low, high
+        self.churn, self.inflation = not_negative("churn", churn), positive("inflation", inflation)
 
     def step(
         self,

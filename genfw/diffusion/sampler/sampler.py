@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -43,6 +44,9 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
     calls: int = 1
     """How often a step asks the denoiser."""
 
+    remembers: int = 0
+    """How many predictions of the steps before a step is given."""
+
     def __init__(self, steps: int, grid: TimeGrid | None = None):
         super().__init__()
         self.steps = at_least_one("steps", steps)
@@ -60,8 +64,21 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
         noise: Draws,
         past: tuple[Prediction, ...] = (),
     ) -> tuple[Data, Prediction]:
-        """From z at time t to time s < t. `past` holds the predictions of the steps before, the
-        latest last."""
+        """From time t down to time s.
+
+        Args:
+            denoiser: z, t and y to a prediction; its schedule says what t and s mean.
+            z: (b, ...), the latent at t.
+            t, s: scalars, float64, s < t.
+            y: labels (b,), or None.
+            noise: this step's own: no other step draws the same.
+            past: the predictions that the steps before returned, the oldest first: the latest
+                `remembers` of them, fewer in the beginning.
+
+        Returns:
+            The latent at s, (b, ...), and the prediction that is remembered: in most samplers the
+            one made at t.
+        """
 
     @property
     def evaluations(self) -> int:
@@ -77,12 +94,12 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
     ) -> Iterator[Step]:
         """Every step of the way, from z at t = 1 (b, ...) to z_0."""
         noise = draws(noise, z)
-        past: tuple[Prediction, ...] = ()
+        past: deque[Prediction] = deque(maxlen=self.remembers)
         times = self.times(denoiser.schedule).to(z.device)
         for i, (t, s) in enumerate(pairwise(times)):
             here = noise.fold(f"z{self.steps - i}")
-            z, prediction = self.step(denoiser, z, t, s, y, noise=here, past=past)
-            past = (*past[-3:], prediction)
+            z, prediction = self.step(denoiser, z, t, s, y, noise=here, past=tuple(past))
+            past.append(prediction)
             yield Step(s, z, prediction)
 
     @torch.no_grad()
