@@ -18,9 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from genfw.distributions import Distribution, inverse_cdf, per_example, shaped
+from genfw.distributions import Distribution, in_rows, inverse_cdf, per_example, shaped, wide
 from genfw.noise import Draws, draws
 from genfw.types import Nats
 
@@ -74,7 +73,7 @@ class DiscretePosterior(Distribution):
     @property
     def x(self) -> Tensor:
         """The expected value, E[v_k | z], (b, *dims)."""
-        return piecewise(self.rule.expected, self.seen, self.pieces).view_as(self.z)
+        return piecewise(self.rule.expected, self.seen, self.pieces).view_as(self.z).to(self.z)
 
     @property
     def mean(self) -> Tensor:
@@ -82,7 +81,7 @@ class DiscretePosterior(Distribution):
         return ((self.x + 1) * self.bins - 1) / 2
 
     def log_prob(self, value: Tensor) -> Nats:
-        seen = (shaped(value, self.z).long().flatten(1), *self.seen)
+        seen = in_rows(shaped(value, self.z).long().flatten(1), *self.seen)
         return per_example(piecewise(self.rule.log_mass, seen, self.pieces))
 
     @torch.no_grad()
@@ -100,7 +99,7 @@ class _Bayes:
 
     def log_masses(self, numbers: Tensor, z: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
         """log p(k | z) up to a constant, (b, K, n)."""
-        z, alpha, sigma = (each.unsqueeze(1) for each in (z, alpha, sigma))
+        z, alpha, sigma = (wide(each).unsqueeze(1) for each in (z, alpha, sigma))
         values = centres(self.bins).to(z)[:, None]
         return self.prior(numbers) - 0.5 * ((z - alpha * values) / sigma).square()
 
@@ -121,7 +120,7 @@ def piecewise(function: Callable[..., Tensor], inputs: Sequence[Tensor], pieces:
 
     Nothing but the inputs is kept for the gradient: each piece is computed again, and its gradients
     are written where they belong. At its peak a backward pass holds the inputs, their gradients and
-    what one piece needs. Differentiable once.
+    what one piece needs. One that is to be differentiated itself (`create_graph`) keeps everything.
 
     Args:
         function: acts on each position alone; every tensor that it differentiates is an input.
@@ -137,10 +136,14 @@ class _Piecewise(torch.autograd.Function):
         return torch.cat([function(*piece) for piece in _cut(inputs, pieces)], dim=-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         wanted = [i for i, need in enumerate(needed) if need]
+        if torch.is_grad_enabled():
+            whole = ctx.function(*inputs)
+            found = torch.autograd.grad(whole, [inputs[i] for i in wanted], grad, create_graph=True)
+            left = iter(found)
+            return (None, None, *(next(left) if need else None for need in needed))
         gradients = [torch.empty_like(inputs[i]) for i in wanted]
         parts = [_cut(each, ctx.pieces) for each in (inputs, grad, gradients)]
         for piece, (cotangent,), into in zip(*parts, strict=True):

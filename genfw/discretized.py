@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from genfw.distributions import Categorical, Distribution, per_example, shaped
+from genfw.distributions import Categorical, Distribution, per_example, shaped, wide
 from genfw.noise import Draws, draws
 from genfw.types import Nats
 
@@ -41,6 +41,7 @@ class BinSoftmax(Distribution):
     reach = 10.0  # standard deviations: exp(-10^2 / 2) = 2e-22
 
     def __init__(self, where: Tensor, width: Tensor, bins: int):
+        where, width = wide(where), wide(width)
         self.where, self.width, self.bins = where, width, bins
         self.nearest = ((where.detach() + 1) * bins / 2 - 0.5).round().clamp(0, bins - 1)
         centre = (2 * self.nearest.double() + 1) / bins - 1
@@ -102,6 +103,7 @@ class DiscretizedNormal(Distribution):
     """
 
     def __init__(self, where: Tensor, width: Tensor, bins: int):
+        where, width = wide(where), wide(width)
         self.where, self.width, self.bins = where, width.expand_as(where), bins
 
     @property
@@ -138,6 +140,7 @@ class DiscretizedLogistic(Distribution):
     """
 
     def __init__(self, where: Tensor, width: Tensor, bins: int):
+        where, width = wide(where), wide(width)
         self.where, self.width, self.bins = where, width.expand_as(where), bins
 
     @property
@@ -184,7 +187,11 @@ class LogisticMixture(Distribution):
     ):
         if coupling is not None and where.shape[2] != 3:
             raise ValueError(f"coupling: is for 3 channels (R, G, B), got {where.shape[2]}")
-        self.logits, self.where, self.width = logits, where, width.expand_as(where)
+        self.logits, self.where, self.width = (
+            wide(logits),
+            wide(where),
+            wide(width.expand_as(where)),
+        )
         self.bins, self.coupling = bins, coupling
 
     @property

@@ -23,9 +23,14 @@ def per_example(x: Tensor) -> Nats:
     return x.flatten(1).sum(1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 at least, as is needed of what is summed over thousands of dimensions."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def shaped(value: Tensor, like: Tensor) -> Tensor:
     """`value` (b, *dims), which is asked of a distribution over `like`'s dims; one of the two may
-    be of one row.
+    be of one row, which then stands for all.
 
     Raises:
         ValueError: it has others. Shapes that differ could broadcast, and count a value several
@@ -36,7 +41,17 @@ def shaped(value: Tensor, like: Tensor) -> Tensor:
             f"x: expected examples of shape {tuple(like.shape[1:])}, which the distribution is "
             f"over, got {tuple(value.shape[1:])}: give both the same axes"
         )
+    if len(value) != len(like) and 1 not in (len(value), len(like)):
+        raise ValueError(
+            f"x: expected {len(like)} examples, as the distribution has, or one, got {len(value)}"
+        )
     return value
+
+
+def in_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All with as many rows as the others, those of one row repeated (no copy)."""
+    n = next((len(each) for each in tensors if len(each) != 1), 1)
+    return tuple(each.expand(n, *each.shape[1:]) for each in tensors)
 
 
 def unrepeated(x: Tensor) -> Tensor:
@@ -86,8 +101,9 @@ class Normal(Distribution):
         return self._std.expand_as(self._mean)
 
     def log_prob(self, value: Tensor) -> Nats:
-        error = (shaped(value, self._mean) - self._mean) / self._std
-        log_scale = unrepeated(self.std).log() + 0.5 * math.log(2 * math.pi)
+        mean, std = wide(self._mean), wide(self._std)
+        error = (shaped(value, mean) - mean) / std
+        log_scale = unrepeated(std.expand_as(mean)).log() + 0.5 * math.log(2 * math.pi)
         return -0.5 * per_example(error.square()) - per_example(log_scale)
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
@@ -99,7 +115,7 @@ class Normal(Distribution):
         ratio = self.std.double() / other.std
         shift = (self.mean.double() - other.mean) / other.std
         kl = per_example(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
-        return kl.to(torch.promote_types(self.mean.dtype, other.mean.dtype))
+        return kl.to(torch.promote_types(wide(self.mean).dtype, other.mean.dtype))
 
     def kl_by_dimension(self, other: Normal) -> Tensor:
         """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`."""
@@ -117,7 +133,7 @@ def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
     if isinstance(p, Normal):
         return q.kl(p)
     log_q = Normal(q.mean.double(), q.std.double()).log_prob(z)
-    return (log_q - p.log_prob(z)).to(q.mean.dtype)
+    return (log_q - p.log_prob(z)).to(wide(q.mean).dtype)
 
 
 def scale_of(log_scale: Tensor) -> Tensor:
@@ -141,11 +157,12 @@ class Categorical(Distribution):
     """
 
     def __init__(self, logits: Tensor):
-        self.log_probs = logits.log_softmax(1)
+        self.log_probs = wide(logits).log_softmax(1)
 
     def log_prob(self, value: Tensor) -> Nats:
-        value = shaped(value, self.log_probs[:, 0])
-        return per_example(self.log_probs.gather(1, value.long().unsqueeze(1)))
+        value = shaped(value, self.log_probs[:, 0]).long().unsqueeze(1)
+        value, log_probs = in_rows(value, self.log_probs)
+        return per_example(log_probs.gather(1, value))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:
         """Integers (b, *dims), by inverting the cumulative masses."""
@@ -170,10 +187,12 @@ class Bernoulli(Distribution):
     """Two-valued dimensions. Args: logits (b, *dims) of the value 1."""
 
     def __init__(self, logits: Tensor):
-        self.logits = logits
+        self.logits = wide(logits)
 
     def log_prob(self, value: Tensor) -> Nats:
-        sign = 2 * unrepeated(shaped(value, self.logits)).to(self.logits) - 1
+        value = shaped(value, self.logits)
+        value = unrepeated(value) if len(value) == len(self.logits) else value
+        sign = 2 * value.to(self.logits) - 1
         return per_example(F.logsigmoid(sign * self.logits))
 
     def sample(self, noise: Draws | None = None, purpose: str = "sample") -> Tensor:

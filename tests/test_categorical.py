@@ -132,6 +132,7 @@ def test_gradients_are_those_of_autograd(cls, double):
         for x, y in zip(a, b, strict=True):
             assert torch.allclose(x, y, rtol=1e-8, atol=1e-10)
     assert torch.autograd.gradcheck(ours, inputs)
+    assert torch.autograd.gradgradcheck(ours, inputs)  # as a penalty on the Jacobian asks
 
 
 def test_pieces_make_no_difference(double):

@@ -50,6 +50,61 @@ def test_a_scalar_std_counts_once_per_dimension(double):
     assert torch.equal(full.kl(Normal(x, torch.ones(()))), scalar.kl(Normal(x, torch.ones(()))))
 
 
+def spread(x):
+    """Positive, and the same in any precision that x is exact in."""
+    return x.abs().clamp(0.25)
+
+
+MADE = {  # of n rows, over two dimensions, of three values where there are values
+    "normal": lambda n, r: Normal(r(n, 2), spread(r(n, 2))),
+    "categorical": lambda n, r: Categorical(r(n, 3, 2)),
+    "bernoulli": lambda n, r: Bernoulli(r(n, 2)),
+    "bins": lambda n, r: BinSoftmax(r(n, 2), spread(r(n, 2)), 3),
+    "discretized normal": lambda n, r: DiscretizedNormal(r(n, 2), spread(r(n, 2)), 3),
+    "discretized logistic": lambda n, r: DiscretizedLogistic(r(n, 2), spread(r(n, 2)), 3),
+    "mixture": lambda n, r: LogisticMixture(
+        r(n, 2, 2), r(n, 2, 1, 2), spread(r(n, 2, 1, 2)), 3, None
+    ),
+    "posterior": lambda n, r: DiscretePosterior(
+        r(n, 3, 2), r(n, 2), torch.tensor(0.75).to(r(1)), torch.tensor(0.5).to(r(1)), 3
+    ),
+}
+each_made = pytest.mark.parametrize("make", MADE.values(), ids=MADE)
+
+
+@each_made
+def test_one_row_stands_for_all(make, double):
+    """Several draws z of one image, or several images under one z; other numbers are refused."""
+    several, one = make(5, torch.randn), make(1, torch.randn)
+    x = torch.randint(2, (5, 1, 2) if isinstance(one, LogisticMixture) else (5, 2))
+    torch.testing.assert_close(several.log_prob(x[:1]), several.log_prob(x[:1].expand_as(x)))
+    torch.testing.assert_close(one.log_prob(x), torch.cat([one.log_prob(each[None]) for each in x]))
+    for wrong in (x[:2], torch.cat([x, x])):
+        with pytest.raises(ValueError, match=f"x: expected 5 examples.* got {len(wrong)}"):
+            several.log_prob(wrong)
+
+
+@each_made
+def test_nothing_is_summed_in_half_precision(make):
+    """Two thousand dimensions."""
+
+    def wide(*shape):
+        seeded = torch.Generator().manual_seed(sum(shape))
+        return torch.randn(*shape[:-1], 1000 * shape[-1], generator=seeded).bfloat16()
+
+    def exact(*shape):
+        return wide(*shape).double()
+
+    half, double = make(2, wide), make(2, exact)
+    x = torch.randint(2, (2, 1, 2000) if isinstance(half, LogisticMixture) else (2, 2000))
+    found = half.log_prob(x)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), double.log_prob(x), rtol=1e-5)
+    if isinstance(half, Normal):
+        to_prior = [each.kl(Normal(0 * each.mean, 2 * each.std)) for each in (half, double)]
+        assert torch.allclose(to_prior[0].double(), to_prior[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("b", [1, 4])
 @pytest.mark.parametrize("which", [(0,), (1,), (2,), (1, 2), (0, 1, 2), ()])
 def test_rows_that_are_one_in_memory_count_as_rows(double, which, b):

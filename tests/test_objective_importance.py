@@ -300,6 +300,17 @@ def test_trained_by_many_draws_and_reported_by_the_bound(objective, tmp_path):
     assert found["test/nll"] == pytest.approx(float(plain), rel=1e-6)
 
 
+@pytest.mark.parametrize("objective", [Iwae(3), Dreg(3), Stl()], ids=lambda each: each.name)
+def test_values_are_the_same_without_gradients(objective):
+    """Those that differentiate for themselves are asked where gradients are off, too."""
+    model, x = tiny_vae(), torch.randint(2, (4, 1, 2, 2))
+    value = objective(model, x, noise=Noise(0, torch.arange(4)))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            again = objective(model, x.clone(), noise=Noise(0, torch.arange(4)))
+        assert torch.equal(value, again)
+
+
 def test_a_diffusion_model_in_steps_has_weights_and_in_continuous_time_has_not(double):
     vdm, x = network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (8, 4))
     vdm.shape = (4,)

@@ -26,6 +26,26 @@ def test_closed_forms_equal_autograd_and_bisection(cls):
     assert torch.allclose(schedule.curve_inverse(log_snr), u, rtol=0, atol=1e-12)
 
 
+@ALL
+def test_one_is_made_where_nothing_is_computed(cls):
+    """As models are whose weights come later."""
+    with torch.device("meta"):
+        schedule = cls(7.9, -10.0)
+    assert schedule.slope(torch.tensor(0.5, device="meta")).shape == ()
+
+
+def test_a_slope_has_a_gradient_where_one_is_wanted():
+    """Of one that is differentiated: of time, or of its own parameters."""
+
+    class Own(NoiseSchedule):
+        def log_snr(self, t):
+            return 3 - 6 * t.square()
+
+    schedule, t = Own(2.0, -2.0), torch.rand(3)
+    assert not schedule.slope(t).requires_grad
+    assert schedule.slope(t.requires_grad_()).requires_grad
+
+
 def test_linear_is_ddpm_and_loglinear_is_not():
     """The product of 1 - beta_i over many small steps, beta linear, against alpha^2 in closed
     form."""

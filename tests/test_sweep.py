@@ -409,8 +409,11 @@ def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
     kept |= {"test/fd_digits": 39.0, "test/fd_digits_samples": 1000}
     made = [
         {
-            **{"number": n, "overrides": [f"experiment={each}"], "exit": 0},
-            **{"results": kept, "folder": tmp_path},
+            "number": n,
+            "overrides": [f"experiment={each}"],
+            "exit": 0,
+            "results": kept,
+            "folder": tmp_path,
         }
         for n, each in enumerate(names)
     ]

@@ -150,7 +150,7 @@ class Stl(Objective, name="stl"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             log_w, log_p, path = _apart(_chain(self, model), x, y, noise, 1)
             return _moved(-log_w, -(log_p + path)).squeeze(1)
 
@@ -181,7 +181,7 @@ class Dreg(Objective, name="dreg"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k)
             share = log_w.detach().softmax(1)
             return _moved(-log_mean_exp(log_w), -(share * log_p + share.square() * path).sum(1))
@@ -211,6 +211,8 @@ def _apart(
         paths.append(q.sample(noise))
         return paths[-1].detach().requires_grad_()
 
+    if x.is_inference():  # no graph may hold a tensor of inference mode
+        x, y = x.clone(), None if y is None else y.clone()
     rungs = model.climb(x, y, noise=draws(noise, x).each(0, k), k=k, draw=copied)
     z = [rung.z for rung in rungs]
     log_p = model.prior_of(z[-1]).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)

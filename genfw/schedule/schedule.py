@@ -138,9 +138,10 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
     def curve_slope(self, u: Tensor) -> Tensor:
         """-d curve / du, by autograd (under inference mode too, as in Lightning's validation)."""
         with torch.inference_mode(False), torch.enable_grad():
+            wanted = u.requires_grad or any(p.requires_grad for p in self.parameters())
             u = u if u.requires_grad else u.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self.curve(u).sum(), u, create_graph=True)
-        return -slope if torch.is_grad_enabled() else -slope.detach()
+            (slope,) = torch.autograd.grad(self.curve(u).sum(), u, create_graph=wanted)
+        return -slope if wanted and torch.is_grad_enabled() else -slope.detach()
 
     def curve_inverse(self, log_snr: Tensor) -> Tensor:
         """The u at which the curve takes this value, by bisection on (0, 1000].
@@ -182,7 +183,7 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         Raises:
             ValueError: float64 cannot say where.
         """
-        ends = torch.tensor(self._ends, dtype=torch.float64)
+        ends = torch.tensor(self._ends, dtype=torch.float64, device="cpu")
         u = self.curve_inverse(ends)
         if not torch.allclose(self.curve(u), ends, rtol=0, atol=1e-3):
             raise ValueError(
@@ -204,10 +205,11 @@ def _exact(curve: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """log SNR at time t in [0, 1], float64: exactly log_snr_max at 0 and log_snr_min at 1."""
         if type(self).log_snr is not log_snr:  # `super().log_snr`, where another curve is stated
             return curve(self, t)
-        t = _double(t)
+        t = _double(t).clamp(0, 1)
         inside = self.curve(self._start + (self._stop - self._start) * t)
-        inside = torch.where(t <= 0, self.log_snr_max, inside)
-        return torch.where(t >= 1, self.log_snr_min, inside)
+        still = inside - inside.detach()  # 0, with the derivative that the curve has there
+        inside = torch.where(t <= 0, still + _fixed(self.log_snr_max), inside)
+        return torch.where(t >= 1, still + _fixed(self.log_snr_min), inside)
 
     return log_snr
 
@@ -223,5 +225,9 @@ def bisect(
     return (low + high) / 2
 
 
+def _fixed(end: Tensor | float) -> Tensor | float:
+    return end.detach() if isinstance(end, Tensor) else end
+
+
 def _double(t: Tensor | float) -> Tensor:
-    return torch.as_tensor(t).double()
+    return torch.as_tensor(t, dtype=torch.float64)
