@@ -278,9 +278,9 @@ def about(
         "git": git_commit() or "unknown",
     }
     if isinstance(model, VDM):
-        facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
+        facts["sampler"] = f"{model.sampler.called()}({model.sampler.extra_repr()})"
         grid = model.sampler.grid
-        facts["grid"] = f"{grid.name}({grid.extra_repr()})".removesuffix("()")
+        facts["grid"] = f"{grid.called()}({grid.extra_repr()})".removesuffix("()")
         facts["guidance"] = model.guided().title or "none"
         guidance = config.get("guidance") or {}
         for by in ("classifier", "weaker"):

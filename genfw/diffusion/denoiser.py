@@ -35,8 +35,8 @@ class Denoiser(nn.Module, ABC):
             TypeError: it does not.
         """
         raise TypeError(
-            f"{self._get_name()} says where x lies, not how likely each value is: use likelihood "
-            "bins or discretized_gaussian, or param categorical"
+            f"{type(self).__name__} says where x lies, not how likely each value is: use "
+            "likelihood bins or discretized_gaussian, or param categorical"
         )
 
 
