@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 import genfw
 from genfw.objective.denoising import DenoisingObjective
 from genfw.registry import Registered
+from genfw.sample import labels
 from genfw.train import resolvers
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.rules import _guidance_reads_model, _likelihood_reads_model, samples_have_labels
 from genfw.train.schema import ConfFiles, from_signature
 from genfw.train.signals import Signals
 
@@ -104,6 +106,55 @@ def test_what_weighs_noise_levels_needs_some(model):
         for name in weighted:
             with pytest.raises(ConfigError, match=f"objective={name}, model={model}: .*=elbo"):
                 compose([f"model={model}", f"objective={name}"])
+
+
+def guided(name, **more):
+    node = conf_node("guidance", name)
+    runs = dict.fromkeys(OmegaConf.missing_keys(node), "outputs/another")
+    node.update(runs)
+    return OmegaConf.create({**FACTS, "guidance": node, **more})
+
+
+@pytest.mark.parametrize("name", GROUPS["guidance"])
+def test_what_asks_a_model_without_a_label_needs_one_that_knows_that(name):
+    """By the name that was typed, whatever the class is called."""
+    attentive = {"model": {"classes": 10}, "label_dropout": 0.0}
+    _guidance_reads_model(guided(name, **attentive | {"label_dropout": 0.1}))
+    if name in ("classifier_free", "classifier", "classifier_denoised"):
+        with pytest.raises(ConfigError, match=f"^guidance={name} .*label_dropout=0.1$"):
+            _guidance_reads_model(guided(name, **attentive))
+    else:
+        _guidance_reads_model(guided(name, **attentive))
+
+
+@pytest.mark.parametrize("name", GROUPS["guidance"])
+def test_a_classifier_guides_to_labels_that_somebody_gives(name):
+    """Which nobody does while a model without classes trains."""
+    config = guided(name)
+    if name in ("classifier", "classifier_denoised"):
+        with pytest.raises(ConfigError, match=f"guidance={name} needs labels.*genfw.sample"):
+            samples_have_labels(config)
+        assert labels(None, config) == list(range(10))
+        with pytest.raises(ConfigError, match=f"guidance={name} guides to a class"):
+            labels("none", config)
+    else:
+        samples_have_labels(config)
+        assert labels(None, config) is None
+
+
+@pytest.mark.parametrize("likelihood", GROUPS["likelihood"])
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_a_likelihood_that_cannot_read_a_model_is_refused_by_name(model, likelihood):
+    """A diffusion model decodes a value in noise, the others what the network says of it."""
+    reads = {"bins", "discretized_gaussian", "gaussian", "categorical"}
+    unreadable = likelihood not in reads if model == "vdm" else likelihood == "bins"
+    nodes = {"model": conf_node("model", model), "likelihood": conf_node("likelihood", likelihood)}
+    config = OmegaConf.create(nodes)
+    if unreadable:
+        with pytest.raises(ConfigError, match=f"^likelihood={likelihood} .*model={model} decodes"):
+            _likelihood_reads_model(config)
+    else:
+        _likelihood_reads_model(config)
 
 
 def test_likelihood_outputs_are_those_of_the_classes():

@@ -68,20 +68,20 @@ def _data_are_integers(config: DictConfig) -> None:
 
 
 def _likelihood_reads_model(config: DictConfig) -> None:
-    model, likelihood = target_of(config, "model"), target_of(config, "likelihood")
+    model, likelihood = option(config, "model"), option(config, "likelihood")
     from_network = (("bins",), "categorical, bernoulli, logistic_mixture or the like")
     logistic = ("discretized_logistic", "logistic_mixture")
     unreadable, others = {
-        "genfw.VAE": from_network,
-        "genfw.MHVAE": from_network,
-        "genfw.HVAE": from_network,
-        "genfw.VDM": (("bernoulli", *logistic), "bins or discretized_gaussian"),
-    }.get(str(model), ((), ""))
-    for name in unreadable:
-        if likelihood == f"genfw.{name.title().replace('_', '')}Likelihood":
-            raise ConfigError(
-                f"likelihood={name} cannot read what {model} decodes: use likelihood={others}"
-            )
+        "vae": from_network,
+        "mhvae": from_network,
+        "hvae": from_network,
+        "vdm": (("bernoulli", *logistic), "bins or discretized_gaussian"),
+    }.get(model, ((), ""))
+    if likelihood in unreadable:
+        raise ConfigError(
+            f"likelihood={likelihood} cannot read what model={model} decodes: use "
+            f"likelihood={others}"
+        )
 
 
 def _decoder_is_the_networks(config: DictConfig) -> None:
@@ -425,25 +425,19 @@ def _labels_agree(config: DictConfig) -> None:
 
 
 def _guidance_reads_model(config: DictConfig) -> None:
-    target = str(target_of(config, "guidance"))
-    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", target.removeprefix("genfw.")).lower()
-    name = name.removesuffix("_guidance")
+    guidance = option(config, "guidance")
     classes = OmegaConf.select(config, "model.classes")
     dropout = OmegaConf.select(config, "label_dropout")
-    if target == "genfw.ClassifierFree" and classes is None:
+    if guidance == "classifier_free" and classes is None:
         raise ConfigError(
-            f"guidance={name} needs a conditional model, and this one has no labels "
+            f"guidance={guidance} needs a conditional model, and this one has no labels "
             "(model.classes=null): train one with model.classes=${data.classes}, or use "
             "guidance=classifier"
         )
-    without = (
-        "genfw.ClassifierFree",
-        "genfw.ClassifierGuidance",
-        "genfw.DenoisedClassifierGuidance",
-    )
-    if target in without and classes is not None and not dropout:
+    without = ("classifier_free", "classifier", "classifier_denoised")
+    if guidance in without and classes is not None and not dropout:
         raise ConfigError(
-            f"guidance={name} asks the model without a label, and this one never saw that "
+            f"guidance={guidance} asks the model without a label, and this one never saw that "
             "(label_dropout=0): train it with label_dropout=0.1"
         )
 
@@ -494,11 +488,12 @@ def samples_have_labels(config: DictConfig) -> None:
     Raises:
         ConfigError: a classifier would guide a model without classes.
     """
-    target = str(target_of(config, "guidance"))
-    if target.endswith("ClassifierGuidance") and config.model.classes is None:
+    by_classifier = "classifier" in (config.get("guidance") or {})
+    if by_classifier and config.model.classes is None:
         raise ConfigError(
-            "guidance by a classifier needs labels, and samples of this model have none while it "
-            "trains (model.classes=null): leave guidance to python -m genfw.sample run=<folder>"
+            f"guidance={option(config, 'guidance')} needs labels, and samples of this model have "
+            "none while it trains (model.classes=null): leave guidance to python -m genfw.sample "
+            "run=<folder>"
         )
 
 
