@@ -4,10 +4,12 @@ import importlib
 import inspect
 import math
 import pkgutil
+from enum import Enum
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+import tiny
 import torch
 from omegaconf import OmegaConf
 
@@ -20,6 +22,7 @@ from genfw.train.checkpoint import AtomicIO
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.module import LatentModule
 from genfw.train.rules import _guidance_reads_model, _likelihood_reads_model, samples_have_labels
 from genfw.train.schema import ConfFiles, from_signature
 from genfw.train.signals import Signals
@@ -243,6 +246,47 @@ def test_top_floor_files_name_real_arguments(target):
     given_by_the_job = {"optimizer", "steps", "folder", "files", "signals"}
     missing = {key for key, each in known.arguments.items() if each.required}
     assert missing - set(said.arguments) <= given_by_the_job
+
+
+FOR_DIGITS = {  # a thousand images are learned by heart without it; a class knows no data
+    ("genfw.nets.ConvEncoder", "dropout"),
+    ("genfw.nets.ConvDecoder", "dropout"),
+    ("genfw.nets.MLPEncoder", "dropout"),
+    ("genfw.nets.MLPDecoder", "dropout"),
+    ("genfw.nets.Ladder", "dropout"),
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    sorted(
+        {
+            node._target_
+            for file in CONF.rglob("*.yaml")
+            for node in _walk(OmegaConf.load(file))
+            if node._target_.startswith("genfw.") and ".data." not in node._target_
+        }
+    ),
+)
+def test_a_default_is_the_same_in_a_notebook(target):
+    """What a class takes where nothing is said is what its file says."""
+    said, known = ConfFiles([CONF]).schema(target), from_signature(locate(target))
+    for key, argument in said.arguments.items():
+        default = known.arguments[key].default
+        default = default.value if isinstance(default, Enum) else default
+        if argument.required or known.arguments[key].required or callable(default):
+            continue
+        same = argument.default == (list(default) if isinstance(default, tuple) else default)
+        assert same is ((target, key) not in FOR_DIGITS), (key, argument.default, default)
+
+
+def test_a_notebook_measures_and_samples_as_a_run_does():
+    model = genfw.VDM(tiny.vdm().denoiser, genfw.BinsLikelihood(tiny.BINS), shape=tiny.SHAPE)
+    assert model.sampler.steps == conf_node("sampler", "ancestral").steps
+    module = LatentModule(model, genfw.Elbo(), torch.optim.SGD)
+    while_training = OmegaConf.load(CONF / "config.yaml").validation_estimator
+    assert repr(module.validation_estimator) == repr(build(while_training))
+    assert repr(module.estimator) == repr(build(conf_node("estimator", "bound")))
 
 
 def _ranged():
