@@ -200,7 +200,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
         """The same model, of the same modules, read so."""
         read = copy.copy(self)
-        read._modules = dict(self._modules)
+        read._modules = dict(self._modules)  # or new `times` would be the original's too
         read.steps, read.sampler, read.times = steps, sampler, times
         return read
 
