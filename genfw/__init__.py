@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from genfw.bayes import DiscretePosterior as DiscretePosterior
+    from genfw.bayes import Prior as Prior
     from genfw.diffusion.denoiser import Denoiser as Denoiser
     from genfw.diffusion.denoiser import NetworkDenoiser as NetworkDenoiser
+    from genfw.diffusion.denoising import Denoises as Denoises
     from genfw.diffusion.denoising import Denoising as Denoising
     from genfw.diffusion.grid import AngleGrid as AngleGrid
     from genfw.diffusion.grid import KarrasGrid as KarrasGrid
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
     from genfw.diffusion.grid import TimeGrid as TimeGrid
     from genfw.diffusion.grid import UniformGrid as UniformGrid
     from genfw.diffusion.guidance import Autoguidance as Autoguidance
+    from genfw.diffusion.guidance import ByClassifier as ByClassifier
     from genfw.diffusion.guidance import ClassifierFree as ClassifierFree
     from genfw.diffusion.guidance import ClassifierGuidance as ClassifierGuidance
     from genfw.diffusion.guidance import DenoisedClassifierGuidance as DenoisedClassifierGuidance
+    from genfw.diffusion.guidance import Extrapolated as Extrapolated
     from genfw.diffusion.guidance import Guidance as Guidance
+    from genfw.diffusion.guidance import Guide as Guide
+    from genfw.diffusion.guidance import Scaled as Scaled
     from genfw.diffusion.guidance import Unguided as Unguided
     from genfw.diffusion.process import marginal as marginal
     from genfw.diffusion.process import posterior as posterior
@@ -77,6 +83,7 @@ if TYPE_CHECKING:
     from genfw.model import MarkovianHierarchy as MarkovianHierarchy
     from genfw.model import Weighs as Weighs
     from genfw.models.hvae import HVAE as HVAE
+    from genfw.models.hvae import TopDown as TopDown
     from genfw.models.mhvae import MHVAE as MHVAE
     from genfw.models.posterior import FullPosterior as FullPosterior
     from genfw.models.posterior import Posterior as Posterior
@@ -86,23 +93,30 @@ if TYPE_CHECKING:
     from genfw.noise import BatchNoise as BatchNoise
     from genfw.noise import Draws as Draws
     from genfw.noise import Noise as Noise
+    from genfw.noise import draws as draws
     from genfw.objective.denoising import P2 as P2
+    from genfw.objective.denoising import DenoisingObjective as DenoisingObjective
     from genfw.objective.denoising import EdmWeighted as EdmWeighted
     from genfw.objective.denoising import MinSnr as MinSnr
+    from genfw.objective.denoising import PerLogSNR as PerLogSNR
+    from genfw.objective.denoising import PerTime as PerTime
     from genfw.objective.denoising import SigmoidWeighted as SigmoidWeighted
     from genfw.objective.denoising import Simple as Simple
     from genfw.objective.importance import Ciwae as Ciwae
     from genfw.objective.importance import Dreg as Dreg
     from genfw.objective.importance import Iwae as Iwae
     from genfw.objective.importance import Miwae as Miwae
+    from genfw.objective.importance import OfWeights as OfWeights
     from genfw.objective.importance import Stl as Stl
     from genfw.objective.objective import Elbo as Elbo
     from genfw.objective.objective import Objective as Objective
     from genfw.objective.rate import L2 as L2
     from genfw.objective.rate import Beta as Beta
     from genfw.objective.rate import CyclicWarmup as CyclicWarmup
+    from genfw.objective.rate import Floor as Floor
     from genfw.objective.rate import FreeBits as FreeBits
     from genfw.objective.rate import LinearWarmup as LinearWarmup
+    from genfw.objective.rate import Warmup as Warmup
     from genfw.parameterization import X0 as X0
     from genfw.parameterization import CategoricalParameterization as CategoricalParameterization
     from genfw.parameterization import DiscreteParameterization as DiscreteParameterization
@@ -128,15 +142,19 @@ if TYPE_CHECKING:
     from genfw.schedule import Sigmoid as Sigmoid
 
 _HOMES = {
-    "genfw.bayes": ("DiscretePosterior",),
+    "genfw.bayes": ("DiscretePosterior", "Prior"),
     "genfw.diffusion.denoiser": ("Denoiser", "NetworkDenoiser"),
-    "genfw.diffusion.denoising": ("Denoising",),
+    "genfw.diffusion.denoising": ("Denoises", "Denoising"),
     "genfw.diffusion.guidance": (
         "Autoguidance",
+        "ByClassifier",
         "ClassifierFree",
         "ClassifierGuidance",
         "DenoisedClassifierGuidance",
+        "Extrapolated",
         "Guidance",
+        "Guide",
+        "Scaled",
         "Unguided",
     ),
     "genfw.diffusion.process": ("marginal", "posterior", "transition"),
@@ -187,16 +205,33 @@ _HOMES = {
         "LogisticMixtureLikelihood",
     ),
     "genfw.model": ("Diverges", "LatentModel", "MarkovianHierarchy", "Weighs"),
-    "genfw.models.hvae": ("HVAE",),
+    "genfw.models.hvae": ("HVAE", "TopDown"),
     "genfw.models.mhvae": ("MHVAE",),
     "genfw.models.posterior": ("FullPosterior", "Posterior", "ResidualPosterior"),
     "genfw.models.vae": ("VAE",),
     "genfw.models.vdm": ("VDM",),
-    "genfw.noise": ("BatchNoise", "Draws", "Noise"),
-    "genfw.objective.denoising": ("P2", "EdmWeighted", "MinSnr", "SigmoidWeighted", "Simple"),
-    "genfw.objective.importance": ("Ciwae", "Dreg", "Iwae", "Miwae", "Stl"),
+    "genfw.noise": ("BatchNoise", "Draws", "Noise", "draws"),
+    "genfw.objective.denoising": (
+        "DenoisingObjective",
+        "EdmWeighted",
+        "MinSnr",
+        "P2",
+        "PerLogSNR",
+        "PerTime",
+        "SigmoidWeighted",
+        "Simple",
+    ),
+    "genfw.objective.importance": ("Ciwae", "Dreg", "Iwae", "Miwae", "OfWeights", "Stl"),
     "genfw.objective.objective": ("Elbo", "Objective"),
-    "genfw.objective.rate": ("L2", "Beta", "CyclicWarmup", "FreeBits", "LinearWarmup"),
+    "genfw.objective.rate": (
+        "Beta",
+        "CyclicWarmup",
+        "Floor",
+        "FreeBits",
+        "L2",
+        "LinearWarmup",
+        "Warmup",
+    ),
     "genfw.parameterization": (
         "CategoricalParameterization",
         "DiscreteParameterization",

@@ -219,7 +219,7 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
     said = ("checkpoint", "estimator", "verify", "trusted", "hydra")  # by the name, or of no matter
     others = {key: value for key, value in given.items() if key.split(".")[0] not in said}
     parts = [f"{key}={value}" for key, value in sorted(others.items())]
-    return ", ".join([f"{estimator.name}({estimator.extra_repr()}) of {checkpoint}", *parts])
+    return ", ".join([f"{estimator.called()}({estimator.extra_repr()}) of {checkpoint}", *parts])
 
 
 def keep(folder: Path, name: str, entry: dict[str, Any]) -> None:

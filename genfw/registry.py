@@ -60,6 +60,12 @@ class Registered:
             cls.name = name
             cls.registry[name] = cls
 
+    @classmethod
+    def called(cls) -> str:
+        """What records and messages call it: the name it is chosen by; its class's where it was
+        given none of its own, whatever that of the class it varies."""
+        return vars(cls).get("name") or cls.__name__
+
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

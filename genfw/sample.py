@@ -28,6 +28,7 @@ from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import replaced
+from genfw.train.nodes import option
 from genfw.train.rules import weaker_hears_no_label
 from genfw.train.runs import all_but, checkpoint, command, guide, other, output, read, unguided
 
@@ -83,7 +84,7 @@ def sample(arguments: Sequence[str]) -> None:
         raise ConfigError(
             f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
         )
-    if options.label == "none" and _guide(config).endswith("ClassifierFree"):
+    if options.label == "none" and option(config, "guidance") == "classifier_free":
         unguided(config)  # it goes nowhere
     weights = checkpoint(folder, options.checkpoint)
     _out_is_there(options, folder)
@@ -209,11 +210,14 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         ConfigError: it knows none, and nothing guides it to any; there is no such class; or none
             is asked for where one is needed, by the weaker model that guides too.
     """
-    by_classifier = _guide(config).endswith("ClassifierGuidance")
+    by_classifier = "classifier" in (config.get("guidance") or {})
     classes = config.data.classes if by_classifier else config.model.get("classes")
     if asked == "none":
         if by_classifier:
-            raise ConfigError("label=none: guidance=classifier guides to a class: label=7, or all")
+            raise ConfigError(
+                f"label=none: guidance={option(config, 'guidance')} guides to a class: label=7, or "
+                "all"
+            )
         if classes is not None and not config.get("label_dropout"):
             raise ConfigError(
                 "label=none: this model was never without a label (label_dropout=0): train it "
@@ -245,11 +249,6 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
     return chosen
 
 
-def _guide(config: DictConfig) -> str:
-    """The class of what guides."""
-    return str((config.get("guidance") or {}).get("_target_"))
-
-
 def _other_run(config: DictConfig) -> str:
     """The folder of the run that guides, and the checkpoint where one was named; else nothing."""
     place = guide(config)
@@ -278,9 +277,9 @@ def about(
         "git": git_commit() or "unknown",
     }
     if isinstance(model, VDM):
-        facts["sampler"] = f"{model.sampler.name}({model.sampler.extra_repr()})"
+        facts["sampler"] = f"{model.sampler.called()}({model.sampler.extra_repr()})"
         grid = model.sampler.grid
-        facts["grid"] = f"{grid.name}({grid.extra_repr()})".removesuffix("()")
+        facts["grid"] = f"{grid.called()}({grid.extra_repr()})".removesuffix("()")
         facts["guidance"] = model.guided().title or "none"
         guidance = config.get("guidance") or {}
         for by in ("classifier", "weaker"):

@@ -266,6 +266,29 @@ def test_one_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys)
     assert "keeps its classifier.dropout" in capsys.readouterr().err
 
 
+def test_a_run_without_a_number_is_no_success(tmp_path, monkeypatch, capsys):
+    """It has its results, with null for what is no number; resumed, it says so again."""
+
+    def lost(self, batch, batch_idx):
+        self.log("test/nll", torch.nan, batch_size=len(batch.image))
+
+    monkeypatch.setattr(ClassifierModule, "test_step", lost)
+    quick = ("trainer.max_steps=1", "logger=none", f"hydra.run.dir={tmp_path}")
+    assert command(classify, (*TINY, *quick)) == 1
+    assert "the test NLL is not finite: there is no number to report" in capsys.readouterr().err
+    assert OmegaConf.load(tmp_path / "results.json")["test/nll"] is None
+    assert main([f"resume={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert "the test NLL is not finite; " in said and "genfw.evaluate" not in said
+
+
+def test_data_are_looked_at_before_it_begins(tmp_path, capsys):
+    """Too few images for a step are found before the run says that it runs, or tells W&B."""
+    assert command(classify, (*TINY, "data.batch_size=2000", f"hydra.run.dir={tmp_path}")) == 2
+    said = capsys.readouterr()
+    assert "give a smaller data.batch_size" in said.err and "run folder" not in said.out
+
+
 def test_ranks_agree_on_which_weights_are_best(tmp_path):
     """Of an accuracy and NLL that are those of all their images."""
     place, small = (

@@ -4,21 +4,26 @@ import importlib
 import inspect
 import math
 import pkgutil
+from enum import Enum
 from pathlib import Path
 
 import lightning.pytorch as L
 import pytest
+import tiny
 import torch
 from omegaconf import OmegaConf
 
 import genfw
 from genfw.objective.denoising import DenoisingObjective
 from genfw.registry import Registered
+from genfw.sample import labels
 from genfw.train import resolvers
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.compose import compose, session
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError, GenfwError
+from genfw.train.module import LatentModule
+from genfw.train.rules import _guidance_reads_model, _likelihood_reads_model, samples_have_labels
 from genfw.train.schema import ConfFiles, from_signature
 from genfw.train.signals import Signals
 
@@ -104,6 +109,55 @@ def test_what_weighs_noise_levels_needs_some(model):
         for name in weighted:
             with pytest.raises(ConfigError, match=f"objective={name}, model={model}: .*=elbo"):
                 compose([f"model={model}", f"objective={name}"])
+
+
+def guided(name, **more):
+    node = conf_node("guidance", name)
+    runs = dict.fromkeys(OmegaConf.missing_keys(node), "outputs/another")
+    node.update(runs)
+    return OmegaConf.create({**FACTS, "guidance": node, **more})
+
+
+@pytest.mark.parametrize("name", GROUPS["guidance"])
+def test_what_asks_a_model_without_a_label_needs_one_that_knows_that(name):
+    """By the name that was typed, whatever the class is called."""
+    attentive = {"model": {"classes": 10}, "label_dropout": 0.0}
+    _guidance_reads_model(guided(name, **attentive | {"label_dropout": 0.1}))
+    if name in ("classifier_free", "classifier", "classifier_denoised"):
+        with pytest.raises(ConfigError, match=f"^guidance={name} .*label_dropout=0.1$"):
+            _guidance_reads_model(guided(name, **attentive))
+    else:
+        _guidance_reads_model(guided(name, **attentive))
+
+
+@pytest.mark.parametrize("name", GROUPS["guidance"])
+def test_a_classifier_guides_to_labels_that_somebody_gives(name):
+    """Which nobody does while a model without classes trains."""
+    config = guided(name)
+    if name in ("classifier", "classifier_denoised"):
+        with pytest.raises(ConfigError, match=f"guidance={name} needs labels.*genfw.sample"):
+            samples_have_labels(config)
+        assert labels(None, config) == list(range(10))
+        with pytest.raises(ConfigError, match=f"guidance={name} guides to a class"):
+            labels("none", config)
+    else:
+        samples_have_labels(config)
+        assert labels(None, config) is None
+
+
+@pytest.mark.parametrize("likelihood", GROUPS["likelihood"])
+@pytest.mark.parametrize("model", GROUPS["model"])
+def test_a_likelihood_that_cannot_read_a_model_is_refused_by_name(model, likelihood):
+    """A diffusion model decodes a value in noise, the others what the network says of it."""
+    reads = {"bins", "discretized_gaussian", "gaussian", "categorical"}
+    unreadable = likelihood not in reads if model == "vdm" else likelihood == "bins"
+    nodes = {"model": conf_node("model", model), "likelihood": conf_node("likelihood", likelihood)}
+    config = OmegaConf.create(nodes)
+    if unreadable:
+        with pytest.raises(ConfigError, match=f"^likelihood={likelihood} .*model={model} decodes"):
+            _likelihood_reads_model(config)
+    else:
+        _likelihood_reads_model(config)
 
 
 def test_likelihood_outputs_are_those_of_the_classes():
@@ -192,6 +246,47 @@ def test_top_floor_files_name_real_arguments(target):
     given_by_the_job = {"optimizer", "steps", "folder", "files", "signals"}
     missing = {key for key, each in known.arguments.items() if each.required}
     assert missing - set(said.arguments) <= given_by_the_job
+
+
+FOR_DIGITS = {  # a thousand images are learned by heart without it; a class knows no data
+    ("genfw.nets.ConvEncoder", "dropout"),
+    ("genfw.nets.ConvDecoder", "dropout"),
+    ("genfw.nets.MLPEncoder", "dropout"),
+    ("genfw.nets.MLPDecoder", "dropout"),
+    ("genfw.nets.Ladder", "dropout"),
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    sorted(
+        {
+            node._target_
+            for file in CONF.rglob("*.yaml")
+            for node in _walk(OmegaConf.load(file))
+            if node._target_.startswith("genfw.") and ".data." not in node._target_
+        }
+    ),
+)
+def test_a_default_is_the_same_in_a_notebook(target):
+    """What a class takes where nothing is said is what its file says."""
+    said, known = ConfFiles([CONF]).schema(target), from_signature(locate(target))
+    for key, argument in said.arguments.items():
+        default = known.arguments[key].default
+        default = default.value if isinstance(default, Enum) else default
+        if argument.required or known.arguments[key].required or callable(default):
+            continue
+        same = argument.default == (list(default) if isinstance(default, tuple) else default)
+        assert same is ((target, key) not in FOR_DIGITS), (key, argument.default, default)
+
+
+def test_a_notebook_measures_and_samples_as_a_run_does():
+    model = genfw.VDM(tiny.vdm().denoiser, genfw.BinsLikelihood(tiny.BINS), shape=tiny.SHAPE)
+    assert model.sampler.steps == conf_node("sampler", "ancestral").steps
+    module = LatentModule(model, genfw.Elbo(), torch.optim.SGD)
+    while_training = OmegaConf.load(CONF / "config.yaml").validation_estimator
+    assert repr(module.validation_estimator) == repr(build(while_training))
+    assert repr(module.estimator) == repr(build(conf_node("estimator", "bound")))
 
 
 def _ranged():

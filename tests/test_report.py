@@ -166,16 +166,21 @@ def terms(estimate, bits):
     return {name: float(value) / bits for name, value in named}
 
 
+class Mine(genfw.Bound):
+    """Without a name."""
+
+
 @pytest.mark.parametrize(
-    ("averaged", "steps", "estimator", "draws"),
+    ("averaged", "steps", "estimator", "name", "draws"),
     [
-        (False, None, genfw.Bound(sets=2, strata=3), 6),
-        (True, 5, genfw.Bound(sets=3, strata=2), 6),
-        (True, 5, genfw.ProbabilityFlow(draws=2, steps=2), 2),
-        (False, 5, genfw.ImportanceWeighted(k=4), 4),
+        (False, None, genfw.Bound(sets=2, strata=3), "bound", 6),
+        (True, 5, genfw.Bound(sets=3, strata=2), "bound", 6),
+        (True, 5, genfw.ProbabilityFlow(draws=2, steps=2), "ode", 2),
+        (False, 5, genfw.ImportanceWeighted(k=4), "importance_weighted", 4),
+        (False, 5, Mine(sets=2, strata=2), "Mine", 4),
     ],
 )
-def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp_path):
+def test_every_entry_is_what_was_measured(averaged, steps, estimator, name, draws, tmp_path):
     """Found anew, in the words of the certificate: value and error in both units, the terms' share
     of the bits, whose weights, of which data, at which ends, in what arithmetic, by which draws."""
     data = ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
@@ -205,7 +210,7 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
     assert result == pytest.approx(numbers, rel=1e-5)
     assert held == {
         "estimator": {
-            "name": estimator.name,
+            "name": name,
             "arguments": estimator.extra_repr(),
             "draws": draws,
             "seed": 3,
@@ -222,7 +227,7 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, draws, tmp
             "parameterization": "Eps()",
             "schedule": "Cosine(log_snr: 4 -> -6)",
             "log_snr": [4.0, -6.0],
-            "steps": "continuous time" if steps is None or estimator.name == "ode" else 5,
+            "steps": "continuous time" if steps is None or name == "ode" else 5,
         },
         "data": {
             "name": "known",

@@ -110,7 +110,9 @@ def test_a_run_that_ended_without_a_number_says_so(finished, tmp_path, capsys):
     assert main([f"resume={folder}"]) == 1
     said = capsys.readouterr().err
     assert f"the NLL of 3 of {results['test/count']:.0f} test images is not finite; " in said
-    assert f"python -m genfw.evaluate run={folder} " in said and said.count("\n") == 1
+    assert (
+        f"python -m genfw.evaluate run={folder} checkpoint=last" in said and said.count("\n") == 1
+    )
     assert (folder / "error.txt").read_text() == said
 
 

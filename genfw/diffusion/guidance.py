@@ -45,7 +45,7 @@ class Guidance(Registered, Denoiser, ABC, group="guidance"):
     @property
     def title(self) -> str:
         """What is done to samples, for names of files and metrics; nothing where nothing is."""
-        return f"{self.name}({self.extra_repr()})"
+        return f"{self.called()}({self.extra_repr()})"
 
 
 class Unguided(Guidance, name="none"):
@@ -185,9 +185,9 @@ class ClassifierFree(Extrapolated, name="classifier_free"):
     ):
         if isinstance(denoiser, Unlabelled):
             raise ValueError(
-                f"guidance: {self.name} needs a conditional model, trained with labels dropped, "
-                "and this one has classes=None: build it with classes=<number of labels>, or guide "
-                "it by a classifier or by a weaker model"
+                f"guidance: {self.called()} needs a conditional model, trained with labels "
+                "dropped, and this one has classes=None: build it with classes=<number of labels>, "
+                "or guide it by a classifier or by a weaker model"
             )
         super().__init__(denoiser, scale, interval, rescale)
 

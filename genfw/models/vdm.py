@@ -54,7 +54,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         steps: T, or None for continuous time.
         shape: of the data, (C, H, W) or (D,): images of another are refused; needed to sample.
             None: images of any shape that the denoiser takes.
-        sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 256 steps.
+        sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 64 steps.
         times: which noise levels `elbo` and the objectives look at in continuous time; default
             uniform in t.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
@@ -88,7 +88,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         self.steps = None if steps is None else at_least_one("steps", steps)
         self.denoiser, self.likelihood = denoiser, likelihood
         self.shape = None if shape is None else example_shape(shape)
-        self.sampler = Ancestral(steps or 256) if sampler is None else sampler
+        self.sampler = Ancestral(steps or 64) if sampler is None else sampler
         self.times = UniformTime() if times is None else times
         network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
         self.classes, self.guidance = agreed(classes, network), guidance
@@ -200,7 +200,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
         """The same model, of the same modules, read so."""
         read = copy.copy(self)
-        read._modules = dict(self._modules)
+        read._modules = dict(self._modules)  # or new `times` would be the original's too
         read.steps, read.sampler, read.times = steps, sampler, times
         return read
 

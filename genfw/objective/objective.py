@@ -41,8 +41,8 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
     @property
     def title(self) -> str:
         """What messages call it: as it is chosen, or its class where that has no name."""
-        name = getattr(type(self), "name", None)
-        return type(self).__name__ if name is None else f"objective={name}"
+        name = self.called()
+        return f"objective={name}" if name in self.registry else name
 
     @abstractmethod
     def forward(

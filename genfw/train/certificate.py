@@ -77,7 +77,7 @@ def given(module: LatentModule) -> dict[str, str]:
 
 def _estimator(module: LatentModule) -> dict[str, Any]:
     return {
-        "name": str(module.estimator.name),
+        "name": module.estimator.called(),
         "arguments": module.estimator.extra_repr(),
         "draws": module.estimator.draws,
         "seed": module.seed,

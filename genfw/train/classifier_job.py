@@ -18,7 +18,8 @@ from genfw.train.certificate import versions
 from genfw.train.checkpoint import AtomicIO
 from genfw.train.classifier import assemble
 from genfw.train.config import build
-from genfw.train.errors import resume_line
+from genfw.train.data.module import ImageData
+from genfw.train.errors import Stopped, not_finite, resume_line
 from genfw.train.files import store
 from genfw.train.keeper import Keeper
 from genfw.train.loggers import git_commit
@@ -38,7 +39,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         What is in results.json.
 
     Raises:
-        Stopped: a signal asked for it, or nothing could be saved any more.
+        Stopped: a signal asked for it, the tested NLL is not finite, or nothing could be saved any
+            more.
     """
     prepare()
     resolved = job.container(config)
@@ -52,6 +54,8 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
         files = AtomicIO()
         keeper = Keeper(folder / "checkpoints", files, signals, begin)
         trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
+        if isinstance(data, ImageData):
+            data.check(trainer)
         keeper.check(trainer, module)
         job.keep_config(resolved, folder)
         if trainer.is_global_zero:
@@ -72,4 +76,6 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> job.Resu
             advice = f"then test again: {resume_line(folder)}"
             store(folder / "results.json", plain(results), advice)
             print(f"run folder: {folder}")
-    return results
+        if wrong := not_finite(results):
+            raise Stopped(f"{wrong}: there is no number to report")
+        return results

@@ -34,15 +34,19 @@ class Stopped(GenfwError):
 
 
 def not_finite(results: Mapping[str, Any]) -> str | None:
-    """What is wrong with the NLL of a test; None if nothing is, or if there is no NLL.
+    """What is wrong with the NLL of a test; None if it is finite, or there is none.
 
     Example:
         >>> not_finite({"test/nll": None, "test/nonfinite": 3.0, "test/count": 447.0})
         'the NLL of 3 of 447 test images is not finite'
+        >>> not_finite({"test/nll": None, "test/accuracy": 0.1})  # of labels: nobody counts
+        'the test NLL is not finite'
     """
     nll = results.get("test/nll", 0.0)
     if nll is not None and math.isfinite(nll):
         return None
+    if "test/nonfinite" not in results:
+        return "the test NLL is not finite"
     bad, count = (results.get(f"test/{key}") or math.nan for key in ("nonfinite", "count"))
     return f"the NLL of {bad:.0f} of {count:.0f} test images is not finite"
 

@@ -107,9 +107,10 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
         return False
     if wrong := not_finite(json.loads(results.read_text())):
         again = command_line("genfw.evaluate", f"run={folder}", "checkpoint=last")
+        other = "" if "classifier" in config else f", or another checkpoint or estimator ({again})"
         raise GenfwError(
-            f"{folder} has ended, at step {step}, without a number: {wrong}; another checkpoint or "
-            f"estimator may have one ({again}), or a new run with a smaller optimizer.lr"
+            f"{folder} has ended, at step {step}, without a number: {wrong}; a new run with a "
+            f"smaller optimizer.lr may have one{other}"
         )
     print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
     return True

@@ -1,8 +1,8 @@
 """The combinations that cannot be right, each refused with what would be.
 
 A rule takes a composed configuration, whose keys and types are known to be right, and raises a
-`ConfigError` or does nothing. `RULES` hold for every configuration; those below them for a command
-that is about to do what they speak of.
+`ConfigError` or does nothing. `RULES` hold for every configuration; those below them are called by
+the commands they concern.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true", "32", "bf16", "16"
 
 
 def _bins_are_the_datas(config: DictConfig) -> None:
+    """Refuses a `data.bins` other than the number that `raw_bins` and `binarize` leave."""
     if target_of(config, "data") != "genfw.train.data.ImageData":
         return
     bins, raw, binarize = (config.data.get(key) for key in ("bins", "raw_bins", "binarize"))
@@ -38,6 +39,7 @@ def _bins_are_the_datas(config: DictConfig) -> None:
 
 
 def _bins_agree(config: DictConfig) -> None:
+    """Refuses a likelihood or parameterization of another number of values than the data have."""
     bins = OmegaConf.select(config, "data.bins")
     for place in ("likelihood", "param"):
         told = OmegaConf.select(config, f"{place}.bins")
@@ -49,6 +51,7 @@ def _bins_agree(config: DictConfig) -> None:
 
 
 def _bernoulli_is_binary(config: DictConfig) -> None:
+    """Refuses likelihood=bernoulli of data with more values than two."""
     bins = OmegaConf.select(config, "data.bins")
     if target_of(config, "likelihood") == "genfw.BernoulliLikelihood" and bins not in (None, 2):
         raise ConfigError(
@@ -58,6 +61,7 @@ def _bernoulli_is_binary(config: DictConfig) -> None:
 
 
 def _data_are_integers(config: DictConfig) -> None:
+    """Refuses likelihood=gaussian, a density of real numbers, of integers."""
     bins, model = OmegaConf.select(config, "data.bins"), target_of(config, "model")
     if bins is not None and target_of(config, "likelihood") == "genfw.GaussianLikelihood":
         masses = "bins or discretized_gaussian" if model == "genfw.VDM" else "discretized_gaussian"
@@ -68,23 +72,25 @@ def _data_are_integers(config: DictConfig) -> None:
 
 
 def _likelihood_reads_model(config: DictConfig) -> None:
-    model, likelihood = target_of(config, "model"), target_of(config, "likelihood")
+    """Refuses a likelihood that cannot read what the model decodes."""
+    model, likelihood = option(config, "model"), option(config, "likelihood")
     from_network = (("bins",), "categorical, bernoulli, logistic_mixture or the like")
     logistic = ("discretized_logistic", "logistic_mixture")
     unreadable, others = {
-        "genfw.VAE": from_network,
-        "genfw.MHVAE": from_network,
-        "genfw.HVAE": from_network,
-        "genfw.VDM": (("bernoulli", *logistic), "bins or discretized_gaussian"),
-    }.get(str(model), ((), ""))
-    for name in unreadable:
-        if likelihood == f"genfw.{name.title().replace('_', '')}Likelihood":
-            raise ConfigError(
-                f"likelihood={name} cannot read what {model} decodes: use likelihood={others}"
-            )
+        "vae": from_network,
+        "mhvae": from_network,
+        "hvae": from_network,
+        "vdm": (("bernoulli", *logistic), "bins or discretized_gaussian"),
+    }.get(model, ((), ""))
+    if likelihood in unreadable:
+        raise ConfigError(
+            f"likelihood={likelihood} cannot read what model={model} decodes: use "
+            f"likelihood={others}"
+        )
 
 
 def _decoder_is_the_networks(config: DictConfig) -> None:
+    """Refuses likelihood=categorical where the network of a diffusion model states no masses."""
     model, param = target_of(config, "model"), str(target_of(config, "param"))
     if model != "genfw.VDM" or target_of(config, "likelihood") != "genfw.CategoricalLikelihood":
         return
@@ -97,6 +103,7 @@ def _decoder_is_the_networks(config: DictConfig) -> None:
 
 
 def _signal_at_the_end(config: DictConfig) -> None:
+    """Refuses end points that are not finite, do not fall, or lose signal or noise in float32."""
     least, most = (OmegaConf.select(config, f"schedule.log_snr_{each}") for each in ("min", "max"))
     ends = [end for end in (least, most) if isinstance(end, int | float)]
     if not all(map(math.isfinite, ends)):
@@ -124,6 +131,7 @@ def _signal_at_the_end(config: DictConfig) -> None:
 
 
 def _schedule_falls(config: DictConfig) -> None:
+    """Refuses numbers of a schedule that are not finite, or with which log SNR would not fall."""
     node = config.get("schedule") or {}
     for key, value in node.items():
         for at, number in numbers(f"schedule.{key}", value):
@@ -138,6 +146,7 @@ def _schedule_falls(config: DictConfig) -> None:
 
 
 def _shapes_are_the_datas(config: DictConfig) -> None:
+    """Refuses shapes other than the data's, and channels that `param` cannot read."""
     shape = OmegaConf.select(config, "data.shape")
     for key in ("model.shape", "net.shape"):
         told = OmegaConf.select(config, key)
@@ -157,6 +166,7 @@ def _shapes_are_the_datas(config: DictConfig) -> None:
 
 
 def networks_fit_their_place(config: DictConfig) -> None:
+    """Refuses an encoder, decoder or denoising network where another of them belongs."""
     for place, ending in (("net", ""), ("encoder", "_encoder"), ("decoder", "_decoder")):
         target = target_of(config, place) or ""
         kind = re.search(r"(Encoder|Decoder)?$", target)
@@ -168,10 +178,8 @@ def networks_fit_their_place(config: DictConfig) -> None:
             )
 
 
-SIZE = re.compile(r"\$\{model\.latents\[(\d+)\]\}")
-
-
 def latents_are_levels(config: DictConfig) -> None:
+    """Refuses a chain whose sizes, encoders and decoders are not equally many."""
     model = config.get("model")
     encoders, decoders, latents = (select(model, k) for k in ("encoders", "decoders", "latents"))
     if not isinstance(encoders, ListConfig) or not isinstance(decoders, ListConfig):
@@ -186,6 +194,7 @@ def latents_are_levels(config: DictConfig) -> None:
 
 
 def _networks_fit_their_neighbours(config: DictConfig) -> None:
+    """Refuses a network of other sizes than what it reads from and gives to."""
     for place, key, expected, why in _neighbours(config):
         node = OmegaConf.select(config, place)
         own = isinstance(node, DictConfig) and str(node.get("_target_")).startswith("genfw.nets.")
@@ -227,6 +236,7 @@ def _sizes(value: Any) -> list[Any]:
 
 
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
+    """Refuses a learned schedule under any objective but the bound."""
     objective = option(config, "objective")
     if target_of(config, "schedule") == "genfw.Learned" and objective != "elbo":
         raise ConfigError(
@@ -237,6 +247,7 @@ def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
 
 
 def _objective_reads_model(config: DictConfig) -> None:
+    """Refuses an objective that this model cannot be trained by."""
     objective, model = option(config, "objective"), option(config, "model")
     endless = OmegaConf.select(config, "model.steps") is None
     weighted = "weighs whole chains of latents, and in continuous time they are infinite"
@@ -278,6 +289,7 @@ def _objective_reads_model(config: DictConfig) -> None:
 
 
 def _estimator_reads_model(config: DictConfig) -> None:
+    """Refuses an estimator that this model cannot be measured by."""
     estimator, model = target_of(config, "estimator"), target_of(config, "model")
     steps = OmegaConf.select(config, "model.steps")
     if estimator == "genfw.ImportanceWeighted" and model == "genfw.VDM" and steps is None:
@@ -304,6 +316,7 @@ def _estimator_reads_model(config: DictConfig) -> None:
 
 
 def _weights_need_an_exact_density(config: DictConfig) -> None:
+    """Refuses k > 1 of estimator=ode where its density is only estimated."""
     if target_of(config, "estimator") != "genfw.ProbabilityFlow":
         return
     k, most = (OmegaConf.select(config, f"estimator.{each}") for each in ("k", "exact_dims"))
@@ -316,6 +329,7 @@ def _weights_need_an_exact_density(config: DictConfig) -> None:
 
 
 def _weights_are_float32(config: DictConfig) -> None:
+    """Refuses weights narrower than float32, and precisions that nobody knows."""
     precision = str(OmegaConf.select(config, "trainer.precision"))
     if precision.endswith("16-true") or precision.startswith("transformer-engine"):
         raise ConfigError(
@@ -327,6 +341,7 @@ def _weights_are_float32(config: DictConfig) -> None:
 
 
 def _run_can_be(config: DictConfig) -> None:
+    """Refuses a run without steps, end, test or checkpoints, and strategies they do not know."""
     for key in ("trainer.val_check_interval", "trainer.devices"):
         value = OmegaConf.select(config, key)
         share = key == "trainer.val_check_interval" and isinstance(value, float) and 0 < value <= 1
@@ -380,6 +395,7 @@ BY_ELEMENT = [
 
 
 def _weights_can_be_divided(config: DictConfig) -> None:
+    """Refuses trainer=fsdp where precision, optimizer or model need whole weights."""
     if OmegaConf.select(config, "trainer.strategy") != "fsdp2":
         return
     precision = str(OmegaConf.select(config, "trainer.precision"))
@@ -399,6 +415,7 @@ def _weights_can_be_divided(config: DictConfig) -> None:
 
 
 def _labels_agree(config: DictConfig) -> None:
+    """Refuses numbers of classes that differ, and a share of hidden labels outside [0, 1)."""
     known = OmegaConf.select(config, "data.classes")
     classes = OmegaConf.select(config, "model.classes")
     if isinstance(classes, int) and isinstance(known, int) and classes != known:
@@ -425,25 +442,20 @@ def _labels_agree(config: DictConfig) -> None:
 
 
 def _guidance_reads_model(config: DictConfig) -> None:
-    target = str(target_of(config, "guidance"))
-    name = re.sub("(?<=[a-z])(?=[A-Z])", "_", target.removeprefix("genfw.")).lower()
-    name = name.removesuffix("_guidance")
+    """Refuses guidance that asks a model for labels, or for none, where it never saw that."""
+    guidance = option(config, "guidance")
     classes = OmegaConf.select(config, "model.classes")
     dropout = OmegaConf.select(config, "label_dropout")
-    if target == "genfw.ClassifierFree" and classes is None:
+    if guidance == "classifier_free" and classes is None:
         raise ConfigError(
-            f"guidance={name} needs a conditional model, and this one has no labels "
+            f"guidance={guidance} needs a conditional model, and this one has no labels "
             "(model.classes=null): train one with model.classes=${data.classes}, or use "
             "guidance=classifier"
         )
-    without = (
-        "genfw.ClassifierFree",
-        "genfw.ClassifierGuidance",
-        "genfw.DenoisedClassifierGuidance",
-    )
-    if target in without and classes is not None and not dropout:
+    without = ("classifier_free", "classifier", "classifier_denoised")
+    if guidance in without and classes is not None and not dropout:
         raise ConfigError(
-            f"guidance={name} asks the model without a label, and this one never saw that "
+            f"guidance={guidance} asks the model without a label, and this one never saw that "
             "(label_dropout=0): train it with label_dropout=0.1"
         )
 
@@ -494,11 +506,12 @@ def samples_have_labels(config: DictConfig) -> None:
     Raises:
         ConfigError: a classifier would guide a model without classes.
     """
-    target = str(target_of(config, "guidance"))
-    if target.endswith("ClassifierGuidance") and config.model.classes is None:
+    by_classifier = "classifier" in (config.get("guidance") or {})
+    if by_classifier and config.model.classes is None:
         raise ConfigError(
-            "guidance by a classifier needs labels, and samples of this model have none while it "
-            "trains (model.classes=null): leave guidance to python -m genfw.sample run=<folder>"
+            f"guidance={option(config, 'guidance')} needs labels, and samples of this model have "
+            "none while it trains (model.classes=null): leave guidance to python -m genfw.sample "
+            "run=<folder>"
         )
 
 

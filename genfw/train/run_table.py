@@ -12,7 +12,6 @@ from rich.table import Table
 
 from genfw.diffusion.denoising import Denoises
 from genfw.elbo import bits_per_dim
-from genfw.estimators.estimator import Estimator
 from genfw.train.certificate import kind
 from genfw.train.errors import not_finite
 from genfw.train.keeper import Keeper
@@ -52,8 +51,7 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
         if f"{key}_samples" in test:
             what = f"{test[f'{key}_samples']:.0f} samples, {test[f'{key}_reference']}"
             sheet.add_row(key, f"{value:.2f} ({what})")
-    announced = [name for each in Estimator.registry.values() for name in each.diagnostics]
-    for name in dict.fromkeys(announced):
+    for name in module.estimator.diagnostics:
         if name in test:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
     images = f"{test['count']:.0f}"

@@ -13,8 +13,7 @@ References:
 import torch
 from torch import Tensor, nn
 
-from genfw import VAE, Distribution, Draws, Likelihood, Normal
-from genfw.noise import draws
+from genfw import VAE, Distribution, Draws, Likelihood, Normal, draws
 
 
 class Mixture(Distribution):

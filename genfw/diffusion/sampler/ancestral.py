@@ -28,7 +28,7 @@ from genfw.types import Data, Labels
 class Ancestral(Sampler, name="ancestral"):
     """The model's own chain: z_s from p(z_s | z_t) = q(z_s | z_t, x = x_hat). Luo (94)."""
 
-    def __init__(self, steps: int = 256, grid: TimeGrid | None = None):
+    def __init__(self, steps: int = 64, grid: TimeGrid | None = None):
         super().__init__(steps, grid)
 
     def step(
