@@ -3,7 +3,7 @@ r"""Latent-variable models and the one bound they share.
 A Markovian hierarchy (MHVAE) is a chain of latents x = z_0 -> z_1 -> ... -> z_T. It answers for
 three conditionals,
 
-    prior(n)            p(z_T)
+    prior(n)            p(z_T), to draw from; where z_T is known, prior_of(z)
     encode(z, t, y)     q(z_t | z_{t-1}),   t = 1..T,  z_0 = x
     decode(z, t, y)     p(z_{t-1} | z_t),   t = 1..T,  t = 1 is the likelihood p(x | z_1)
 
@@ -161,7 +161,12 @@ def sampled(q: Distribution, noise: Draws) -> Tensor:
 
 class MarkovianHierarchy(LatentModel):
     """A chain of latents; see the page above. Subclasses state `levels` and the three
-    conditionals."""
+    conditionals.
+
+    Samples begin with a draw from `prior(n)`. Bounds, weights and whatever else knows a z_T ask
+    `prior_of(z)` for its density: the same p(z_T), unless a subclass can state it only where z is
+    known.
+    """
 
     levels: int
 
@@ -184,7 +189,7 @@ class MarkovianHierarchy(LatentModel):
         return Normal(zero.expand(n, *shape), torch.ones_like(zero))
 
     def prior_of(self, z: Tensor) -> Distribution:
-        """p(z_T), for the examples whose z_T are z (b, ...)."""
+        """p(z_T), for the examples whose z_T are z (b, ...): every density is asked of it."""
         return self.prior(len(z))
 
     def level(self, t: int) -> int:

@@ -110,4 +110,5 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
     def _said_prior(self) -> str:
         """What is known of p(z_T): its name, where a subclass has one of its own."""
         top = "z" if self.levels == 1 else f"z_{self.levels}"
-        return "N(0, I)" if type(self).prior is MHVAE.prior else f"p({top})"
+        told = (type(self).prior, type(self).prior_of)
+        return "N(0, I)" if told == (MHVAE.prior, MHVAE.prior_of) else f"p({top})"
