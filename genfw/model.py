@@ -170,6 +170,12 @@ class MarkovianHierarchy(LatentModel):
 
     levels: int
 
+    @property
+    def endless(self) -> bool:
+        """Whether the chain has no last level, as in continuous time: there is no `levels` then,
+        and nothing can be climbed or weighed."""
+        return False
+
     @abstractmethod
     def prior(self, n: int) -> Distribution:
         """p(z_T), for n examples: anything with log_prob and sample. What it costs is known in

@@ -208,3 +208,17 @@ def test_a_prior_that_is_no_normal_where_z_is_known_is_refused_beforehand(double
     chain.prior_of = lambda z: Drawn(chain.prior(len(z)))
     with pytest.raises(TypeError, match="prior is no Normal"):
         FreeBits(0.1, "batch_dimension").check(chain)
+
+
+class Endless(LinearGaussianChain):
+    """In continuous time, and no VDM."""
+
+    endless = True
+    levels = property(fset=lambda self, levels: None)
+
+
+def test_a_chain_without_end_is_neither_annealed_nor_weighed(double):
+    assert not LinearGaussianChain(2).endless
+    for estimator in (Annealed(4, 2, 2), ImportanceWeighted(30)):
+        with pytest.raises(ValueError, match=r"Endless.*use estimator=bound$|Endless.*no end"):
+            estimator.check(Endless(2))

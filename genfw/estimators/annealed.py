@@ -33,7 +33,6 @@ from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
 from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
-from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -267,7 +266,7 @@ class _Bridge:
 
 
 def _one_level(model: LatentModel) -> MarkovianHierarchy:
-    if isinstance(model, MarkovianHierarchy) and not isinstance(model, VDM) and model.levels == 1:
+    if isinstance(model, MarkovianHierarchy) and not model.endless and model.levels == 1:
         return model
     raise ValueError(
         f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "

@@ -156,6 +156,10 @@ class VDM(MarkovianHierarchy, name="vdm"):
     # The three conditionals of a hierarchy of T + 1 latents.
 
     @property
+    def endless(self) -> bool:
+        return self.steps is None
+
+    @property
     def levels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self.steps is None:
             raise ValueError(
