@@ -260,5 +260,5 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def extra_repr(self) -> str:
         time = "continuous time" if self.steps is None else f"T = {self.steps}"
-        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
-        return f"log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I)), {time}{given}"
+        bound = "log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I))"
+        return f"{bound}, {time}{self._said_labels}"

@@ -47,7 +47,8 @@ class Beta(Objective, name="beta"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        """
+        """`beta` times the rate, less the reconstruction, (b,).
+
         Raises:
             ValueError: a schedule that learns.
         """
@@ -86,7 +87,8 @@ class Warmup(Objective):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        """
+        """Beta at this step times the rate, less the reconstruction, (b,).
+
         Raises:
             ValueError: `advance` has told no step, or a schedule that learns.
         """
@@ -275,7 +277,8 @@ class L2(Objective, name="l2"):
 
 
 def _diverging(objective: FreeBits, model: LatentModel) -> None:
-    """
+    """Refuses a model without the divergences that `per` a dimension needs.
+
     Raises:
         TypeError: what its levels cost is not known in closed form.
     """
