@@ -3,7 +3,7 @@ r"""Latent-variable models and the one bound they share.
 A Markovian hierarchy (MHVAE) is a chain of latents x = z_0 -> z_1 -> ... -> z_T. It answers for
 three conditionals,
 
-    prior(n)            p(z_T)
+    prior(n)            p(z_T), to draw from; where z_T is known, prior_of(z)
     encode(z, t, y)     q(z_t | z_{t-1}),   t = 1..T,  z_0 = x
     decode(z, t, y)     p(z_{t-1} | z_t),   t = 1..T,  t = 1 is the likelihood p(x | z_1)
 
@@ -38,8 +38,9 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 
     Attributes:
         classes: a conditional model's number of labels: it is one of p(x | y), y in 0..classes-1,
-            and judged by a lower bound on log p(x | y). No label (None, or `classes` itself) means
-            something where labels were dropped in training. None: labels are taken and ignored.
+            and judged by a lower bound on log p(x | y). `y=None`, or the label `classes`: no label,
+            which means something where labels were dropped in training. `classes=None`: an
+            unconditional model, which ignores labels.
     """
 
     classes: int | None = None
@@ -76,6 +77,11 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         return y
 
     @property
+    def _said_labels(self) -> str:
+        """What is printed of them after a model's mathematics."""
+        return "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
+
+    @property
     def device(self) -> torch.device:
         """Where the parameters live."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -103,13 +109,14 @@ class Labelled(Protocol):
 
 
 def agreed(classes: int | None, *networks: nn.Module) -> int | None:
-    """A model's `classes`, where no network of it says otherwise. A model without any may be of
-    networks that know labels: they are told none. Of those of a model with labels some may
-    do without, as q(z | x).
+    """`classes` itself: checks that all networks were built for it.
+
+    classes=None: any networks; they are told no labels. Otherwise at least one knows labels (some
+    may do without, as q(z | x)) and none knows another number of them: the label `classes` means
+    "no label", and must not be a class to a network.
 
     Raises:
-        ValueError: it is below 1, or a network knows another number of labels, to which "no label"
-            would be a class, or no network knows any.
+        ValueError: it is below 1, a network knows another number of labels, or none knows any.
     """
     if classes is None:
         return None
@@ -122,6 +129,22 @@ def agreed(classes: int | None, *networks: nn.Module) -> int | None:
                 f"with classes={known}: build both with the same"
             )
     return classes
+
+
+def normal_numbers(h: Tensor, shape: Sequence[int], by: str, latent: str) -> Tensor:
+    """A network's output (b, 2 C, *dims) itself, which says what a latent of `shape` (C, *dims) is:
+    means, then log standard deviations.
+
+    Raises:
+        ValueError: it is of another shape; `by` and `latent` say whose, and of what.
+    """
+    channels, *dims = shape
+    if h.shape[1:] != (2 * channels, *dims):
+        raise ValueError(
+            f"{by} gives {tuple(h.shape[1:])} numbers for {latent} of shape {tuple(shape)}: "
+            f"expected {(2 * channels, *dims)}, its means, then its log standard deviations"
+        )
+    return h
 
 
 @runtime_checkable
@@ -161,9 +184,20 @@ def sampled(q: Distribution, noise: Draws) -> Tensor:
 
 class MarkovianHierarchy(LatentModel):
     """A chain of latents; see the page above. Subclasses state `levels` and the three
-    conditionals."""
+    conditionals.
+
+    Samples begin with a draw from `prior(n)`. Bounds, weights and whatever else knows a z_T ask
+    `prior_of(z)` for its density: the same p(z_T), unless a subclass can state it only where z is
+    known.
+    """
 
     levels: int
+
+    @property
+    def endless(self) -> bool:
+        """Whether the chain has no last level, as in continuous time: there is no `levels` then,
+        and nothing can be climbed or weighed."""
+        return False
 
     @abstractmethod
     def prior(self, n: int) -> Distribution:
@@ -184,14 +218,15 @@ class MarkovianHierarchy(LatentModel):
         return Normal(zero.expand(n, *shape), torch.ones_like(zero))
 
     def prior_of(self, z: Tensor) -> Distribution:
-        """p(z_T), for the examples whose z_T are z (b, ...)."""
+        """p(z_T), for the examples whose z_T are z (b, ...): every density is asked of it."""
         return self.prior(len(z))
 
     def level(self, t: int) -> int:
-        """t itself: `encode` and `decode` of any class begin here.
+        """t itself, if it is a level; `encode` and `decode` of any class call it first. 1 always
+        is one: in continuous time a VDM has no last level, but a first.
 
         Raises:
-            ValueError: the chain has no such level. A first one it always has.
+            ValueError: the chain has no such level.
         """
         if t != 1 and t not in range(1, self.levels + 1):
             raise ValueError(f"t: expected a level, an integer in 1..{self.levels}, got {t}")
@@ -209,8 +244,8 @@ class MarkovianHierarchy(LatentModel):
         """Sampled chains, k of each example side by side, level by level from z_1 to z_T.
 
         Args:
-            noise: for b * k rows. What q reads of x alone is computed once per example,
-                where q is a Normal and no class of its own.
+            noise: for b * k rows. If q(z_1 | x) is exactly a `Normal`, it is encoded once per
+                example and repeated; a subclass of Normal is encoded again for all rows.
             draw: takes z_t from q(z_t | z_{t-1}).
         """
         return list(self.walk(x, y, noise=noise, k=k, draw=draw))
@@ -239,8 +274,7 @@ class MarkovianHierarchy(LatentModel):
 
     def encoded(self, q: Normal, x: Image, y: Labels | None, k: int) -> Normal:
         """q(z_1 | x) of examples that stand in x and y k times each, side by side, q being that of
-        each once: repeated, or encoded again where it is a class of its own, which can be made from
-        x alone."""
+        each once: repeated if it is exactly a `Normal`; a subclass of Normal is encoded again."""
         plain = type(q) is Normal
         return Normal(repeated(q.mean, k), repeated(q.std, k)) if plain else self.encode(x, 1, y)
 

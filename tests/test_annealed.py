@@ -141,7 +141,7 @@ def test_no_chain_comes_back_to_where_it_was(double):
     chain = LinearGaussianChain(1, dims=1)
     x, noise = torch.zeros(n, 1), Noise(0, torch.arange(n))
     bridge = _Bridge(chain, x, None, chain.prior(n))
-    z = start = bridge.start.sample(noise)
+    z = start = bridge.begin(noise)
     for t in range(4):  # at beta = 0, the standard normal alone
         z, _ = ais._move(bridge, z, 0.0, torch.full((n,), 2**0.5), noise.fold("step", t))
     assert torch.corrcoef(torch.cat([z, start], 1).T)[0, 1] < 0.5
@@ -223,9 +223,9 @@ def test_chains_start_at_an_encoder_of_its_own_kind(double):
     """Drawn from and weighed as it says itself, however many chains there are."""
     chain, x = LinearGaussianChain(1), torch.randn(5, 2)
     chain.encode = lambda z, t, y=None: Laplace(0.6 * z, 0.8 * torch.ones_like(z))
-    start, noise = _Bridge(chain, x, None, chain.encode(x, 1)).repeat(3).start, BatchNoise(15)
+    bridge, noise = _Bridge(chain, x, None, chain.encode(x, 1)).repeat(3), BatchNoise(15)
     own = chain.encode(x.repeat_interleave(3, 0), 1)
     z = own.sample(noise)
-    assert torch.equal(start.log_prob(z), own.log_prob(z))
+    assert torch.equal(bridge.log_start(z), own.log_prob(z))
     ais = Annealed(1, 2, leapfrog=1, from_encoder=True)
     assert ais(chain, x, noise=Noise(0, torch.arange(5))).nats.isfinite().all()

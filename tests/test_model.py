@@ -7,8 +7,8 @@ import torch
 from oracles import LinearGaussianChain
 from scipy import stats
 
-from genfw import Noise
-from genfw.distributions import Normal, per_example
+from genfw import L2, Annealed, Bound, Dreg, FreeBits, ImportanceWeighted, Noise, Stl
+from genfw.distributions import Distribution, Normal, per_example
 from genfw.model import repeated
 from genfw.noise import draws
 
@@ -151,3 +151,74 @@ def test_repeated_rows_stand_side_by_side(shape):
     x = torch.arange(math.prod(shape)).view(shape)
     assert torch.equal(repeated(x, 5), x.repeat_interleave(5, 0))
     assert (repeated(x, 5).data_ptr() == x.data_ptr()) == (len(x) == 1)
+
+
+class Drawn(Distribution):
+    """Draws of another distribution, and no density."""
+
+    def __init__(self, of):
+        self.of = of
+
+    mean = property()
+
+    def log_prob(self, value):
+        raise AssertionError("asked for the density of `prior`, where z is known")
+
+    def sample(self, noise=None, purpose="sample"):
+        return self.of.sample(noise, purpose)
+
+
+class Apart(LinearGaussianChain):
+    """Its prior's density is told of a z alone."""
+
+    def prior(self, n):
+        return Drawn(super().prior(n))
+
+    def prior_of(self, z):
+        return super().prior(len(z))
+
+
+ASK = {
+    "elbo": lambda chain, x, noise: chain.elbo(x, noise=noise).total,
+    "log_weight": lambda chain, x, noise: chain.log_weight(x, noise=noise),
+    "divergences": lambda chain, x, noise: chain.divergences(x, noise=noise)[1][0][1].mean,
+    "l2": lambda chain, x, noise: L2()(chain, x, noise=noise),
+    "free_bits": lambda chain, x, noise: FreeBits(0.1, "batch_dimension")(chain, x, noise=noise),
+    "stl": lambda chain, x, noise: Stl()(chain, x, noise=noise),
+    "dreg": lambda chain, x, noise: Dreg(3)(chain, x, noise=noise),
+    "bound": lambda chain, x, noise: Bound(2, 2)(chain, x, noise=noise).nats,
+    "weights": lambda chain, x, noise: ImportanceWeighted(30)(chain, x, noise=noise).nats,
+    "annealed": lambda chain, x, noise: Annealed(4, 2, 2)(chain, x, noise=noise).nats,
+    "from the encoder": lambda chain, x, noise: (
+        Annealed(4, 2, 2, from_encoder=True)(chain, x, noise=noise).nats
+    ),
+    "upper": lambda chain, x, noise: Annealed(4, 2, 2).bidirectional(chain, 3, noise=noise).upper,
+}
+
+
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK)
+def test_wherever_z_is_known_its_prior_is_prior_of(ask, double):
+    x, noise = data(3), Noise(0, torch.arange(3))
+    found, expected = (ask(made(1, bias=0.3), x, noise) for made in (Apart, LinearGaussianChain))
+    assert torch.equal(found, expected)
+
+
+def test_a_prior_that_is_no_normal_where_z_is_known_is_refused_beforehand(double):
+    chain = LinearGaussianChain(1)
+    chain.prior_of = lambda z: Drawn(chain.prior(len(z)))
+    with pytest.raises(TypeError, match="prior is no Normal"):
+        FreeBits(0.1, "batch_dimension").check(chain)
+
+
+class Endless(LinearGaussianChain):
+    """In continuous time, and no VDM."""
+
+    endless = True
+    levels = property(fset=lambda self, levels: None)
+
+
+def test_a_chain_without_end_is_neither_annealed_nor_weighed(double):
+    assert not LinearGaussianChain(2).endless
+    for estimator in (Annealed(4, 2, 2), ImportanceWeighted(30)):
+        with pytest.raises(ValueError, match=r"Endless.*use estimator=bound$|Endless.*no end"):
+            estimator.check(Endless(2))

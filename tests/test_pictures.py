@@ -11,7 +11,10 @@ from test_diagnostics import Linear, chain, hvae, module
 
 import genfw
 from genfw.noise import Noise
+from genfw.parameterization import Prediction
 from genfw.sample import write
+from genfw.testing import small
+from genfw.testing.model import built
 from genfw.train.callbacks import Pictures
 from genfw.train.frechet import to_bytes
 from genfw.train.latents import Means, latents_of
@@ -25,6 +28,7 @@ from genfw.train.pictures import (
     reconstructions,
     trajectory,
     traversal,
+    way,
 )
 
 
@@ -47,6 +51,36 @@ def test_a_trajectory_ends_in_the_sample():
         way, x = trajectory(model, noise)
         assert (x == model.sample(5, noise=noise)).all()
     assert [float(step.s) for step in way] == [1, 0.75, 0.5, 0.25, 0]
+
+
+def test_every_way_is_that_of_the_sample():
+    """Of its labels, guided as it is, and with its labels looked at."""
+    y, noise = torch.tensor([2, 0, 3, 1]), Noise(7, torch.arange(4))
+    model = built(small.vdm, (1, 2, 2), 3, {"classes": 3, "schedule": genfw.Cosine(0.0, -6.0)})
+    model.guidance = lambda denoiser: genfw.ClassifierFree(denoiser, 1.5)
+    with torch.no_grad():
+        z_1 = model.prior(4).sample(noise.fold("prior"))
+        z_0 = model.sampler(genfw.ClassifierFree(model.denoiser, 1.5), z_1, y, noise=noise)
+        x = model.decode(z_0, 1).sample(noise.fold("z0"))
+        steps, end = trajectory(model, noise, y)
+        assert torch.equal(model.sample(4, y, noise=noise), x)
+    assert torch.equal(steps[0].z, z_1) and torch.equal(steps[-1].z, z_0) and torch.equal(end, x)
+    for most, shown_steps in ((60, [0, 1, 2, 3, 4]), (2, [0, 2, 4])):
+        frames = way(model, noise, y, 3, columns=2, most=most)
+        z = [data_to_bytes(steps[i].z) for i in shown_steps]
+        expected = [*(grid(each, 2) for each in z), grid(to_bytes(x, 3), 2)]
+        assert [each.tobytes() for each in frames] == [each.tobytes() for each in expected]
+    model.denoiser.forward = lambda z, t, y=None: Prediction(z, z, z, z)  # looks at no label
+    for ask in (trajectory, lambda *given: way(*given, 3, 2), lambda m, n, y: m.sample(4, y)):
+        with pytest.raises(ValueError, match="label"):
+            ask(model, noise, torch.full((4,), 4))
+
+
+def test_a_way_asks_the_denoiser_as_often_as_its_sampler_says():
+    model, calls = built(small.vdm, (1, 2, 2), 3, {}), []
+    model.denoiser.register_forward_hook(lambda *_: calls.append(1))
+    model.sample(4, noise=Noise(7, torch.arange(4)))
+    assert len(calls) == model.sampler.evaluations == 4
 
 
 @pytest.mark.parametrize(("levels", "steps"), [(2, [0, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4])])

@@ -150,6 +150,15 @@ class ImportanceTime(TimeSampler, name="importance"):
         return f"bins={self.bins}, floor={self.floor:g}, decay={self.decay:g}"
 
 
+def in_steps(u: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """u (b,) to the ends t of the steps s -> t that it falls on, of T even ones, and to T expm1(log
+    SNR_s - log SNR_t), (b,) float64 each."""
+    i = (u * steps).floor().clamp_max(steps - 1) + 1
+    t = i / steps
+    gained = schedule.log_snr((i - 1) / steps) - schedule.log_snr(t)
+    return t, steps * gained.expm1()
+
+
 def _through(u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
     """t = u, and the slope there."""
     t = schedule.still(u)

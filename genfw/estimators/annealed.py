@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from genfw.check import at_least_one, positive
-from genfw.distributions import Distribution, Normal, per_example
+from genfw.distributions import Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
 from genfw.estimators.importance import alternatives, chunks
 from genfw.estimators.weights import effective_sample_size, log_mean, log_mean_variance
 from genfw.model import LatentModel, MarkovianHierarchy
-from genfw.models.vdm import VDM
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -157,7 +156,7 @@ class Annealed(Estimator, name="annealed"):
         """(T, b) step sizes, steered so that a share `ACCEPTED` of the pilots' proposals is
         accepted."""
         bridge, noise = bridge.repeat(PILOTS), noise.fold("pilot").each(0, PILOTS)
-        z, steps = bridge.start.sample(noise.fold("start")), []
+        z, steps = bridge.begin(noise.fold("start")), []
         log_step = (
             torch.full((len(z) // PILOTS,), self.step, dtype=torch.float64).log().to(z.device)
         )
@@ -174,7 +173,7 @@ class Annealed(Estimator, name="annealed"):
         """log w and the mean acceptance of chains first..last - 1 from the start to the posterior,
         (b, chains) each."""
         noise, betas = noise.fold("up").each(first, last), self._betas().tolist()
-        z = bridge.start.sample(noise.fold("start"))
+        z = bridge.begin(noise.fold("start"))
         log_w = accepted = torch.zeros(len(z), dtype=torch.float64, device=z.device)
         for t in range(1, self.temperatures + 1):
             log_w = log_w + (betas[t] - betas[t - 1]) * bridge.log_ratio(z)
@@ -232,9 +231,15 @@ class _Bridge:
     y: Labels | None
     q: Normal | None
 
-    @property
-    def start(self) -> Distribution:
-        return self.model.prior(len(self.x)) if self.q is None else self.q
+    def begin(self, noise: Noise) -> Tensor:
+        """z from the start."""
+        start = self.model.prior(len(self.x)) if self.q is None else self.q
+        return start.sample(noise)
+
+    def log_start(self, z: Tensor) -> Nats:
+        """log p_0(z), (b,) float64."""
+        start = self.model.prior_of(z) if self.q is None else self.q
+        return start.log_prob(z).double()
 
     def repeat(self, k: int) -> _Bridge:
         """Every example k times, side by side."""
@@ -246,20 +251,20 @@ class _Bridge:
     def log_ratio(self, z: Tensor) -> Nats:
         """log p(x, z) - log p_0(z), (b,) float64."""
         log_p = self.model.decode(z, 1, self.y).log_prob(self.x).double()
-        prior = self.model.prior(len(z)).log_prob(z).double()
-        return log_p + prior - self.start.log_prob(z).double()
+        prior = self.model.prior_of(z).log_prob(z).double()
+        return log_p + prior - self.log_start(z)
 
     def slope(self, z: Tensor, beta: float) -> tuple[Nats, Tensor]:
         """log f_beta(z), (b,) float64, and its gradient."""
         with torch.enable_grad():
             z = z.detach().requires_grad_()
-            log_f = self.start.log_prob(z).double() + beta * self.log_ratio(z)
+            log_f = self.log_start(z) + beta * self.log_ratio(z)
             (gradient,) = torch.autograd.grad(log_f.sum(), z)
         return log_f.detach(), gradient
 
 
 def _one_level(model: LatentModel) -> MarkovianHierarchy:
-    if isinstance(model, MarkovianHierarchy) and not isinstance(model, VDM) and model.levels == 1:
+    if isinstance(model, MarkovianHierarchy) and not model.endless and model.levels == 1:
         return model
     raise ValueError(
         f"estimator=annealed moves one latent, and {type(model).__name__} is not a hierarchy "

@@ -17,8 +17,7 @@ from genfw.estimators.weights import (
     pareto_khat,
     tail,
 )
-from genfw.model import LatentModel, Weighs
-from genfw.models.vdm import VDM
+from genfw.model import LatentModel, MarkovianHierarchy, Weighs
 from genfw.noise import Noise
 from genfw.types import Image, Labels, Nats
 
@@ -50,7 +49,7 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
         TypeError: the model has no importance weights.
 
     References:
-        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
+        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015,
         https://arxiv.org/abs/1509.00519.
     """
 
@@ -89,8 +88,7 @@ class ImportanceWeighted(Estimator, name="importance_weighted"):
 
 def alternatives(model: LatentModel) -> str:
     """Other estimators, which can serve this model."""
-    endless = isinstance(model, VDM) and model.steps is None
-    more = " or importance_weighted" if isinstance(model, Weighs) and not endless else ""
+    more = " or importance_weighted" if isinstance(model, Weighs) and not _endless(model) else ""
     return f"estimator=bound{more}"
 
 
@@ -100,12 +98,17 @@ def _weighing(model: LatentModel) -> Weighs:
             f"estimator=importance_weighted needs importance weights (log_weight), and "
             f"{type(model).__name__} has a bound alone: use estimator=bound"
         )
-    if isinstance(model, VDM) and model.steps is None:
+    if _endless(model):
         raise ValueError(
-            "estimator=importance_weighted goes through the levels of a chain, and a VDM in "
-            "continuous time has no end of them: set model.steps=T, or vdm.at(steps=T)"
+            f"estimator=importance_weighted goes through the levels of a chain, and a "
+            f"{type(model).__name__} in continuous time has no end of them: set model.steps=T, or "
+            "vdm.at(steps=T)"
         )
     return model
+
+
+def _endless(model: object) -> bool:
+    return isinstance(model, MarkovianHierarchy) and model.endless
 
 
 def weighed(log_w: Tensor) -> Estimate:

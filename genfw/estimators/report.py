@@ -76,7 +76,7 @@ def differences(claimed: Certificate, found: Certificate, tolerance: float = 1e-
 
 
 def plain(value: Any) -> Any:
-    """The same as JSON can hold it: null for every number that is none."""
+    """The same as JSON can hold it: null for every number that is not finite."""
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -35,7 +35,7 @@ from genfw.check import at_least
 from genfw.distributions import Distribution, Normal
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import LatentModel, agreed, as_read
+from genfw.model import LatentModel, agreed, as_read, normal_numbers
 from genfw.models.posterior import Posterior, ResidualPosterior, bounded
 from genfw.noise import Draws, draws
 from genfw.types import Data, Image, Labels, Nats
@@ -79,7 +79,7 @@ class HVAE(LatentModel, name="hvae"):
         posterior: how q is told, beside the prior; None: relative to it (`ResidualPosterior`).
 
     Raises:
-        TypeError: the ladder is none.
+        TypeError: the ladder is not a `TopDown`.
         ValueError: the ladder knows another number of labels; when called, it gives latents of
             another shape than it says.
     """
@@ -229,19 +229,13 @@ class HVAE(LatentModel, name="hvae"):
 
     def _prior(self, head: Tensor, t: int) -> Normal:
         """p(z_t | z_{>t})."""
-        channels, *dims = shape = self.ladder.shapes[t - 1]
-        if head.shape[1:] != (2 * channels, *dims):
-            raise ValueError(
-                f"the ladder gives {tuple(head.shape[1:])} numbers for z_{t} of shape {shape}: "
-                f"expected {(2 * channels, *dims)}, its mean, then its log standard deviation"
-            )
+        head = normal_numbers(head, self.ladder.shapes[t - 1], "the ladder", f"z_{t}")
         mean, log_std = head.to(self.dtype).chunk(2, dim=1)
         return Normal(mean, bounded(log_std).exp())
 
     def extra_repr(self) -> str:
-        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
         bound = "log p(x) >= E log p(x|z) - sum_t KL(q(z_t|z_>t, x) || p(z_t|z_>t))"
-        return f"{bound}, T = {self.levels}{given}"
+        return f"{bound}, T = {self.levels}{self._said_labels}"
 
 
 @dataclass(frozen=True)

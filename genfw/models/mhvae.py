@@ -6,8 +6,8 @@ r"""The Markovian hierarchical variational autoencoder: any number of learned le
 
 Every conditional has a network of its own, with as many deterministic layers as it likes; nothing
 but z_t passes from one level to the next. Level t stands at index t - 1 of the three lists. The
-bound is Luo (58) with both sides learned, `MarkovianHierarchy.ancestral_elbo`. `VAE` is the case
-T = 1.
+bound is the joint log ratio of one sampled chain, E_q[log p(x, z_{1:T}) - log q(z_{1:T} | x)], with
+z_T in closed form (`MarkovianHierarchy.ancestral_elbo`). `VAE` is the case T = 1.
 
 References:
     Understanding Diffusion Models: A Unified Perspective, Luo, 2022, section 2,
@@ -26,7 +26,7 @@ from genfw.check import example_shape
 from genfw.distributions import Distribution, Normal, normal_head
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
-from genfw.model import MarkovianHierarchy, agreed, as_read
+from genfw.model import MarkovianHierarchy, agreed, as_read, normal_numbers
 from genfw.noise import Draws
 from genfw.types import Image, Labels
 
@@ -93,21 +93,15 @@ class MHVAE(MarkovianHierarchy, name="mhvae"):
 
     def _latent(self, h: Tensor, t: int, network: str) -> Normal:
         """A network's output as a normal over z_t."""
-        channels, *dims = shape = self.latents[t - 1]
-        if h.shape[1:] != (2 * channels, *dims):
-            raise ValueError(
-                f"{network} gives {tuple(h.shape[1:])} numbers for z_{t} of shape {shape}: "
-                f"expected {(2 * channels, *dims)}, its means, then its log standard deviations"
-            )
-        return normal_head(h)
+        return normal_head(normal_numbers(h, self.latents[t - 1], network, f"z_{t}"))
 
     def extra_repr(self) -> str:
         chain = " -> ".join(f"z_{t} in R^{list(z)}" for t, z in enumerate(self.latents, 1))
-        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
-        return f"q: x -> {chain}; p: {self._said_prior} and back{given}"
+        return f"q: x -> {chain}; p: {self._said_prior} and back{self._said_labels}"
 
     @property
     def _said_prior(self) -> str:
         """What is known of p(z_T): its name, where a subclass has one of its own."""
         top = "z" if self.levels == 1 else f"z_{self.levels}"
-        return "N(0, I)" if type(self).prior is MHVAE.prior else f"p({top})"
+        told = (type(self).prior, type(self).prior_of)
+        return "N(0, I)" if told == (MHVAE.prior, MHVAE.prior_of) else f"p({top})"

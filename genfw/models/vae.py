@@ -1,7 +1,9 @@
 r"""The variational autoencoder: the chain of one level.
 
-.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - KL(q(z|x) \| p(z)), \quad p(z) = \mathcal{N}(0,
-I)    \text{Luo (19)}
+.. math:: \log p(x) \ge E_{q(z|x)}[\log p(x|z)] - KL(q(z|x) \| p(z)), \quad
+    p(z) = \mathcal{N}(0, I)
+
+Luo (19).
 
 References:
     Auto-Encoding Variational Bayes, Kingma, Welling, 2013, https://arxiv.org/abs/1312.6114.
@@ -55,6 +57,6 @@ class VAE(MHVAE, name="vae"):
         return self.decoders[0]
 
     def extra_repr(self) -> str:
-        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
         z = f"z in R^{list(self.latents[0])}"
-        return f"log p(x) >= E log p(x|z) - KL(q(z|x) || {self._said_prior}), {z}{given}"
+        bound = f"log p(x) >= E log p(x|z) - KL(q(z|x) || {self._said_prior})"
+        return f"{bound}, {z}{self._said_labels}"

@@ -22,7 +22,7 @@ References:
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,15 +33,15 @@ from genfw.diffusion.denoiser import Denoiser, NetworkDenoiser, Unlabelled
 from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
 from genfw.diffusion.process import marginal, posterior, transition
-from genfw.diffusion.sampler import Ancestral, Sampler
-from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
+from genfw.diffusion.sampler import Ancestral, Sampler, Step
+from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime, in_steps
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import MarkovianHierarchy, agreed
 from genfw.noise import Draws, draws
 from genfw.schedule import NoiseSchedule
-from genfw.types import Data, Image, Labels
+from genfw.types import Data, Image, Labels, Nats
 
 
 class VDM(MarkovianHierarchy, name="vdm"):
@@ -99,7 +99,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return self.denoiser.schedule
 
     def at(self, steps: int | None = None) -> VDM:
-        """The same modules read at T steps, or in continuous time."""
+        """The same denoiser and likelihood read at T steps, with a sampler of T ancestral ones; or
+        in continuous time, with the sampler as it is."""
         sampler = self.sampler if steps is None else Ancestral(steps)
         return self._read(steps, sampler, self.times)
 
@@ -129,27 +130,34 @@ class VDM(MarkovianHierarchy, name="vdm"):
         noise = draws(noise, x)
         data = self._normalize(x)
         u = self.times.draw(noise, data).to(data.device)
-        if self.steps is None:
-            t, measure = self.times(u, self.schedule)
-            dt = measure / self.schedule.slope(t)
-        else:
-            i = (u * self.steps).floor().clamp_max(self.steps - 1) + 1
-            t = i / self.steps
-            gained = self.schedule.log_snr((i - 1) / self.steps) - self.schedule.log_snr(t)
-            measure, dt = self.steps * gained.expm1(), torch.ones_like(t)
+        if self.steps is not None:
+            t, measure = in_steps(u, self.steps, self.schedule)
+            log_snr, error = self._looked_at(data, t, y, noise)
+            return Denoising(t, log_snr, error, measure, torch.ones_like(t))
+        t, measure = self.times(u, self.schedule)
+        log_snr, error = self._looked_at(data, t, y, noise)
+        dt = measure / self.schedule.slope(t)
+        measure = lowering_variance(measure, error, self.schedule)
+        denoising = Denoising(t, log_snr, error, measure, dt)
+        if self.training and torch.is_grad_enabled():
+            self.times.observe(denoising, self.schedule)
+        return denoising
+
+    def _looked_at(
+        self, data: Data, t: Tensor, y: Labels | None, noise: Draws
+    ) -> tuple[Tensor, Nats]:
+        """log SNR at t, and ||eps - eps_hat||^2 there, (b,) each."""
         eps = noise.normal("eps", data)
         log_snr = self.schedule.log_snr(t)
         alpha, sigma = (broadcast(each, data) for each in amplitudes(log_snr))
         prediction = self.denoiser(alpha * data + sigma * eps, t, self.told(y))
-        error = per_example((eps - prediction.eps).square())
-        if self.steps is None:
-            measure = lowering_variance(measure, error, self.schedule)
-        denoising = Denoising(t, log_snr, error, measure, dt)
-        if self.training and self.steps is None and torch.is_grad_enabled():
-            self.times.observe(denoising, self.schedule)
-        return denoising
+        return log_snr, per_example((eps - prediction.eps).square())
 
     # The three conditionals of a hierarchy of T + 1 latents.
+
+    @property
+    def endless(self) -> bool:
+        return self.steps is None
 
     @property
     def levels(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -188,13 +196,32 @@ class VDM(MarkovianHierarchy, name="vdm"):
         bare = Unlabelled(self.denoiser) if self.classes is None else self.denoiser
         return self.guidance(bare).to(self.device)
 
+    # The way to a sample, in three parts; each draws its own part of `noise`.
+
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
-        prior = self.prior(at_least(0, "n", n))
-        noise = draws(noise, prior.mean)
-        z_1 = prior.sample(noise.fold("prior"))
+        noise = draws(noise, torch.empty(at_least(0, "n", n), device=self.device))
+        z = self.start(n, noise)
+        with torch.no_grad():
+            for step in self.path(z, y, noise=noise):
+                z = step.z
+        return self.finish(z, y, noise)
+
+    def start(self, n: int, noise: Draws) -> Data:
+        """z_1 of n samples, (n, *shape)."""
+        return self.prior(n).sample(noise.fold("prior"))
+
+    def path(self, z_1: Data, y: Labels | None = None, *, noise: Draws) -> Iterator[Step]:
+        """Every step of the sampler from z_1 (n, *shape) down to z_0, the denoiser `guided`.
+
+        Raises:
+            ValueError: labels that the model does not know.
+        """
         y = y if self.classes is None else self.told(y)  # a classifier may know labels, too
-        z_0 = self.sampler(self.guided(), z_1, y, noise=noise)
+        return self.sampler.path(self.guided(), z_1, y, noise=noise)
+
+    def finish(self, z_0: Data, y: Labels | None, noise: Draws) -> Image:
+        """The images that a way ends in, (n, *shape), from p(x | z_0)."""
         return self.decode(z_0, 1, y).sample(noise.fold("z0"))
 
     def _read(self, steps: int | None, sampler: Sampler, times: TimeSampler) -> VDM:
@@ -233,5 +260,5 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def extra_repr(self) -> str:
         time = "continuous time" if self.steps is None else f"T = {self.steps}"
-        given = "" if self.classes is None else f", all given y in 0..{self.classes - 1}"
-        return f"log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I)), {time}{given}"
+        bound = "log p(x) >= E log p(x|z_0) - denoising - KL(q(z_1|x) || N(0, I))"
+        return f"{bound}, {time}{self._said_labels}"

@@ -163,7 +163,7 @@ class Dreg(Objective, name="dreg"):
         \quad \tilde w_i = w_i / \sum_j w_j
 
     Unbiased for the encoder's gradient of `Iwae`, and its signal does not drown as k grows. The
-    decoder's gradient is `Iwae`'s own. Tucker et al. (8).
+    decoder's gradient is `Iwae`'s own.
 
     Args:
         k: draws per example; 1 is sticking the landing.

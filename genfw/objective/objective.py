@@ -24,6 +24,8 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
         surrogate: True where its gradient is not the derivative of its value at the draws, but one
             of the same mean.
         batchwise: True where an example's number depends on the others of its batch.
+
+    The last three are declared for the laws in `genfw.testing`; training does not read them.
     """
 
     step: int | None = None
@@ -67,9 +69,10 @@ class Elbo(Objective, name="elbo"):
 
 
 def fixed_schedule(objective: Objective, model: LatentModel) -> None:
-    """
+    """Refuses to train a learned schedule by what is not the bound.
+
     Raises:
-        ValueError: the model's schedule learns, by the gradient of the bound as it is.
+        ValueError: the model's schedule learns.
     """
     schedules = (each for each in model.modules() if isinstance(each, NoiseSchedule))
     learned = any(p.requires_grad for each in schedules for p in each.parameters())

@@ -19,7 +19,7 @@ from genfw.diffusion.denoising import Denoises
 from genfw.distributions import Normal, per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
-from genfw.noise import Draws
+from genfw.noise import Draws, Noise
 from genfw.objective.objective import Objective, fixed_schedule
 from genfw.types import Image, Labels, Nats
 
@@ -45,7 +45,8 @@ class Beta(Objective, name="beta"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        """
+        """`beta` times the rate, less the reconstruction, (b,).
+
         Raises:
             ValueError: a schedule that learns.
         """
@@ -84,7 +85,8 @@ class Warmup(Objective):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        """
+        """Beta at this step times the rate, less the reconstruction, (b,).
+
         Raises:
             ValueError: `advance` has told no step, or a schedule that learns.
         """
@@ -264,7 +266,7 @@ class L2(Objective, name="l2"):
         rungs = chain.climb(x, y, noise=noise)
         mean = rungs[0].p.mean
         error = likelihood.normalize(x).to(mean) - _normalized(mean, likelihood)
-        rate = bound(rungs, chain.prior(len(x))).rate
+        rate = bound(rungs, chain.prior_of(rungs[-1].z)).rate
         return per_example(error.square()) + self.rate * rate
 
     def extra_repr(self) -> str:
@@ -272,7 +274,8 @@ class L2(Objective, name="l2"):
 
 
 def _diverging(objective: FreeBits, model: LatentModel) -> None:
-    """
+    """Refuses a model without the divergences that `per` a dimension needs.
+
     Raises:
         TypeError: what its levels cost is not known in closed form.
     """
@@ -284,11 +287,16 @@ def _diverging(objective: FreeBits, model: LatentModel) -> None:
             "and below the top of a chain a level costs a log ratio at one draw: use "
             f"per=batch_level, got {type(model).__name__}"
         )
-    if chain and not isinstance(model.prior(1), Normal):
+    if chain and not isinstance(model.prior_of(_one_z(model)), Normal):
         raise TypeError(
             f"objective=free_bits with per={objective.per.value} needs divergences in closed form, "
             f"and {type(model).__name__}'s prior is no Normal: use per=batch_level"
         )
+
+
+def _one_z(model: MarkovianHierarchy) -> Tensor:
+    """A z_T, (1, ...)."""
+    return model.prior(1).sample(Noise(0, torch.zeros(1, dtype=torch.int64, device=model.device)))
 
 
 def _decoding(model: LatentModel) -> tuple[MarkovianHierarchy, Likelihood]:

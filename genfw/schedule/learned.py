@@ -38,7 +38,8 @@ from genfw.types import Time
 
 
 class Learned(NoiseSchedule, name="learned"):
-    """Begins near `loglinear`; trained with `objective=elbo` alone.
+    """Begins near `loglinear`; trained by a bound: `objective=elbo`, and in T steps those of
+    weights too (`iwae` and the like), whose gradient in a schedule is plain.
 
     Args:
         log_snr_max, log_snr_min: the end points that training starts from.

@@ -22,7 +22,7 @@ both.
 References:
     ELBO surgery, Hoffman, Johnson, 2016,
         http://approximateinference.org/accepted/HoffmanJohnson2016.pdf;
-    Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
+    Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015,
         https://arxiv.org/abs/1509.00519
 """
 
@@ -40,7 +40,7 @@ from genfw.train.latents import latents_of
 from genfw.types import Image, Labels
 
 ACTIVE = 0.01
-"""A_u above which a unit is active (Burda et al., 2016)."""
+"""A_u above which a unit is active (Burda et al., 2015)."""
 
 COLLAPSED = 0.1
 """Nats per image that a level must cost, and a unit to be informative: less carries nothing."""

@@ -127,12 +127,11 @@ def denoising_strip(model: VDM, n: int, seed: int, bins: int, levels: int = 8) -
 
 def trajectory(model: VDM, noise: Noise, y: Tensor | None = None) -> tuple[list[Step], Image]:
     """Every step of `model.sample(n, y, noise=noise)`, from t = 1 on, and the images it ends in."""
-    sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
-    z_1 = model.prior(n).sample(noise.fold("prior"))
+    z_1 = model.start(len(noise.index), noise)
+    steps = list(model.path(z_1, y, noise=noise))
     one = torch.ones((), dtype=torch.float64, device=z_1.device)
-    start = Step(one, z_1, denoiser(z_1, one, y))
-    way = [start, *sampler.path(denoiser, z_1, y, noise=noise)]
-    return way, model.decode(way[-1].z, 1, y).sample(noise.fold("z0"))
+    start = Step(one, z_1, model.guided()(z_1, one, y))
+    return [start, *steps], model.finish(steps[-1].z, y, noise)
 
 
 @torch.no_grad()
@@ -143,15 +142,14 @@ def way(
 
     At most `most` steps are shown, evenly chosen; the last picture is that of the images.
     """
-    sampler, n, denoiser = model.sampler, len(noise.index), model.guided()
-    z = model.prior(n).sample(noise.fold("prior"))
-    shown = {round(i * sampler.steps / most) for i in range(1, most + 1)}
+    z = model.start(len(noise.index), noise)
+    shown = {round(i * model.sampler.steps / most) for i in range(1, most + 1)}
     frames = [grid(data_to_bytes(z), columns)]
-    for i, step in enumerate(sampler.path(denoiser, z, y, noise=noise), start=1):
+    for i, step in enumerate(model.path(z, y, noise=noise), start=1):
         z = step.z
         if i in shown:
             frames.append(grid(data_to_bytes(z), columns))
-    x = model.decode(z, 1, y).sample(noise.fold("z0"))
+    x = model.finish(z, y, noise)
     return [*frames, grid(to_bytes(x, bins), columns)]
 
 

@@ -238,7 +238,8 @@ def _sizes(value: Any) -> list[Any]:
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
     """Refuses a learned schedule under any objective but the bound."""
     objective = option(config, "objective")
-    if target_of(config, "schedule") == "genfw.Learned" and objective != "elbo":
+    weighted = ["beta", "warmup", "cyclic", "simple", "min_snr", "p2", "sigmoid", "edm"]
+    if target_of(config, "schedule") == "genfw.Learned" and objective in weighted:
         raise ConfigError(
             "schedule=learned follows the bound and its variance, and under "
             f"objective={objective} its gradient means nothing: use objective=elbo, or a fixed "

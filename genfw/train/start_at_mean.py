@@ -24,7 +24,7 @@ class StartAtMean(L.Callback):
         GenfwError: in training, a model without a Bernoulli likelihood and an `MLPDecoder`.
 
     References:
-        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016 (their code),
+        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015 (their code),
         https://arxiv.org/abs/1509.00519
     """
 

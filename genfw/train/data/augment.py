@@ -39,7 +39,7 @@ class Binarize(Augmentation):
     References:
         On the Quantitative Analysis of Deep Belief Networks, Salakhutdinov, Murray, 2008 (binarized
             MNIST);
-        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2016,
+        Importance Weighted Autoencoders, Burda, Grosse, Salakhutdinov, 2015,
             https://arxiv.org/abs/1509.00519 (dynamic)
     """
 
