@@ -311,5 +311,5 @@ def test_schedules_need_steps():
     for make in (LinearWarmup, CyclicWarmup):
         with pytest.raises(ValueError, match="expected an integer of at least 1, got 0"):
             make(0)
-    with pytest.raises(ValueError, match="ramp: expected a part of the cycle"):
+    with pytest.raises(ValueError, match="ramp: expected a finite positive number, got 0"):
         CyclicWarmup(ramp=0.0)
