@@ -216,7 +216,9 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
         'bound(sets=2, strata=8) of best, model.steps=10, seed=4'
     """
     given = dict(each.split("=", 1) for each in changed)
-    said = ("checkpoint", "estimator", "verify", "trusted", "hydra")  # by the name, or of no matter
+    said = {"checkpoint", "verify", "trusted", "hydra"}  # by the name, or of no matter
+    if estimator.extra_repr():  # says how it was asked
+        said.add("estimator")
     others = {key: value for key, value in given.items() if key.split(".")[0] not in said}
     parts = [f"{key}={value}" for key, value in sorted(others.items())]
     return ", ".join([f"{estimator.called()}({estimator.extra_repr()}) of {checkpoint}", *parts])

@@ -347,7 +347,8 @@ def write(
             of = dict(facts)
             if given is not None and facts["label"] != "none":
                 of["label"] = str(given[i])
-            to_png(grid(one[None], 1), out / f"{i:05d}.png", of)
+            picture = grid(one[None], 1, smallest=1, gap=0)  # its own pixels and no others
+            to_png(picture, out / f"{i:05d}.png", of)
     else:
         out = out if out.suffix == ".png" else Path(f"{out}.png")
         to_png(grid(pixels, columns), out, facts)

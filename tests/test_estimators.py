@@ -1,6 +1,7 @@
 """The reported number and its error bar."""
 
 import dataclasses
+import inspect
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from test_vdm import network_vdm
 import genfw
 from genfw import VDM, BinsLikelihood, Bound, Cosine, Denoiser, Noise, Prediction, bits_per_dim
 from genfw.amplitudes import broadcast
+from genfw.evaluate import named
 from genfw.model import LatentModel
 
 
@@ -197,3 +199,53 @@ def test_what_samples_are_guided_by_is_no_part_of_a_model(double):
     plain = network_vdm(Cosine(7.9, -10.0))
     with pytest.raises(TypeError, match=r"guidance=.*Unguided"):
         VDM(genfw.Unguided(plain.denoiser), plain.likelihood)
+
+
+OTHERWISE = {  # than by default; chunks change how a number is come by and not the number
+    *((genfw.Bound, name, value) for name, value in {"sets": 3, "strata": 7}.items()),
+    (genfw.ImportanceWeighted, "k", 7),
+    *(
+        (genfw.ProbabilityFlow, name, value)
+        for name, value in {
+            "draws": 3,
+            "dequantization": "uniform",
+            "tolerance": 0.5,
+            "steps": 9,
+            "exact_dims": 5,
+            "probe": "gaussian",
+            "k": 3,
+        }.items()
+    ),
+    *(
+        (genfw.Annealed, name, value)
+        for name, value in {
+            "temperatures": 7,
+            "chains": 7,
+            "leapfrog": 3,
+            "step": 0.5,
+            "from_encoder": True,
+        }.items()
+    ),
+}
+
+
+def test_all_arguments_of_all_estimators_are_looked_at():
+    asked = {(cls, name) for cls, name, _ in OTHERWISE}
+    for cls in genfw.Estimator.registry.values():
+        taken = set(inspect.signature(cls).parameters) - {"chunk"}
+        assert {name for of, name in asked if of is cls} == taken
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), sorted(OTHERWISE, key=str))
+def test_an_entry_says_what_its_number_was_made_by(cls, name, value):
+    """Numbers made otherwise do not replace each other, and a certificate tells them apart."""
+    assert cls(**{name: value}).extra_repr() != cls().extra_repr()
+
+
+def test_an_estimator_that_says_nothing_of_itself_is_told_apart_by_what_was_typed():
+    class Silent(Bound, name="silent_test"):
+        def extra_repr(self):
+            return ""
+
+    names = {named(Silent(), "best", [f"estimator.strata={n}"]) for n in (2, 4)}
+    assert names == {f"silent_test() of best, estimator.strata={n}" for n in (2, 4)}

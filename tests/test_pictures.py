@@ -4,6 +4,8 @@ import resource
 from unittest.mock import Mock
 
 import lightning.pytorch as L
+import numpy as np
+import PIL.Image as PIL
 import pytest
 import tiny
 import torch
@@ -135,6 +137,16 @@ FILES = {
         [grid(to_bytes(x, 3), 2), grid(to_bytes(2 - x, 3), 2)], out, FACTS
     ),
 }
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (3, 5, 2)])
+def test_images_of_a_folder_are_their_own_pixels(tmp_path, shape):
+    """No frame and no enlargement: who measures the files measures the samples."""
+    x = torch.randint(256, (3, *shape))
+    write(x, None, FACTS, "png", tmp_path, 256, 2)
+    for i, one in enumerate(x):
+        pixels = np.asarray(PIL.open(tmp_path / f"{i:05d}.png"))
+        assert np.array_equal(pixels if len(one) == 3 else pixels[..., None], one.permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("kind", FILES)

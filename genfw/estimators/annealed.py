@@ -218,7 +218,8 @@ class Annealed(Estimator, name="annealed"):
 
     def extra_repr(self) -> str:
         start = ", from_encoder=True" if self.from_encoder else ""
-        return f"temperatures={self.temperatures}, chains={self.chains}{start}"
+        ladder = f"temperatures={self.temperatures}, chains={self.chains}"
+        return f"{ladder}, leapfrog={self.leapfrog}, step={self.step:g}{start}"
 
 
 @dataclass(frozen=True)

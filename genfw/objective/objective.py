@@ -34,11 +34,13 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
     batchwise: bool = False
 
     def check(self, model: LatentModel) -> None:
-        """Says, before anything is computed, whether this model can be trained so.
+        """Says, before anything is computed, whether this model can be trained so: any can whose
+        schedule is fixed, where a subclass says no more.
 
         Raises:
             TypeError, ValueError: it cannot, in one sentence with what can be.
         """
+        fixed_schedule(self, model)
 
     @property
     def title(self) -> str:
@@ -61,6 +63,9 @@ class Elbo(Objective, name="elbo"):
     """The negative bound itself; of a diffusion model, w = 1 in the measure d lambda."""
 
     bound = True
+
+    def check(self, model: LatentModel) -> None:
+        """Any model has a bound, and a learned schedule follows it."""
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None

@@ -39,9 +39,6 @@ class Beta(Objective, name="beta"):
         super().__init__()
         self.beta = not_negative("beta", beta)
 
-    def check(self, model: LatentModel) -> None:
-        fixed_schedule(self, model)
-
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
@@ -74,9 +71,6 @@ class Warmup(Objective):
     @abstractmethod
     def beta_at(self, step: int) -> float:
         """Beta of the optimizer step number `step`, counted from 0."""
-
-    def check(self, model: LatentModel) -> None:
-        fixed_schedule(self, model)
 
     def advance(self, step: int) -> None:
         super().advance(step)

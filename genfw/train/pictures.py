@@ -35,7 +35,7 @@ def pixels(x: Tensor, bins: int) -> Tensor:
     return (x.double() * 255 / (bins - 1)).round().clamp(0, 255).to(torch.uint8)
 
 
-def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
+def grid(images: Tensor, columns: int, smallest: int = 32, gap: int = GAP) -> PIL.Image:
     """A picture of `images`, row by row.
 
     Args:
@@ -43,6 +43,7 @@ def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
             (n, D) is a row of D pixels.
         columns: images per row.
         smallest: images smaller than this are enlarged by a whole factor.
+        gap: grey pixels between images and around them.
     """
     images = images.cpu()
     if images.ndim == 2:
@@ -51,10 +52,10 @@ def grid(images: Tensor, columns: int, smallest: int = 32) -> PIL.Image:
         images = images[:, :1]
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    tall, wide = height + GAP, width + GAP
-    sheet = torch.full((channels, rows * tall + GAP, columns * wide + GAP), 127, dtype=torch.uint8)
+    tall, wide = height + gap, width + gap
+    sheet = torch.full((channels, rows * tall + gap, columns * wide + gap), 127, dtype=torch.uint8)
     for i, image in enumerate(images):
-        top, left = i // columns * tall + GAP, i % columns * wide + GAP
+        top, left = i // columns * tall + gap, i % columns * wide + gap
         sheet[:, top : top + height, left : left + width] = image
     zoom = max(1, -(-smallest // max(height, width)))
     sheet = sheet.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)

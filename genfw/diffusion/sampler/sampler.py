@@ -44,8 +44,8 @@ class Sampler(Registered, nn.Module, ABC, group="sampler"):
     calls: int = 1
     """How often a step asks the denoiser."""
 
-    remembers: int = 0
-    """How many predictions of the steps before a step is given."""
+    remembers: int = 4
+    """How many predictions of the steps before a step is given: enough for order 5."""
 
     def __init__(self, steps: int, grid: TimeGrid | None = None):
         super().__init__()
