@@ -239,7 +239,7 @@ def labels(asked: Any, config: DictConfig) -> list[int] | None:
         return list(range(classes))
     said = [each.strip() for each in str(asked).strip("[] ").split(",")]
     if not all(re.fullmatch(r"[-+]?\d+", each) for each in said):
-        raise ConfigError(f"label={asked}: expected a number, 0,1,2 or all")
+        raise ConfigError(f"label={asked}: expected a number, 0,1,2, all or none")
     chosen = [int(each) for each in said]
     for each in chosen:
         if not 0 <= each < classes:

@@ -324,7 +324,7 @@ def test_labels_that_can_be_asked_for(conditional):
     assert sample.labels(None, config) == sample.labels("all", config) == list(range(10))
     assert sample.labels(7, config) == [7] and sample.labels("2,0,2", config) == [2, 0, 2]
     assert sample.labels("none", config) == [10]  # which stands for no label
-    of_digits = [(each, "0,1,2 or all") for each in ("seven", "0,0_1", "1.0", "[1.0]")]
+    of_digits = [(each, "0,1,2, all or none") for each in ("seven", "0,0_1", "1.0", "[1.0]")]
     for wrong, words in ((11, "labels are 0..9"), (-1, "no class -1"), *of_digits):
         with pytest.raises(ConfigError, match=f"label={re.escape(str(wrong))}: .*{words}"):
             sample.labels(wrong, config)

@@ -291,6 +291,13 @@ class Forgets(Eps):
         return -eps
 
 
+class Crosses(LinearParameterization):
+    """Its target is z / sigma where alpha = sigma."""
+
+    def coefficients(self, alpha, sigma):
+        return 1.0, alpha / sigma
+
+
 class Centred(Parameterization):
     """The noise, the mean over the batch taken off."""
 
@@ -600,6 +607,7 @@ def test_an_estimator_is_found_whole():
         (Loud, {}, "variance is not 1"),
         (Half, {}, "is not z"),
         (Forgets, {}, "a perfect network does not give"),
+        (Crosses, {}, "near log SNR 0.01 a prediction is divided by zero"),
         (Centred, {}, "depends on its batch"),
         (Divides, {}, "not finite|perfect network"),
         (Sharp, {"bins": 5}, "the score is not the gradient"),

@@ -41,6 +41,20 @@ def a_true_target_gives_back_x_and_eps(make: Make, **arguments: Any) -> None:
         _equal(p.eps, eps, "a perfect network does not give eps")
 
 
+def the_target_is_never_z_itself(make: Make, **arguments: Any) -> None:
+    """Of linear ones: at no log SNR from -20 to 20 is the target a x + b eps a multiple of z, which
+    the network reads: alpha b - sigma a neither vanishes nor passes zero."""
+    param = make(**arguments)
+    if isinstance(param, LinearParameterization):
+        log_snr = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+        alpha, sigma = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
+        a, b = param.coefficients(alpha, sigma)
+        side = torch.sign(alpha * b - sigma * a)
+        wrong = (side != side[0]) | (side == 0)
+        where = log_snr[wrong][:1].tolist()
+        assert not where, f"near log SNR {where[0]:.2f} a prediction is divided by zero"
+
+
 def amplitudes_broadcast(make: Make, **arguments: Any) -> None:
     """(b,) amplitudes, and the same made broadcastable, give the same."""
     param, (_, _, z, alpha, sigma) = _asked(make, arguments)
@@ -165,6 +179,7 @@ def _equal(found: Tensor, expected: Tensor, otherwise: str) -> None:
 PARAMETERIZATION_LAWS = (
     any_output_is_consistent_with_z,
     a_true_target_gives_back_x_and_eps,
+    the_target_is_never_z_itself,
     amplitudes_broadcast,
     examples_do_not_mix,
     positions_do_not_mix,

@@ -71,9 +71,8 @@ def check(
     try:
         missing = [key for key in keys(config) if is_missing(config, key)]
         if missing:
-            raise ConfigError(
-                f"{', '.join(missing)} must be given: add {missing[0]}=... to the command"
-            )
+            said = " ".join(f"{key}=..." for key in missing)
+            raise ConfigError(f"{', '.join(missing)} must be given: add {said} to the command")
         checker = _Checker(ConfFiles(conf_folders or [conf_folder()]), trusted_by(config))
         checker.node(config, reference, "")
         for at, value, argument in checker.copies:  # a wrong value is named where it was given
