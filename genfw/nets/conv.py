@@ -196,7 +196,7 @@ def halvings(
     n = len(resolutions)
     if n == 0 or min(shape[1:]) <= 2 ** (n - 1) // 2:
         raise ValueError(
-            f"{name}: {n} resolutions do not fit an image of {shape[1]}x{shape[2]}: sides are halved "
-            "between them, give fewer"
+            f"{name}: {n} resolutions do not fit an image of {shape[1]}x{shape[2]}: sides are "
+            "halved between them, give fewer"
         )
     return [(math.ceil(shape[1] / 2**i), math.ceil(shape[2] / 2**i)) for i in range(n)]
