@@ -122,6 +122,7 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
     """
     config = unchecked(overrides, name)
     as_many_levels(config)
+    none_of_what_is_off(config, overrides)
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
     named = typed(parse(overrides))
     check_hydra(config.hydra, trusted_by(config, named))
@@ -157,6 +158,19 @@ def as_many_levels(config: DictConfig) -> None:
                 text = OmegaConf.to_yaml(last) if isinstance(last, DictConfig) else ""
                 if f"${{model.latents[{t - 1}]}}" in text:
                     networks.append(OmegaConf.create(_SIZE.sub(_next_size, text)))
+
+
+def none_of_what_is_off(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Under `metrics=none` and `callbacks=none` what an experiment says of those that are then not
+    there is of no matter; what is typed of them stays, to be refused."""
+    asked = [each.key_or_group for each in parse(overrides)]
+    for group in ("callbacks", "metrics"):
+        if _choices(config).get(group) == "none":
+            for name, node in list(config[group].items()):
+                named = any(each.startswith(f"{group}.{name}") for each in asked)
+                if isinstance(node, DictConfig) and "_target_" not in node and not named:
+                    with open_dict(config):
+                        del config[group][name]
 
 
 _SIZE = re.compile(r"\$\{model\.latents\[(\d+)\]\}")
