@@ -186,7 +186,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     `failures`: raised through Hydra it would come with a line of Hydra's own."""
     from hydra.core.hydra_config import HydraConfig
 
-    from genfw.train.compose import as_many_levels
+    from genfw.train.compose import complete
     from genfw.train.job import run
     from genfw.train.run_folder import locked, noted
 
@@ -195,7 +195,7 @@ def _run(config, failures: list[GenfwError]) -> float | None:
     ).handlers.clear()  # its lines reach the root logger's handlers as well
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        as_many_levels(config)  # Hydra has composed it once more
+        complete(config, HydraConfig.get())  # Hydra has composed it once more
         with locked(folder), noted(folder):
             results = run(config, folder)
     except GenfwError as error:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -345,7 +346,7 @@ class DenoisedClassifierGuidance(ByClassifier, name="classifier_denoised"):
         return self.log_prob(z_0, start, y)
 
 
-def _ordered(interval: Sequence[float]) -> tuple[float, float]:
+def _ordered(interval: Any) -> tuple[float, float]:
     """Lowest and highest log SNR, infinite ones too.
 
     Example:

@@ -121,8 +121,7 @@ def compose(overrides: Sequence[str], name: str = "config") -> DictConfig:
         ConfigError: it is wrong, and how.
     """
     config = unchecked(overrides, name)
-    as_many_levels(config)
-    none_of_what_is_off(config, overrides)
+    complete(config, config.hydra)
     chosen = [f"{k}={v}" for k, v in _choices(config).items() if k != "experiment"]
     named = typed(parse(overrides))
     check_hydra(config.hydra, trusted_by(config, named))
@@ -145,6 +144,30 @@ HYDRAS_OWN = re.compile(
 """What Hydra's own part of a configuration names: launchers, sweepers, and how they log."""
 
 
+def complete(config: DictConfig, hydra: Any) -> None:
+    """What Hydra cannot say of a configuration that it has composed.
+
+    Args:
+        config: which is changed.
+        hydra: its own part.
+    """
+    as_many_levels(config)
+    none_of_what_is_off(config, hydra)
+
+
+def none_of_what_is_off(config: DictConfig, hydra: Any) -> None:
+    """Under `metrics=none` and `callbacks=none` what an experiment says of those that are then not
+    there is of no matter; what is typed of them stays, to be refused."""
+    asked = [each.key_or_group for each in parse(hydra.overrides.task)]
+    for group in ("callbacks", "metrics"):
+        if hydra.runtime.choices.get(group) == "none":
+            for name, node in list(config[group].items()):
+                named = any(each.startswith(f"{group}.{name}") for each in asked)
+                if isinstance(node, DictConfig) and "_target_" not in node and not named:
+                    with open_dict(config):
+                        del config[group][name]
+
+
 def as_many_levels(config: DictConfig) -> None:
     """More sizes in model.latents than networks: the last network of either list is copied for each
     of them, reading the sizes one place further on. Where it names no sizes, nothing is done."""
@@ -158,19 +181,6 @@ def as_many_levels(config: DictConfig) -> None:
                 text = OmegaConf.to_yaml(last) if isinstance(last, DictConfig) else ""
                 if f"${{model.latents[{t - 1}]}}" in text:
                     networks.append(OmegaConf.create(_SIZE.sub(_next_size, text)))
-
-
-def none_of_what_is_off(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Under `metrics=none` and `callbacks=none` what an experiment says of those that are then not
-    there is of no matter; what is typed of them stays, to be refused."""
-    asked = [each.key_or_group for each in parse(overrides)]
-    for group in ("callbacks", "metrics"):
-        if _choices(config).get(group) == "none":
-            for name, node in list(config[group].items()):
-                named = any(each.startswith(f"{group}.{name}") for each in asked)
-                if isinstance(node, DictConfig) and "_target_" not in node and not named:
-                    with open_dict(config):
-                        del config[group][name]
 
 
 _SIZE = re.compile(r"\$\{model\.latents\[(\d+)\]\}")
