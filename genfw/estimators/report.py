@@ -31,7 +31,7 @@ from torch import nn
 
 Certificate = dict[str, dict[str, Any]]
 
-MEASURED = ("nll", "nll_stderr", "nll_std", "bpd", "bpd_stderr", "terms")
+MEASURED = ("nll", "nll_stderr", "nll_std", "bpd", "bpd_stderr", "terms", "log_snr")
 """What a computation gives, to rounding; everything else in a certificate is said beforehand."""
 
 CIRCUMSTANCES = ("device", "git", "versions", "diagnostics")
@@ -85,6 +85,8 @@ def plain(value: Any) -> Any:
 
 
 def _close(a: Any, b: Any, tolerance: float) -> bool:
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return all(_close(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if not (isinstance(a, int | float) and isinstance(b, int | float)):
         return False
     return abs(a - b) <= tolerance * max(abs(a), abs(b))
