@@ -30,10 +30,11 @@ from genfw import Bound, ImportanceWeighted
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Noise, mix
 from genfw.objective import Objective
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.config import build
 from genfw.train.data import ImageData
 from genfw.train.ema import lerp_
+from genfw.train.session import session
 from genfw.train.start_at_mean import _bernoulli_decoder
 
 WARMUP, CALIBRATION, DECAY = 100, 300, 0.999

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from omegaconf import open_dict
 
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.errors import ConfigError
 from genfw.train.help import options
 from genfw.train.job import run
 from genfw.train.nodes import conf_folder
+from genfw.train.session import session
 
 SHORT = (
     *("trainer.max_steps=3", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"),

@@ -21,8 +21,9 @@ import torch
 
 import genfw
 from genfw import LatentModel
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.config import build
+from genfw.train.session import session
 
 SETTINGS = ("float32", "tf32", "bf16", "compiled")
 

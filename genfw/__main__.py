@@ -57,9 +57,11 @@ def _command(arguments: Sequence[str]) -> int:
         return _help(arguments)
 
     from genfw.train import resume, sweep
-    from genfw.train.compose import compose, jobs, parse, searching, session, typed
+    from genfw.train.compose import compose
     from genfw.train.nodes import conf_folder
+    from genfw.train.overrides import jobs, parse, typed
     from genfw.train.rules import data_are_there
+    from genfw.train.session import searching, session
 
     if resume.asked(arguments):
         resume.resume(searching(arguments))
@@ -96,7 +98,7 @@ def _command(arguments: Sequence[str]) -> int:
 def _help(arguments: Sequence[str]) -> int:
     """The groups and their options, also those of folders that this command line names."""
     from genfw.train import help, plugins
-    from genfw.train.compose import folders, session
+    from genfw.train.session import folders, session
 
     flags = _flags(arguments)
     folder, more = _conf(flags)
@@ -112,7 +114,7 @@ def _conf(flags: Namespace) -> tuple[Path | None, list[str]]:
     Raises:
         ConfigError: the latter is not there.
     """
-    from genfw.train.compose import searching
+    from genfw.train.session import searching
 
     folder = Path(flags.config_path) if flags.config_path else None
     return folder, [] if flags.config_dir is None else searching(["-cd", flags.config_dir])
@@ -128,8 +130,8 @@ def _sweep(
 ) -> int:
     """All jobs of a sweep, or those that are left of one that has begun."""
     from genfw.train import sweep
-    from genfw.train.compose import parse
     from genfw.train.jobs import Fresh
+    from genfw.train.overrides import parse
     from genfw.train.run_folder import own_folder
 
     sweep.check_launcher(config)

@@ -23,11 +23,12 @@ from genfw.nets import NoisyClassifier
 from genfw.noise import Noise, mix
 from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import ClassifierModule, fitting, knows_the_noise
-from genfw.train.compose import session, unchecked
+from genfw.train.compose import unchecked
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.keeper import Keeper
 from genfw.train.runs import command
+from genfw.train.session import session
 from genfw.train.signals import Signals
 
 

@@ -17,11 +17,13 @@ from omegaconf import OmegaConf
 
 from genfw.__main__ import main
 from genfw.train import help
-from genfw.train.compose import compose, jobs, session
+from genfw.train.compose import compose
 from genfw.train.config import allowed, build, conf_folder, locate, nearest
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.jobs import quoted
+from genfw.train.overrides import jobs
 from genfw.train.run_folder import abandon, named_anew, own_folder
+from genfw.train.session import session
 
 ROOT = Path(__file__).parents[1]
 

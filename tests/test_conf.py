@@ -19,12 +19,13 @@ from genfw.registry import Registered
 from genfw.sample import labels
 from genfw.train import resolvers
 from genfw.train.checkpoint import AtomicIO
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.module import LatentModule
 from genfw.train.rules import _guidance_reads_model, _likelihood_reads_model, samples_have_labels
 from genfw.train.schema import ConfFiles, from_signature
+from genfw.train.session import session
 from genfw.train.signals import Signals
 
 for module in pkgutil.walk_packages(genfw.__path__, "genfw."):

@@ -37,7 +37,11 @@ BESIDE = {"estimators/ode.py": {"genfw.models.vdm"}}
 
 HEAVY = {"lightning", "torchmetrics", "wandb", "hydra", "omegaconf", "pytorch_lightning"}
 COMMANDS = ("__main__.py", "classifier.py", "evaluate.py", "export.py", "sample.py")
-HYDRA = {"train/plugins.py", "train/compose.py", "train/jobs.py", "train/sweep.py", *COMMANDS}
+HYDRA = {
+    *("train/plugins.py", "train/overrides.py", "train/session.py", "train/explain.py"),
+    *("train/compose.py", "train/jobs.py", "train/sweep.py"),
+    *COMMANDS,
+}
 
 FILES = sorted(file.relative_to(ROOT).as_posix() for file in ROOT.rglob("*.py"))
 

@@ -17,7 +17,7 @@ from test_loggers import read_wandb
 
 from genfw import Bound, ImportanceWeighted, evaluate, sample
 from genfw.train import certificate, checkpoint
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.config import build
 from genfw.train.data import Digits
 from genfw.train.errors import ConfigError, GenfwError, Stopped
@@ -26,6 +26,7 @@ from genfw.train.job import run
 from genfw.train.parts import assemble, restore, validation_interval
 from genfw.train.run_table import table
 from genfw.train.runs import command
+from genfw.train.session import session
 
 SMALL = (
     "trainer.max_steps=6",

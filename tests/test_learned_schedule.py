@@ -15,9 +15,10 @@ from genfw.schedule.learned import Monotone
 from genfw.train import resolvers
 from genfw.train.bits import between
 from genfw.train.certificate import _model as described
-from genfw.train.compose import compose, session
+from genfw.train.compose import compose
 from genfw.train.ema import EMA
 from genfw.train.errors import ConfigError
+from genfw.train.session import session
 
 MEAN, STD, N = torch.tensor([0.4, -0.9]).double(), torch.tensor([0.5, 0.2]).double(), 4000
 ENDS = ("log_snr_max", "log_snr_min")

@@ -19,11 +19,12 @@ from omegaconf import OmegaConf, open_dict
 from genfw import Bound, evaluate
 from genfw.__main__ import main
 from genfw.train import plugins, resume, runs
-from genfw.train.compose import compose, searched, session, unchecked
+from genfw.train.compose import compose, unchecked
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError
 from genfw.train.parts import implemented, make_callbacks
 from genfw.train.schema import ConfFiles, from_signature
+from genfw.train.session import searched, session
 
 ROOT = Path(__file__).parents[1]
 

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from genfw import Parameterization
-from genfw.train.compose import compose, jobs, session
+from genfw.train.compose import compose
+from genfw.train.overrides import jobs
+from genfw.train.session import session
 
 ROOT = Path(__file__).parents[1]
 TEXT = "\n".join(file.read_text() for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))

@@ -11,7 +11,7 @@ from genfw.estimators import annealed, bound, importance, ode  # noqa: F401  (th
 from genfw.testing import small
 from genfw.testing.oracles import GaussianDenoiser
 from genfw.train import resolvers
-from genfw.train.compose import session, unchecked
+from genfw.train.compose import unchecked
 from genfw.train.errors import ConfigError
 from genfw.train.nodes import conf_folder
 from genfw.train.rules import (
@@ -19,6 +19,7 @@ from genfw.train.rules import (
     _learned_schedule_follows_the_bound,
     _objective_reads_model,
 )
+from genfw.train.session import session
 
 resolvers.register()
 

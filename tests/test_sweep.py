@@ -525,7 +525,9 @@ def test_the_exit_code_says_whether_all_jobs_finished(tmp_path, capsys):
 
 
 def test_the_grid_is_eight_combinations():
-    from genfw.train.compose import compose, jobs, session
+    from genfw.train.compose import compose
+    from genfw.train.overrides import jobs
+    from genfw.train.session import session
 
     with session():
         commands = jobs(["experiment=glob(grid_*)"])

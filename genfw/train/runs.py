@@ -14,11 +14,12 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from genfw.train.compose import searching, session, unchecked
+from genfw.train.compose import unchecked
 from genfw.train.config import check, unknown_key
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import probe
 from genfw.train.nodes import keys
+from genfw.train.session import searching, session
 from genfw.train.slurm import tell
 from genfw.train.terminal import detach
 

@@ -175,8 +175,8 @@ def reopen(overrides: Sequence[str]) -> tuple[Path | None, list[str]]:
                 f"{each}: the jobs of a sweep that is gone on with stay what they were; beside "
                 "sweep=<folder> there may be hydra.launcher.n_jobs=<n> and the like, and trusted="
             )
-    from genfw.train.compose import parse, typed
     from genfw.train.config import allowed
+    from genfw.train.overrides import parse, typed
 
     file = folder / "sweep.json"
     if not file.is_file():
