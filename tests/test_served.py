@@ -84,6 +84,25 @@ def test_what_a_refusal_advises_can_be_done(make, estimator):
         assert all(refusal(ESTIMATORS[name].check, model) is None for name in advised)
 
 
+def test_a_learned_schedule_is_not_trained_by_who_says_nothing_of_it():
+    """Of an objective with a check of its own a run asks all the same; a bound may train one."""
+
+    class Sum(genfw.Objective):
+        def check(self, model):
+            """It reads any model."""
+
+        def forward(self, model, x, y=None, *, noise=None):
+            return model.denoising(x, y, noise=noise).eps_error
+
+    class Weights(Sum):
+        bound = True
+
+    learned = vdm((1, 2, 2), 3, schedule=genfw.Learned(8.0, -6.0, hidden=4))
+    with pytest.raises(ConfigError, match="Sum says nothing of a learned schedule"):
+        served(learned, Sum())
+    served(learned, Weights(), genfw.Elbo()), served(vdm((1, 2, 2), 3), Sum())
+
+
 def test_a_job_is_told_in_one_sentence():
     served(Bare(), genfw.Elbo(), genfw.Bound())
     for wrong in (genfw.ImportanceWeighted(), genfw.Iwae()):

@@ -14,7 +14,6 @@ Grids are float64, begin at exactly 1, end at exactly 0 and fall strictly.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -71,7 +70,8 @@ class AngleGrid(TimeGrid, name="angle"):
     """
 
     def between(self, u: Tensor, schedule: NoiseSchedule) -> Tensor:
-        low, high = (math.atan(math.exp(-end / 2)) for end in schedule.ends)
+        ends = torch.tensor(schedule.ends, dtype=torch.float64)
+        low, high = (-ends / 2).exp().atan().tolist()
         return schedule.inverse(-2 * ((1 - u) * high + u * low).tan().log())
 
 

@@ -201,11 +201,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
         """z_1 from the prior, the sampler down to z_0, then x from p(x | z_0)."""
         noise = draws(noise, torch.empty(at_least(0, "n", n), device=self.device))
-        z = self.start(n, noise)
-        with torch.no_grad():
-            for step in self.path(z, y, noise=noise):
-                z = step.z
-        return self.finish(z, y, noise)
+        z_1, told = self.start(n, noise), self._asked(y)
+        return self.finish(self.sampler(self.guided(), z_1, told, noise=noise), y, noise)
 
     def start(self, n: int, noise: Draws) -> Data:
         """z_1 of n samples, (n, *shape)."""
@@ -217,8 +214,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
         Raises:
             ValueError: labels that the model does not know.
         """
-        y = y if self.classes is None else self.told(y)  # a classifier may know labels, too
-        return self.sampler.path(self.guided(), z_1, y, noise=noise)
+        return self.sampler.path(self.guided(), z_1, self._asked(y), noise=noise)
+
+    def _asked(self, y: Labels | None) -> Labels | None:
+        """The labels of samples: a classifier may know some that the model ignores."""
+        return y if self.classes is None else self.told(y)
 
     def finish(self, z_0: Data, y: Labels | None, noise: Draws) -> Image:
         """The images that a way ends in, (n, *shape), from p(x | z_0)."""

@@ -20,12 +20,12 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
     Attributes:
         step: optimizer steps taken so far; None until `advance` tells.
         bound: True where its mean is no less than -log p(x), and near it where the encoder is the
-            true posterior.
+            true posterior. Only such a one trains a learned schedule.
         surrogate: True where its gradient is not the derivative of its value at the draws, but one
             of the same mean.
         batchwise: True where an example's number depends on the others of its batch.
 
-    The last three are declared for the laws in `genfw.testing`; training does not read them.
+    The laws in `genfw.testing` hold the last three to their word.
     """
 
     step: int | None = None
@@ -34,13 +34,14 @@ class Objective(Registered, nn.Module, ABC, group="objective"):
     batchwise: bool = False
 
     def check(self, model: LatentModel) -> None:
-        """Says, before anything is computed, whether this model can be trained so: any can whose
-        schedule is fixed, where a subclass says no more.
+        """Says, before anything is computed, whether this model can be trained so: with a learned
+        schedule only by a `bound`, which a run asks beside a subclass's own check.
 
         Raises:
             TypeError, ValueError: it cannot, in one sentence with what can be.
         """
-        fixed_schedule(self, model)
+        if not self.bound:
+            fixed_schedule(self, model)
 
     @property
     def title(self) -> str:
@@ -63,9 +64,6 @@ class Elbo(Objective, name="elbo"):
     """The negative bound itself; of a diffusion model, w = 1 in the measure d lambda."""
 
     bound = True
-
-    def check(self, model: LatentModel) -> None:
-        """Any model has a bound, and a learned schedule follows it."""
 
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None

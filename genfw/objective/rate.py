@@ -16,7 +16,7 @@ from torch import Tensor
 
 from genfw.check import at_least_one, not_negative, positive, share
 from genfw.diffusion.denoising import Denoises
-from genfw.distributions import Normal, per_example
+from genfw.distributions import Distribution, Normal, per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws, Noise
@@ -202,6 +202,13 @@ class FreeBits(Objective, name="free_bits"):
         self.batchwise = self.per in (Floor.BATCH_LEVEL, Floor.BATCH_DIMENSION)
 
     def check(self, model: LatentModel) -> None:
+        self._has_levels(model)
+        if self._by_dimension and isinstance(model, MarkovianHierarchy):
+            with torch.no_grad():
+                _normal(self, model, model.prior_of(_one_z(model)))
+
+    def _has_levels(self, model: LatentModel) -> None:
+        """Refuses a model whose latents are not learned, or not known as `per` needs them."""
         if isinstance(model, Denoises):
             raise TypeError(
                 "objective=free_bits lays a floor under what learned latents cost, and those of "
@@ -213,10 +220,14 @@ class FreeBits(Objective, name="free_bits"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        self.check(model)
+        self._has_levels(model)
         if self._by_dimension:
-            assert isinstance(model, Diverges)  # `check` has seen to it
-            reconstruction, pairs = model.divergences(x, y, noise=noise)
+            assert isinstance(model, Diverges)  # as was just seen to
+            try:
+                reconstruction, pairs = model.divergences(x, y, noise=noise)
+            except TypeError:
+                self.check(model)  # says what to do instead
+                raise
             costs = torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
         else:
             elbo = model.elbo(x, y, noise=noise)
@@ -281,7 +292,11 @@ def _diverging(objective: FreeBits, model: LatentModel) -> None:
             "and below the top of a chain a level costs a log ratio at one draw: use "
             f"per=batch_level, got {type(model).__name__}"
         )
-    if chain and not isinstance(model.prior_of(_one_z(model)), Normal):
+
+
+def _normal(objective: FreeBits, model: LatentModel, p: Distribution) -> None:
+    """Refuses a p(z) whose divergences are not known in closed form."""
+    if not isinstance(p, Normal):
         raise TypeError(
             f"objective=free_bits with per={objective.per.value} needs divergences in closed form, "
             f"and {type(model).__name__}'s prior is no Normal: use per=batch_level"

@@ -170,6 +170,8 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         """t, float64; where the shape is learned with a gradient by which the times move with it,
         so that log SNR there depends on the end points alone."""
         t = _double(t).detach()
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+            return t
         log_snr, span = self.log_snr(t), self.log_snr_max - self.log_snr_min
         if not log_snr.requires_grad:
             return t

@@ -168,6 +168,8 @@ def served(model: LatentModel, *by: Objective | Estimator) -> None:
     for one in by:
         try:
             one.check(model)
+            if isinstance(one, Objective):  # of a learned schedule a subclass may say nothing
+                Objective.check(one, model)
         except (TypeError, ValueError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
 

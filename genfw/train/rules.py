@@ -236,7 +236,8 @@ def _sizes(value: Any) -> list[Any]:
 
 
 def _learned_schedule_follows_the_bound(config: DictConfig) -> None:
-    """Refuses a learned schedule under any objective but the bound."""
+    """Refuses a learned schedule under an objective of genfw's that is no bound; of others their
+    own `bound` decides."""
     objective = option(config, "objective")
     weighted = ["beta", "warmup", "cyclic", "simple", "min_snr", "p2", "sigmoid", "edm"]
     if target_of(config, "schedule") == "genfw.Learned" and objective in weighted:
