@@ -139,20 +139,19 @@ class _Piecewise(torch.autograd.Function):
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         wanted = [i for i, need in enumerate(needed) if need]
+        read = [inputs[i] for i in wanted]
         if torch.is_grad_enabled():
-            whole = ctx.function(*inputs)
-            found = torch.autograd.grad(whole, [inputs[i] for i in wanted], grad, create_graph=True)
-            left = iter(found)
-            return (None, None, *(next(left) if need else None for need in needed))
-        gradients = [torch.empty_like(inputs[i]) for i in wanted]
-        parts = [_cut(each, ctx.pieces) for each in (inputs, grad, gradients)]
-        for piece, (cotangent,), into in zip(*parts, strict=True):
-            leaves = [x.detach().requires_grad_(need) for x, need in zip(piece, needed)]
-            with torch.enable_grad():
-                made = ctx.function(*leaves)
-            found = torch.autograd.grad(made, [leaves[i] for i in wanted], cotangent)
-            for place, gradient in zip(into, found, strict=True):
-                place.copy_(gradient)
+            gradients = torch.autograd.grad(ctx.function(*inputs), read, grad, create_graph=True)
+        else:
+            gradients = [torch.empty_like(x) for x in read]
+            parts = [_cut(each, ctx.pieces) for each in (inputs, grad, gradients)]
+            for piece, (cotangent,), into in zip(*parts, strict=True):
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(piece, needed)]
+                with torch.enable_grad():
+                    made = ctx.function(*leaves)
+                found = torch.autograd.grad(made, [leaves[i] for i in wanted], cotangent)
+                for place, gradient in zip(into, found, strict=True):
+                    place.copy_(gradient)
         left = iter(gradients)
         return (None, None, *(next(left) if need else None for need in needed))
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.check import at_least_one, positive
 from genfw.distributions import Normal, per_example
 from genfw.estimators.estimator import Estimate, Estimator, keyed, undisturbed
@@ -202,7 +203,7 @@ class Annealed(Estimator, name="annealed"):
         each proposal was accepted."""
         # A fifth more or less, or a chain may come back to where it was (a Gaussian's period).
         jitter = 0.8 + 0.4 * noise.uniform("jitter", step)
-        eps = (jitter * step).to(z.dtype).view(-1, *(1,) * (z.ndim - 1))
+        eps = broadcast(jitter * step, z)
         momentum = noise.normal("momentum", z)
         start, gradient = bridge.slope(z, beta)
         proposal, p, log_f = z, momentum, start

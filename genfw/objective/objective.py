@@ -77,8 +77,7 @@ def fixed_schedule(objective: Objective, model: LatentModel) -> None:
     Raises:
         ValueError: the model's schedule learns.
     """
-    schedules = (each for each in model.modules() if isinstance(each, NoiseSchedule))
-    learned = any(p.requires_grad for each in schedules for p in each.parameters())
+    learned = any(each.learns for each in model.modules() if isinstance(each, NoiseSchedule))
     if learned and torch.is_grad_enabled():
         raise ValueError(
             f"{objective.title} says nothing of a learned schedule, which follows the "

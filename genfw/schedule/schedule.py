@@ -81,6 +81,11 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
                     setattr(cls, closed, vars(NoiseSchedule)[closed])
 
     @property
+    def learns(self) -> bool:
+        """Whether any parameter of it is trained."""
+        return any(p.requires_grad for p in self.parameters())
+
+    @property
     def ends(self) -> tuple[float, float]:
         """log SNR at t = 0 and at t = 1 as numbers, which carry no gradient."""
         most, least = (
@@ -138,7 +143,7 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
     def curve_slope(self, u: Tensor) -> Tensor:
         """-d curve / du, by autograd (under inference mode too, as in Lightning's validation)."""
         with torch.inference_mode(False), torch.enable_grad():
-            wanted = u.requires_grad or any(p.requires_grad for p in self.parameters())
+            wanted = u.requires_grad or self.learns
             u = u if u.requires_grad else u.clone().requires_grad_()
             (slope,) = torch.autograd.grad(self.curve(u).sum(), u, create_graph=wanted)
         return -slope if wanted and torch.is_grad_enabled() else -slope.detach()
@@ -170,12 +175,10 @@ class NoiseSchedule(Registered, nn.Module, ABC, group="schedule"):
         """t, float64; where the shape is learned with a gradient by which the times move with it,
         so that log SNR there depends on the end points alone."""
         t = _double(t).detach()
-        if not (torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())):
+        if not (self.learns and torch.is_grad_enabled()):
             return t
-        log_snr, span = self.log_snr(t), self.log_snr_max - self.log_snr_min
-        if not log_snr.requires_grad:
-            return t
-        n = (self.log_snr_max - log_snr) / span
+        span = self.log_snr_max - self.log_snr_min
+        n = (self.log_snr_max - self.log_snr(t)) / span
         return t - (n - n.detach()) * (span / self.slope(t)).detach()
 
     def piece(self) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from PIL import Image as PIL
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from genfw.amplitudes import broadcast
 from genfw.diffusion.sampler import Step
 from genfw.model import LatentModel
 from genfw.models.vdm import VDM
@@ -195,7 +196,7 @@ def interpolation(
     labels = None if y is None else y[(w > 0.5).long()]
     rows = []
     for t in range(latents.levels):
-        lines = [torch.lerp(z[:1], z[1:2], _column(w, z)) for z in means[t:]]
+        lines = [torch.lerp(z[:1], z[1:2], broadcast(w, z)) for z in means[t:]]
         between = pixels(latents.expected(lines, labels), bins)
         rows.append(torch.cat([pixels(x[:1], bins), between, pixels(x[1:2], bins)]))
     return grid(torch.cat(rows), columns)
@@ -224,10 +225,6 @@ def traversal(
         flat[:, int(unit)] += steps.to(z) * float(scale[int(unit)])
         rows.append(pixels(latents.expected([flat.view_as(z), *rest], labels), bins))
     return grid(torch.cat(rows), columns)
-
-
-def _column(w: Tensor, like: Tensor) -> Tensor:
-    return w.to(like).reshape(-1, *(1,) * (like.ndim - 1))
 
 
 def to_png(picture: PIL.Image, path: Path, facts: Mapping[str, str] | None = None) -> None:
