@@ -2,19 +2,21 @@
 
     python benchmarks/few_steps.py run=<folder> [sets=5] [samples=2000] [evaluations=[10,20,50]]
         [reference=1000] [grids=[uniform]] [samplers=null] [chunk=500] [device=cpu]
-        [checkpoint=best|last] [guidance=...] [out=<folder>]
+        [checkpoint=best|last] [guidance=...] [against=guided|plain] [out=<folder>]
 
 `sets` disjoint sets of `samples` images each, in the run's own features and against its training
 images; mean and standard error over sets. Set i holds the same sample numbers whatever the sampler,
 so all start from the same z_1 and differences are taken set by set. The bar is DPM-Solver++ 2M
 with 20 calls within 5 % or two standard errors (of the difference) of the reference. Samplers that
 ask twice a step take half the steps; `euler` is `ddim` and left out. `grids` are where samplers
-stop (the reference: even in t).
+stop (the reference: even in t). Guidance steers all of them, and with against=plain all but the
+reference, which is what guidance that mends a sampler is measured by.
 
 Every distance is written to few_steps.jsonl in `out` (by default <run>/few_steps) as it is there,
 with all that it depends on: a second call goes on where the first stopped, and never takes what was
 measured of other weights, guidance, seed or sampler. few_steps.md and few_steps.png are made anew
-after every sampler, of all that the file holds for this model, guidance, seed and `samples`.
+after every sampler, of all that the file holds for this model, seed and `samples`, under this
+guidance or that of the reference.
 """
 
 from __future__ import annotations
@@ -27,19 +29,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ledger import Ledger, at_least, commits, extracted, listed, mean, origin, setting, titled
+from ledger import (
+    Ledger,
+    at_least,
+    commits,
+    extracted,
+    listed,
+    mean,
+    origin,
+    setting,
+    simple,
+    titled,
+)
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from trained import trained_vdm
 
 import genfw
-from genfw import VDM, Ancestral, Sampler, TimeGrid
+from genfw import VDM, Ancestral, Sampler, TimeGrid, Unguided
 from genfw.diffusion.guidance import ByClassifier
 from genfw.noise import mix
 from genfw.train.errors import ConfigError
 from genfw.train.frechet import FrechetDistance
-from genfw.train.pictures import draw_samples, steered
+from genfw.train.pictures import draw_samples
 from genfw.train.runs import command, read
 
 SAMPLERS: dict[str, Callable[..., Sampler]] = {
@@ -54,12 +67,14 @@ SAMPLERS: dict[str, Callable[..., Sampler]] = {
     "predictor_corrector": partial(genfw.PredictorCorrector, corrections=1),
 }
 BAR = "dpm_solver", "uniform", 20
+UNDER = ", under "
 PATIENCE = 10
 """Seconds that a chunk may take before it is worth a line."""
 
 
 class Row(NamedTuple):
-    """A sampler with its settings, where it stops, and how often it calls the network."""
+    """A sampler with its settings and guidance, where it stops, and how often it calls the
+    network."""
 
     sampler: str
     grid: str
@@ -70,7 +85,9 @@ class Row(NamedTuple):
         """Of a ledger's setting."""
         sampler = setting["sampler"]
         name = titled(sampler, "steps", "calls", "grid")
-        return cls(name, titled(sampler["grid"]), setting["calls"])
+        guidance = titled(setting["guidance"], "denoiser")
+        guided = UNDER + guidance if guidance != "none" else ""
+        return cls(name + guided, titled(sampler["grid"]), setting["calls"])
 
 
 Distances = dict[Row, dict[int, float]]
@@ -88,6 +105,7 @@ def few_steps(arguments: Sequence[str]) -> None:
         "chunk": 500,
         "device": "cpu",
         "checkpoint": "best",
+        "against": "guided",
         "out": None,
     }
     usage = (__doc__ or "").split("\n\n")[1]
@@ -99,9 +117,11 @@ def few_steps(arguments: Sequence[str]) -> None:
     for key, given, known in (("samplers", wanted, SAMPLERS), ("grids", grids, TimeGrid.registry)):
         if unknown := {*given} - {*known}:
             raise ConfigError(f"{key}: there is no {', '.join(unknown)}; there are {[*known]}")
+    if options.against not in ("guided", "plain"):
+        raise ConfigError(f"against={options.against}: expected guided or plain")
     out = Path(options.out or folder / "few_steps")
-    base = Row("ancestral", "uniform", options.reference)
-    rows = [base, Row(*BAR), *(Row(s, g, e) for e in calls for g in grids for s in wanted)]
+    base = "ancestral", "uniform", options.reference
+    rows = [base, BAR, *((s, g, e) for e in calls for g in grids for s in wanted)]
     with trained_vdm(folder, config, options.checkpoint, options.device) as (model, module, data):
         ledger = Ledger(out / "few_steps.jsonl")
         distance = extracted(config)
@@ -111,12 +131,14 @@ def few_steps(arguments: Sequence[str]) -> None:
             raise ConfigError(
                 "guidance: these samples have no labels to guide to; see guidance_curve.py"
             )
-        title = f"{distance.key}{steered(model)} of {options.samples} samples"
+        title = f"{distance.key} of {options.samples} samples"
         about = origin(folder, config, model, options.checkpoint)
         print(about, f"{title}, seed {module.seed}", sep="\n", flush=True)
+        guide, asked = model.guidance, []
+        model.guidance = Unguided if options.against == "plain" else guide
         for sampler, grid, evaluations in rows:
             model.sampler = made(sampler, grid, evaluations)
-            here = setting(model, distance, train, module.seed, options.samples)
+            here = simple(setting(model, distance, train, module.seed, options.samples))
             row, seed = Row.of(here), mix(module.seed, "few_steps")
             for i in sorted({*range(options.sets)} - {*ledger.of(here)}):
                 start = time.perf_counter()
@@ -124,7 +146,12 @@ def few_steps(arguments: Sequence[str]) -> None:
                 seconds = round(time.perf_counter() - start, 1)
                 ledger.add(here, i, value=value, seconds=seconds, run=folder.name)
                 print(f"{said(row)}, set {i}: {value:.3f} in {seconds:.0f} s", flush=True)
-            found = report(ledger.like(here, "sampler", "calls"), base, about, title, out)
+            model.guidance = guide
+            asked.append(here)
+            steered = [one["guidance"] for one in asked]
+            lines = ledger.like(here, "sampler", "calls", "guidance")
+            lines = [line for line in lines if line["setting"]["guidance"] in steered]
+            found = report(lines, Row.of(asked[0]), about, title, out)
             print(f"{said(row)}: {summary(found[row].values())}", flush=True)
     print((out / "few_steps.md").read_text())
     print(f"{torch.get_num_threads()} threads, {module.device}: {out}")
@@ -186,7 +213,7 @@ def verdict(found: Distances, reference: Row, row: Row) -> str:
     more, error = mean(found[row][i] - found[reference][i] for i in common)
     holds = more <= 0.05 * base or more <= 2 * error
     return (
-        f"{said(row)} against {reference.calls} ancestral steps: {100 * more / base:+.1f} %, "
+        f"{said(row)} against {said(reference)}: {100 * more / base:+.1f} %, "
         f"{more:+.3f} ± {error:.3f} over {len(common)} sets: "
         f"{'within' if holds else 'OUTSIDE'} the bar (5 % or two standard errors)"
     )
@@ -197,7 +224,7 @@ def table(found: Distances, reference: Row, name: str) -> str:
     columns = sorted({row.calls for row in found if row != reference})
     base = found[reference]
     lines = [
-        f"{name}; {reference.calls} ancestral steps: {summary(base.values())} ({len(base)} sets).",
+        f"{name}; {said(reference)}: {summary(base.values())} ({len(base)} sets).",
         "",
         "| sampler | grid | " + " | ".join(f"{e} calls" for e in columns) + " |",
         "|---|---|" + "---|" * len(columns),
@@ -207,7 +234,7 @@ def table(found: Distances, reference: Row, name: str) -> str:
         shown = [summary(cell.values()) if cell else "" for cell in cells]
         fewer = [f" ({len(cell)} sets)" * (0 < len(cell) != len(base)) for cell in cells]
         lines.append(f"| {sampler} | {grid} | {' | '.join(map(str.__add__, shown, fewer))} |")
-    judged = [row for row in found if (row.sampler, row.calls) == BAR[::2]]
+    judged = [row for row in found if (row.sampler.partition(UNDER)[0], row.calls) == BAR[::2]]
     lines += ["", *(f"{verdict(found, reference, row)}.\n" for row in judged)]
     return "\n".join(lines)
 
@@ -222,7 +249,7 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
     colors = {each: f"C{i}" for i, each in enumerate(dict.fromkeys(row.sampler for row in found))}
     for axes, grid in zip(panels, grids):
         axes.axhspan(level - 2 * error, level + 2 * error, color="0.85")
-        axes.axhline(level, color="black", ls="--", label=f"{reference.calls} ancestral")
+        axes.axhline(level, color="black", ls="--", label=said(reference))
         axes.axhline(1.05 * level, color="black", ls=":", label="5 % more")
         for sampler, color in colors.items():
             rows = sorted(r for r in found if r[:2] == (sampler, grid) and r != reference)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from genfw.diffusion.guidance import ClassifierFree as ClassifierFree
     from genfw.diffusion.guidance import ClassifierGuidance as ClassifierGuidance
     from genfw.diffusion.guidance import DenoisedClassifierGuidance as DenoisedClassifierGuidance
+    from genfw.diffusion.guidance import EpsilonScaling as EpsilonScaling
     from genfw.diffusion.guidance import Extrapolated as Extrapolated
     from genfw.diffusion.guidance import Guidance as Guidance
     from genfw.diffusion.guidance import Guide as Guide
@@ -151,6 +152,7 @@ _HOMES = {
         "ClassifierFree",
         "ClassifierGuidance",
         "DenoisedClassifierGuidance",
+        "EpsilonScaling",
         "Extrapolated",
         "Guidance",
         "Guide",

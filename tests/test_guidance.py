@@ -17,9 +17,12 @@ from genfw import (
     Cosine,
     DenoisedClassifierGuidance,
     Denoiser,
+    DPMSolver,
+    EpsilonScaling,
     Learned,
     LinearParameterization,
     LogLinear,
+    LogSNRGrid,
     NetworkDenoiser,
     Noise,
     Prediction,
@@ -133,6 +136,7 @@ def test_scale_one_is_plain_and_scale_zero_has_no_label(batch):
     near(ClassifierFree(denoiser, 1.0, rescale=1.0)(z, t, y), denoiser(z, t, y))
     near(ClassifierFree(denoiser, 0.0)(z, t, y), denoiser(z, t))
     near(Unguided(denoiser)(z, t, y), denoiser(z, t, y))
+    near(EpsilonScaling(denoiser, 1.0, None)(z, t, y), denoiser(z, t, y))
     near(ClassifierGuidance(denoiser, Bayes(), 0.0)(z, t, y), denoiser(z, t))
 
 
@@ -163,6 +167,40 @@ def test_outside_its_interval_guidance_is_plain(batch):
     limited = ClassifierGuidance(denoiser, Bayes(), 4.0, [-2.0, 3.0])(z, t, y).x
     torch.testing.assert_close(limited[~inside], denoiser(z, t).x[~inside])
     assert not torch.allclose(limited[inside], denoiser(z, t).x[inside])
+
+
+@pytest.mark.parametrize("cls", genfw.Parameterization.registry.values())
+def test_a_scaled_noise_is_a_scaled_score(cls, batch):
+    """In its interval and nowhere else, and z = alpha x + sigma eps still holds."""
+    z, t, y = batch
+    denoiser = labelled(cls, **({} if issubclass(cls, LinearParameterization) else {"bins": 5}))
+    plain, scaled = denoiser(z, t, y), EpsilonScaling(denoiser, 1.3, [-2.0, 3.0])(z, t, y)
+    log_snr = SCHEDULE.log_snr(t)
+    w = torch.where((log_snr > -2) & (log_snr < 3), 1.3, 1.0)[:, None]
+    assert len(w.unique()) == 2
+    torch.testing.assert_close(scaled.score, w * plain.score)
+    torch.testing.assert_close(scaled.alpha * scaled.x + scaled.sigma * scaled.eps, z)
+    near(
+        EpsilonScaling(denoiser, 1.3, [-30.0, 30.0])(z, t, y),
+        EpsilonScaling(denoiser, 1.3, None)(z, t, y),
+    )
+
+
+@pytest.mark.parametrize("interval", [(-9.0, 9.0), (-2.01, 1.99)])
+def test_a_scaled_flow_narrows_a_gaussian_as_it_must(interval, double):
+    """With n = sigma / alpha the flow of y = z / alpha is dy / dn = w n (y - m) / (s^2 + n^2):
+    between two noise levels, gaps between samples shrink as (s^2 + n^2)^(w / 2)."""
+    w, std = 1.4, 0.5
+    guided = EpsilonScaling(GaussianDenoiser(SCHEDULE, 0.3, std), w, interval)
+    steps = DPMSolver(900, grid=LogSNRGrid())  # of 0.02: the interval ends in the middle of two
+    z_0 = steps(guided, torch.tensor([[-1.0], [0.5]]))
+
+    def shrinks(start, end):
+        return ((std**2 + math.exp(-end)) / (std**2 + math.exp(-start))) ** 0.5
+
+    alpha_0, alpha_1 = (SCHEDULE.alpha(torch.tensor(t)) for t in (0.0, 1.0))
+    expected = 1.5 * shrinks(-9.0, 9.0) * shrinks(*interval) ** (w - 1) * alpha_0 / alpha_1
+    torch.testing.assert_close(z_0[1] - z_0[0], expected[None], rtol=3e-4, atol=0)
 
 
 @pytest.mark.parametrize("guide", [ClassifierFree, ClassifierGuidance])
