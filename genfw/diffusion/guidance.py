@@ -13,8 +13,8 @@ model: a model puts guidance around its denoiser to sample, and nowhere else.
 | classifier_denoised | s(z) + w grad log p(y given x_hat(z))       | a classifier                 |
 
 w = 1 is plain, and Bayes' rule, Luo (165), (166); w > 1 sharpens. All of it is said of the score
-and done to x and eps: since z = alpha x + sigma eps, weights that sum to 1 do the same to each of
-them, and to the output of any linear parameterization.
+and done to x and eps: since z = alpha x + sigma eps, weights that sum to 1, as those of two models
+do, do the same to each of them, and to the output of any linear parameterization.
 
 A guidance is a denoiser, so one goes around another:
 `VDM(guidance=lambda bare: EpsilonScaling(ClassifierFree(bare, 2.0)))`.
