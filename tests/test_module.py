@@ -14,11 +14,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 import genfw
 from genfw import ELBO, Estimate
+from genfw.nets import MLPDecoder, MLPEncoder
 from genfw.noise import Noise, mix
+from genfw.train.certificate import certify
 from genfw.train.data.images import as_batch
 from genfw.train.metrics import NLL
-from genfw.train.module import in_order, on_schedule, warmup_cosine
+from genfw.train.module import LatentModule, in_order, on_schedule, warmup_cosine
 from genfw.train.resolvers import fused
+from genfw.train.run_table import table
 
 
 def estimates(n, seed=0):
@@ -266,6 +269,32 @@ def test_places_are_those_of_the_data_on_every_rank():
 def test_other_batches_are_refused(given, labelled, says):
     with pytest.raises(TypeError, match=says):
         as_batch(given, labelled)
+
+
+def test_a_density_is_said_to_be_one_and_has_no_bits(tmp_path):
+    """A plain loader of real numbers is enough; integers are none."""
+    torch.manual_seed(0)
+    encoder, decoder = MLPEncoder((3,), 2), MLPDecoder((3,), 2, outputs=2)
+    model = genfw.VAE(encoder, decoder, genfw.GaussianLikelihood(), latents=2)
+    module = LatentModule(model, genfw.Elbo(), torch.optim.SGD)
+    x = 0.01 * torch.randn(8, 3)
+    trainer = tiny.trainer(tmp_path, 2)
+    trainer.fit(module, DataLoader(TensorDataset(x), 4), DataLoader(TensorDataset(x), 4))
+    assert {"val/nll", "train/objective"} <= {*trainer.callback_metrics}
+    assert not [key for key in trainer.callback_metrics if "bpd" in key]
+    (tested,) = trainer.test(module, DataLoader(TensorDataset(x), 4), verbose=False)
+    torch.save({"global_step": 2}, tmp_path / "best.ckpt")
+    result = certify(module, tiny.Images(), tested, tmp_path / "best.ckpt")["result"]
+    assert result["nll"] == tested["test/nll"] and result["nll_stderr"] > 0
+    assert result["bpd"] is result["bpd_stderr"] is None and result["terms"] == {}
+    assert "a density of real numbers" in result["kind"]
+    sheet = table(tested, module)
+    shown = [cell for column in sheet.columns for cell in column.cells]
+    assert "nats" in str(shown) and "density" in str(shown) and "bits" not in str(shown)
+    with pytest.raises(
+        TypeError, match=r"of real numbers, x \(b, ...\).*got Tensor of torch.int64"
+    ):
+        as_batch(torch.zeros(4, 3, dtype=torch.int64), real=True)
 
 
 def test_reports_are_float32_under_mixed_precision(tmp_path):

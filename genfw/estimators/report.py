@@ -6,7 +6,8 @@ A certificate is plain JSON in five parts:
 result     nll, nll_stderr (nats per image), bpd, bpd_stderr (bits per dimension), kind (lower or
            upper bound, unbiased, ...), the terms of the bound in bits per dimension, and the
            estimator's diagnostics (what an ODE is believed to be off, effective sample size); of
-           a conditional model also `given`: it is an NLL of p(x | y)
+           a conditional model also `given`: it is an NLL of p(x | y); of a density, which has no
+           bits, nats alone
 estimator  name, arguments, draws per image, seed, dtype, whether products were shortened (tf32),
            device
 model      name, parameters, weights (averaged or raw, sha256), decoder; of a diffusion model also

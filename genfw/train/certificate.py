@@ -41,17 +41,19 @@ def certify(
 
 
 def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
-    nll, stderr, bpd = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr", "bpd"))
+    nll, stderr = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr"))
+    no_bits = module.of_density
     terms = {
         name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), module.dims))
         for name, sign in (("reconstruction", -1), ("levels", 1), ("prior", 1))
-        if f"test/{name}" in tested
+        if f"test/{name}" in tested and not no_bits
     }
+    stderr_bits = float(bits_per_dim(torch.tensor(stderr), module.dims))
     return {
         "nll": nll,
         "nll_stderr": plain(stderr),
-        "bpd": bpd,
-        "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), module.dims))),
+        "bpd": None if no_bits else float(tested["test/bpd"]),
+        "bpd_stderr": None if no_bits else plain(stderr_bits),
         "kind": kind(module),
         "terms": terms,
         "diagnostics": {
@@ -64,8 +66,11 @@ def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kind(module: LatentModule) -> str:
-    """What the number is: the estimator's word, of p(x | y) where the model is told y."""
+    """What the number is: the estimator's word, of p(x | y) where the model is told y; and whether
+    p is a density, whose numbers compare with no probability of integers."""
     said = module.estimator.kind
+    if module.of_density:
+        said += ", p a density of real numbers"
     return said if module.model.classes is None else said.replace("p(x)", "p(x | y)")
 
 

@@ -38,8 +38,9 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
         error = test["nll_stderr"]
         how = "standard error" if math.isfinite(error) else "one draw, no standard error"
         sheet.add_row(name, f"{_give_or_take(test['nll'], error, 2)} nats ({how})")
-        bits = float(bits_per_dim(torch.tensor(error), module.dims))
-        sheet.add_row("", f"{_give_or_take(test['bpd'], bits, 4)} bits/dim")
+        if "bpd" in test:
+            bits = float(bits_per_dim(torch.tensor(error), module.dims))
+            sheet.add_row("", f"{_give_or_take(test['bpd'], bits, 4)} bits/dim")
     sheet.add_row("kind", kind(module))
     if "levels" in test:
         sheet.add_row("  reconstruction", f"{-test['reconstruction']:.2f} nats")

@@ -40,7 +40,12 @@ class Batch(NamedTuple):
 
 
 def as_batch(
-    given: Any, labelled: bool = False, first: int = 0, rank: int = 0, world: int = 1
+    given: Any,
+    labelled: bool = False,
+    first: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    real: bool = False,
 ) -> Batch:
     """What a loader yields, as a `Batch`: x, (x,) or (x, y) of integers as well.
 
@@ -50,6 +55,7 @@ def as_batch(
         given: images (b, C, H, W), alone or with labels (b,).
         labelled: whether labels are needed; without, all are 0.
         first: how many images of this pass over the data this rank has had before.
+        real: whether the model has a density of real numbers, x (b, ...) of any shape.
 
     Raises:
         TypeError: something else came.
@@ -58,14 +64,19 @@ def as_batch(
         return given
     parts = list(given) if isinstance(given, list | tuple) else [given]
     fits = 1 + labelled <= len(parts) <= 2 and all(isinstance(each, Tensor) for each in parts)
-    if not fits or parts[0].ndim != 4 or any(each.dtype.is_floating_point for each in parts):
+    if fits and real:
+        fits = parts[0].dtype.is_floating_point and parts[0].ndim > 1
+    elif fits:
+        fits = parts[0].ndim == 4 and not parts[0].dtype.is_floating_point
+    if not fits or any(each.dtype.is_floating_point for each in parts[1:]):
         said = ", ".join(
             f"{each.dtype} {(*each.shape,)}" if isinstance(each, Tensor) else type(each).__name__
             for each in parts
         )
+        images = "real numbers, x (b, ...)" if real else "integers, images (b, C, H, W)"
         raise TypeError(
-            f"expected batches {'' if labelled else 'x, (x,) or '}(x, y) of integers, images "
-            "(b, C, H, W) and labels (b,), or genfw.train.data.Batch; "
+            f"expected batches {'' if labelled else 'x, (x,) or '}(x, y) of {images} "
+            "and labels (b,), or genfw.train.data.Batch; "
             f"got {type(given).__name__} of {said}"
         )
     x = parts[0]
