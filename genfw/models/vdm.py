@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from genfw.amplitudes import amplitudes, broadcast
 from genfw.check import at_least, at_least_one, example_shape
@@ -59,6 +60,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
             uniform in t.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
         guidance: what is put around the denoiser to sample, and only then.
+        recompute: the decoder's way through the network is not kept for the backward pass, but
+            gone again: less memory for more time, where the network itself decodes many values.
 
     Raises:
         TypeError: a denoiser that is guided already.
@@ -78,6 +81,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         times: TimeSampler | None = None,
         classes: int | None = None,
         guidance: Guide = Unguided,
+        recompute: bool = False,
     ):
         super().__init__()
         if isinstance(denoiser, Guidance):
@@ -92,6 +96,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         self.times = UniformTime() if times is None else times
         network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
         self.classes, self.guidance = agreed(classes, network), guidance
+        self.recompute = recompute
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -117,10 +122,20 @@ class VDM(MarkovianHierarchy, name="vdm"):
         noise = draws(noise, x)
         z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
         return ELBO(
-            reconstruction=self.decode(z_0, 1, y).log_prob(x),
+            reconstruction=self._reconstruction(z_0, x, y),
             levels=(self.denoising(x, y, noise=noise).cost,),
             prior=self._at_end(x).kl(self.prior_of(x)),
         )
+
+    def _reconstruction(self, z_0: Data, x: Image, y: Labels | None) -> Nats:
+        """log p(x | z_0)."""
+
+        def of(z_0: Data) -> Nats:
+            return self.decode(z_0, 1, y).log_prob(x)
+
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(of, z_0, use_reentrant=False)
+        return of(z_0)
 
     def denoising(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
