@@ -79,7 +79,7 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
         if run.trainer.is_global_zero:
             Console().print(table(results, module))
         certificate = certify(module, run.data, run.numbers, run.keeper.path)
-        finish_pictures(module, run.trainer, run.callbacks, folder)
+        finish_pictures(run, folder)
         return ended(run.trainer, folder, results, certificate=certificate)
 
 
@@ -118,9 +118,8 @@ def tested(
         Stopped: a signal asked for it, a loss is not finite, or nothing could be saved any more.
     """
     prepare()
-    resolved = container(config)
     if not (folder / "config.yaml").exists():
-        keep_config(resolved, folder)  # a signal from here on can be gone on from
+        keep_config(config, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     with obedient(folder) as signals, finished(loggers, signals):
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -133,9 +132,10 @@ def tested(
         if isinstance(data, ImageData):
             data.check(trainer)
         keeper.check(trainer, module)
-        keep_config(resolved, folder)  # nothing is refused any more
+        keep_config(config, folder)  # nothing is refused any more
         if trainer.is_global_zero:
             print(f"{said(module, trainer)}\nrun folder: {folder}", flush=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
         for logger in loggers:
             logger.log_hyperparams({**resolved, "git": git_commit()})
         began = time.monotonic()
@@ -229,15 +229,13 @@ def fit(
         raise KeyboardInterrupt from None
 
 
-def finish_pictures(
-    module: LatentModule, trainer: L.Trainer, callbacks: list[L.Callback], folder: Path
-) -> None:
+def finish_pictures(run: Tested[LatentModule], folder: Path) -> None:
     """samples.png and the like, of the weights that were tested."""
-    module.to(trainer.strategy.root_device)  # Lightning has taken it to the CPU
-    for pictures in callbacks:
+    run.module.to(run.trainer.strategy.root_device)  # Lightning has taken it to the CPU
+    for pictures in run.callbacks:
         if isinstance(pictures, Pictures):
-            for kind, picture in pictures.draw(trainer, module, pictures.images).items():
-                show(trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
+            for kind, picture in pictures.draw(run.trainer, run.module, pictures.images).items():
+                show(run.trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
 
 
 def parts(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
@@ -263,20 +261,13 @@ def announcement(config: DictConfig, module: LatentModule, trainer: L.Trainer) -
     )
 
 
-def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
+def keep_config(config: DictConfig, folder: Path) -> None:
     """config.yaml, and no results: those of a run that goes on are yet to come."""
     if not first_rank():
         return
-    replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+    replace_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for name in ("results.json", "certificate.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def container(config: DictConfig) -> dict[str, Any]:
-    """Plain dictionaries, every interpolation resolved."""
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
 
 
 def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
