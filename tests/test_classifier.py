@@ -191,7 +191,7 @@ def test_it_is_opened_with_the_weights_it_was_tested_with(trained):
     classifier = fitting(of_model(), str(trained))
     best = torch.load(trained / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
     for name, value in classifier.state_dict().items():
-        assert torch.equal(value, best[f"classifier.{name}"])
+        assert torch.equal(value, best[name])
     assert not classifier.training and not any(p.requires_grad for p in classifier.parameters())
     of_file = fitting(of_model(), str(trained / "checkpoints" / "last.ckpt"))
     assert repr(of_file) == repr(classifier)
@@ -212,7 +212,8 @@ def guided_to(lowest, trained, guide=genfw.ClassifierGuidance, **more):
     schedule = genfw.Learned(9.0, -10.0)
     schedule.moved.data[1] += lowest + 10.0
     config = of_model(classifier=str(trained), **more)
-    guided = guide(GaussianDenoiser(schedule, 0.0, 1.0), net(), interval=config.guidance.interval)
+    classifier, interval = fitting(config, str(trained)), config.guidance.interval
+    guided = guide(GaussianDenoiser(schedule, 0.0, 1.0), classifier, interval=interval)
     knows_the_noise(config, guided)
 
 
@@ -340,7 +341,7 @@ def test_a_network_of_ones_own_is_trained_and_opened(tmp_path, monkeypatch):
         fitting(of_model(), str(folder))
     model = of_model()
     model.trusted = ["my_classifier"]
-    assert type(fitting(model, str(folder))).__name__ == "Net"
+    assert type(fitting(model, str(folder)).classifier).__name__ == "Net"
 
 
 def test_wandb_hears_of_its_run(tmp_path, monkeypatch):

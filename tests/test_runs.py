@@ -1,13 +1,16 @@
 """Runs from the outside: interrupted, on two ranks, copied from a stranger, started twice."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest.mock import Mock, call
 
+import lightning.pytorch as L
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -16,7 +19,8 @@ from test_job import SMALL, VAE, composed
 from genfw import sample
 from genfw.__main__ import main
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.job import run
+from genfw.train.job import ended, run
+from genfw.train.loggers import Wandb
 from genfw.train.runs import command, read
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +219,21 @@ def test_the_steps_after_the_last_validation_count(tmp_path, monkeypatch, capsys
     assert "bits/dim" in capsys.readouterr().out
     best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == 5  # in its first steps a model only gets better
+
+
+def test_numbers_that_one_place_cannot_take_are_in_the_other(tmp_path, monkeypatch):
+    """W&B's end leaves them to the disk, and a full disk to W&B."""
+    wandb, results, certificate = Mock(spec=Wandb), {"test/nll": 1.5}, {"data": {"count": 7}}
+    trainer = Mock(spec=L.Trainer, is_global_zero=True, loggers=[wandb])
+    wandb.summarize.side_effect = KeyboardInterrupt, None
+    with pytest.raises(KeyboardInterrupt):
+        ended(trainer, tmp_path, results, certificate=certificate)
+    kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.iterdir()}
+    assert kept == {"results": results, "certificate": certificate}
+    monkeypatch.setattr("genfw.train.files.write_json", full)
+    with pytest.raises(GenfwError, match="No space left on device; then test again"):
+        ended(trainer, tmp_path, results, certificate=certificate)
+    wandb.summarize.assert_has_calls([call({**results, "certificate": certificate})] * 2)
 
 
 def test_a_picture_that_fails_stops_nothing(tmp_path, monkeypatch, capsys):

@@ -73,6 +73,9 @@ class ClassifierModule(L.LightningModule):
         self.likelihood = BinsLikelihood(bins)  # which places integers as every other does
         self.levels, self.seed = levels, seed
 
+    def forward(self, z: Tensor, log_snr: Tensor) -> Tensor:
+        return self.classifier(z, log_snr)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         noise = noise_of_step(self.trainer, self.seed, batch, batch_idx)
         data = self.likelihood.normalize(batch.image)
@@ -147,8 +150,9 @@ def assemble(config: DictConfig) -> ClassifierModule:
     )
 
 
-def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> nn.Module:
-    """The classifier of a run folder, or of a checkpoint in one, for a model of these data.
+def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> ClassifierModule:
+    """The classifier of a run folder, or of a checkpoint in one, for a model of these data, with
+    the schedule that it was trained along.
 
     Nothing but genfw's own classes and what `config.trusted` names is imported, and of the
     checkpoint nothing but weights is read.
@@ -176,7 +180,7 @@ def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") ->
         module.load_state_dict(weights["state_dict"])
     except (KeyError, RuntimeError) as error:
         raise GenfwError(f"{checkpoint} does not fit its config.yaml: {one_line(error)}") from error
-    return module.classifier.requires_grad_(False).eval()
+    return module.requires_grad_(False).eval()
 
 
 def same_data(theirs: DictConfig, config: DictConfig, what: str) -> None:
@@ -205,12 +209,12 @@ def knows_the_noise(config: DictConfig, guided: Guidance) -> None:
     """
     if not isinstance(guided, ClassifierGuidance):
         return  # another is asked about clean images
-    place = f"guidance.classifier={config.guidance.classifier}"
-    theirs, _ = other(config.guidance.classifier, "guidance.classifier", config)
-    its, lowest = theirs.schedule.log_snr_min, guided.reach[0]
+    place, classifier = config.guidance.classifier, guided.classifier
+    assert isinstance(classifier, ClassifierModule)
+    its, lowest = classifier.schedule.log_snr_min, guided.reach[0]
     if its > lowest + NEAR:
         raise ConfigError(
-            f"{place}: a classifier that knows log SNR down to {its:g}, and guidance begins at "
-            f"{lowest:.4g}: train one with schedule.log_snr_min={lowest:.4g}, or guide above with "
-            f"guidance.interval=[{its:g},100]"
+            f"guidance.classifier={place}: a classifier that knows log SNR down to {its:g}, and "
+            f"guidance begins at {lowest:.4g}: train one with schedule.log_snr_min={lowest:.4g}, "
+            f"or guide above with guidance.interval=[{its:g},100]"
         )

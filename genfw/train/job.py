@@ -9,16 +9,20 @@ samples/, denoising/    pictures during training
 samples.png and others  pictures of the best weights
 results.json            final numbers, flat
 certificate.json        what was measured, of what, and how (genfw.estimators.report)
+
+`tested` and `ended` are of any run, of a classifier's too (`genfw.train.classifier_job`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as L
 import torch
@@ -27,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from genfw.elbo import bits_per_dim
-from genfw.estimators.report import Certificate, plain
+from genfw.estimators.report import plain
 from genfw.model import LatentModel
 from genfw.train.callbacks import Frechet, Pictures
 from genfw.train.certificate import certify, given, versions
@@ -48,100 +52,121 @@ from genfw.train.signals import Interruption, Signals, stop
 from genfw.train.slurm import first_rank
 
 Results = dict[str, Any]
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
 def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
-    """Trains, then tests the best weights.
+    """Trains a model, then tests the best weights: see `tested` and `ended`.
+
+    Returns:
+        What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
+        nats; `test/bpd` in bits; seconds, parameters, versions.
+    """
+    started = time.monotonic()
+    told_from_anywhere(config)
+    with tested(config, folder, begin, parts, partial(announcement, config)) as run:
+        module = run.module
+        results: Results = {
+            **_validated(run.keeper.best, config),
+            **run.numbers,
+            **_references(run.callbacks, module.model),
+            **{f"test/{name}": said for name, said in given(module).items()},
+            "parameters": sum(p.numel() for p in module.model.parameters()),
+            "seconds": round(time.monotonic() - started, 1),
+            "seconds/fit": round(run.seconds, 1),
+            **versions(),
+        }
+        if run.trainer.is_global_zero:
+            Console().print(table(results, module))
+        certificate = certify(module, run.data, run.numbers, run.keeper.path)
+        finish_pictures(run, folder)
+        return ended(run.trainer, folder, results, certificate=certificate)
+
+
+@dataclass(frozen=True)
+class Tested(Generic[Module]):
+    """The parts of a run, what the test of its best weights gave, and seconds of training."""
+
+    module: Module
+    data: L.LightningDataModule
+    trainer: L.Trainer
+    callbacks: list[L.Callback]
+    keeper: Keeper
+    numbers: Mapping[str, Any]
+    seconds: float
+
+
+@contextmanager
+def tested(
+    config: DictConfig,
+    folder: Path,
+    begin: Path | None,
+    assemble: Callable[[DictConfig], tuple[Module, L.LightningDataModule]],
+    said: Callable[[Module, L.Trainer], str],
+) -> Iterator[Tested[Module]]:
+    """Trains whatever it is, and tests its best weights. Within, signals are still obeyed, and W&B
+    is told how it went.
 
     Args:
         config: composed and checked.
         folder: the run folder, which exists and is this run's alone.
         begin: the checkpoint of this folder to go on from.
-
-    Returns:
-        What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
-        nats; `test/bpd` in bits; seconds, parameters, versions.
+        assemble: makes the module and its data.
+        said: what is about to run, in a line.
 
     Raises:
-        Stopped: a signal asked for it, a loss or the tested NLL is not finite, or nothing could be
-            saved any more.
+        Stopped: a signal asked for it, a loss is not finite, or nothing could be saved any more.
     """
     prepare()
-    started = time.monotonic()
-    told_from_anywhere(config)
-    resolved = container(config)
     if not (folder / "config.yaml").exists():
-        keep_config(resolved, folder)  # a signal from here on can be gone on from
+        keep_config(config, folder)  # a signal from here on can be gone on from
     loggers: list[Logger] = [build(node, folder=folder) for node in nodes(config.logger)]
     with obedient(folder) as signals, finished(loggers, signals):
         L.seed_everything(config.seed, workers=True, verbose=False)
         module, data = assemble(config)
-        served(module.model, module.objective, module.estimator, module.validation_estimator)
-        steerable(module, config)
         files = AtomicIO()
-        keeper = build(
-            config.checkpoint,
-            folder=folder / "checkpoints",
-            files=files,
-            signals=signals,
-            begin=begin,
-        )
+        make = partial(build, config.checkpoint) if "checkpoint" in config else Keeper
+        keeper = make(folder=folder / "checkpoints", files=files, signals=signals, begin=begin)
         callbacks = make_callbacks(config)
         trainer = make_trainer(config, folder, loggers, [signals, *callbacks, keeper], files)
         if isinstance(data, ImageData):
             data.check(trainer)
         keeper.check(trainer, module)
-        keep_config(resolved, folder)  # nothing is refused any more
-        announce(config, folder, module, trainer)
+        keep_config(config, folder)  # nothing is refused any more
+        if trainer.is_global_zero:
+            print(f"{said(module, trainer)}\nrun folder: {folder}", flush=True)
+        resolved: Any = OmegaConf.to_container(config, resolve=True)
         for logger in loggers:
             logger.log_hyperparams({**resolved, "git": git_commit()})
-        fitted = time.monotonic()
+        began = time.monotonic()
         fit(trainer, module, data, keeper)
-        fitted = time.monotonic() - fitted
+        seconds = time.monotonic() - began
         keeper.look_at_the_last(trainer, module, data)
         best = keeper.path
-        tested = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
-        results: Results = {
-            **_validated(keeper.best, config),
-            **tested[0],
-            **_references(callbacks, module.model),
-            **{f"test/{name}": said for name, said in given(module).items()},
-            "parameters": sum(p.numel() for p in module.model.parameters()),
-            "seconds": round(time.monotonic() - started, 1),
-            "seconds/fit": round(fitted, 1),
-            **versions(),
-        }
-        if trainer.is_global_zero:
-            Console().print(table(results, module))
-        certificate = certify(module, data, tested[0], best)
-        finish_pictures(module, trainer, callbacks, folder)
-        try:
-            if trainer.is_global_zero:
-                stored(results, certificate, folder)
-        finally:  # a full disk leaves the number to W&B, and W&B's end leaves it to the disk
-            summarize(loggers, {**results, "certificate": certificate})
-        if wrong := not_finite(results):
-            raise Stopped(f"{wrong}: there is no number to report")
-        return results
+        (numbers,) = trainer.test(module, data, ckpt_path=best, weights_only=True, verbose=False)
+        yield Tested(module, data, trainer, callbacks, keeper, numbers, seconds)
 
 
-def stored(results: Results, certificate: Certificate, folder: Path) -> None:
-    """Writes results.json last: a run with it is whole.
+def ended(trainer: L.Trainer, folder: Path, results: Results, **more: Results) -> Results:
+    """Writes results.json, after `more`: a run with it is whole. Final numbers go to W&B too.
 
     Raises:
         GenfwError: the disk is full, and how to go on.
+        Stopped: the tested NLL is not finite.
     """
     advice = f"then test again: {resume_line(folder)}"
-    store(folder / "certificate.json", plain(certificate), advice)
-    store(folder / "results.json", plain(results), advice)
-    print(f"run folder: {folder}")
-
-
-def summarize(loggers: Sequence[Logger], results: Results) -> None:
-    """Final numbers, to W&B."""
-    for logger in loggers:
-        if isinstance(logger, Wandb):
-            logger.summarize(results)
+    try:
+        if trainer.is_global_zero:
+            for name, held in {**more, "results": results}.items():
+                store(folder / f"{name}.json", plain(held), advice)
+            print(f"run folder: {folder}")
+    finally:  # a full disk leaves the number to W&B, and W&B's end leaves it to the disk
+        for logger in trainer.loggers:
+            if isinstance(logger, Wandb):
+                logger.summarize({**results, **more})
+    if wrong := not_finite(results):
+        raise Stopped(f"{wrong}: there is no number to report")
+    return results
 
 
 @contextmanager
@@ -204,44 +229,45 @@ def fit(
         raise KeyboardInterrupt from None
 
 
-def finish_pictures(
-    module: LatentModule, trainer: L.Trainer, callbacks: list[L.Callback], folder: Path
-) -> None:
+def finish_pictures(run: Tested[LatentModule], folder: Path) -> None:
     """samples.png and the like, of the weights that were tested."""
-    module.to(trainer.strategy.root_device)  # Lightning has taken it to the CPU
-    for pictures in callbacks:
+    run.module.to(run.trainer.strategy.root_device)  # Lightning has taken it to the CPU
+    for pictures in run.callbacks:
         if isinstance(pictures, Pictures):
-            for kind, picture in pictures.draw(trainer, module, pictures.images).items():
-                show(trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
+            for kind, picture in pictures.draw(run.trainer, run.module, pictures.images).items():
+                show(run.trainer, f"test/{kind}", save(picture, folder / f"{kind}.png"))
 
 
-def announce(config: DictConfig, folder: Path, module: LatentModule, trainer: L.Trainer) -> None:
-    """What is about to run, in two lines."""
-    if trainer.is_global_zero:
-        size = sum(p.numel() for p in module.model.parameters())
-        shape = "x".join(str(n) for n in config.data.shape)
-        model, objective = type(module.model).__name__, type(module.objective).__name__
-        print(
-            f"{model} of {shape} images with {config.data.bins} values, objective {objective}, "
-            f"{size / 1e6:.2f} M parameters, {trainer.strategy.root_device}, seed {config.seed}"
-        )
-        print(f"run folder: {folder}", flush=True)
+def parts(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
+    """A model in its module, and data.
+
+    Raises:
+        ConfigError: what `assemble` refuses, or something that the model is not served by.
+    """
+    module, data = assemble(config)
+    served(module.model, module.objective, module.estimator, module.validation_estimator)
+    steerable(module, config)
+    return module, data
 
 
-def keep_config(resolved: Mapping[str, Any], folder: Path) -> None:
+def announcement(config: DictConfig, module: LatentModule, trainer: L.Trainer) -> str:
+    """What is about to run, in a line."""
+    size = sum(p.numel() for p in module.model.parameters())
+    shape = "x".join(str(n) for n in config.data.shape)
+    model, objective = type(module.model).__name__, type(module.objective).__name__
+    return (
+        f"{model} of {shape} images with {config.data.bins} values, objective {objective}, "
+        f"{size / 1e6:.2f} M parameters, {trainer.strategy.root_device}, seed {config.seed}"
+    )
+
+
+def keep_config(config: DictConfig, folder: Path) -> None:
     """config.yaml, and no results: those of a run that goes on are yet to come."""
     if not first_rank():
         return
-    replace_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+    replace_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     for name in ("results.json", "certificate.json"):
         (folder / name).unlink(missing_ok=True)
-
-
-def container(config: DictConfig) -> dict[str, Any]:
-    """Plain dictionaries, every interpolation resolved."""
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
 
 
 def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
@@ -259,5 +285,5 @@ def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
 def _validated(best: float, config: DictConfig) -> Results:
     if not math.isfinite(best):
         return {}
-    dims = int(torch.tensor(list(config.data.shape)).prod())
-    return {"val/nll": best, "val/bpd": float(bits_per_dim(torch.tensor(best).double(), dims))}
+    bpd = bits_per_dim(torch.tensor(best).double(), math.prod(config.data.shape))
+    return {"val/nll": best, "val/bpd": float(bpd)}
