@@ -581,6 +581,16 @@ def test_equal_seeds_equal_runs(tmp_path):
     assert "/pictures/samples.png" in " ".join(ranks.differences(first, other))
 
 
+def test_a_run_saves_as_its_configuration_says(tmp_path, monkeypatch):
+    def fit(trainer, module, data, keeper):
+        assert (keeper.every, keeper.failures) == (7, 2)
+        raise Stopped("seen")
+
+    monkeypatch.setattr("genfw.train.job.fit", fit)
+    with pytest.raises(Stopped, match="seen"):
+        run(composed(*VDM, "checkpoint.every=7", "checkpoint.failures=2"), tmp_path)
+
+
 def test_a_short_run_validates_once_at_its_end(tmp_path):
     config = composed(*VDM, "trainer.max_steps=2", "trainer.val_check_interval=300")
     assert validation_interval(config.trainer) == 2
