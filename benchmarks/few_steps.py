@@ -263,7 +263,7 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
         axes.set_xticks(stops, map(str, stops))
         axes.xaxis.set_minor_formatter("")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter("{x:.0f}")
+            formatter("{x:g}")
     panels[0].set_ylabel(name)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside right", fontsize=7)  # pyright: ignore
