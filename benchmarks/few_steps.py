@@ -84,7 +84,7 @@ class Row(NamedTuple):
     def of(cls, setting: Mapping[str, Any]) -> Row:
         """Of a ledger's setting."""
         sampler = setting["sampler"]
-        name = titled(sampler, "steps", "calls", "grid")
+        name = titled(sampler, "steps", "calls", "remembers", "grid")
         guidance = titled(setting["guidance"], "denoiser")
         guided = UNDER + guidance if guidance != "none" else ""
         return cls(name + guided, titled(sampler["grid"]), setting["calls"])
@@ -243,10 +243,12 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
     """Distance against calls, one panel per grid, with two standard errors; the reference as a
     band, and the bar of 5 % above it."""
     grids = list(dict.fromkeys(row.grid for row in found if row != reference)) or [reference.grid]
-    figure = Figure(figsize=(3 + 4 * len(grids), 3.8), dpi=100, layout="constrained")
+    names = list(dict.fromkeys(row.sampler for row in found))
+    size = max(6, 4.5 * len(grids)), 3.4 + 0.1 * len(names)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
     panels = FigureCanvasAgg(figure).figure.subplots(1, len(grids), sharey=True, squeeze=False)[0]
     level, error = mean(found[reference].values())
-    colors = {each: f"C{i}" for i, each in enumerate(dict.fromkeys(row.sampler for row in found))}
+    colors = {each: f"C{i}" for i, each in enumerate(names)}
     for axes, grid in zip(panels, grids):
         axes.axhspan(level - 2 * error, level + 2 * error, color="0.85")
         axes.axhline(level, color="black", ls="--", label=said(reference))
@@ -266,7 +268,7 @@ def plot(found: Distances, reference: Row, name: str) -> Figure:
             formatter("{x:g}")
     panels[0].set_ylabel(name)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right", fontsize=7)  # pyright: ignore
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=6)  # pyright: ignore
     return figure
 
 
