@@ -257,6 +257,7 @@ class Mine(genfw.Bound):
         (False, None, genfw.Bound(sets=2, strata=3), "bound", 6),
         (True, 5, genfw.Bound(sets=3, strata=2), "bound", 6),
         (True, 5, genfw.ProbabilityFlow(draws=2, steps=2), "ode", 2),
+        (False, 5, genfw.ProbabilityFlow(draws=2, steps=2, k=3), "ode", 6),
         (False, 5, genfw.ImportanceWeighted(k=4), "importance_weighted", 4),
         (False, 5, Mine(sets=2, strata=2), "Mine", 4),
     ],
