@@ -179,11 +179,13 @@ BOUND = "bound(sets=2, strata=4) of best"
         (["seed=3"], f"{BOUND}, seed=3"),
         (["trainer.accelerator=cpu", "verify=true", "seed=3"], f"{BOUND}, seed=3"),
         (["data.binarize=none"], f"{BOUND}, data.binarize=none"),
+        (["seed=3", "data.binarize=none"], f"{BOUND}, data.binarize=none, seed=3"),
     ],
 )
 def test_verified_is_the_entry_that_the_arguments_name(given, found, tmp_path):
     """Without where it is computed, if need be; without arguments it is the run's own."""
-    claims(tmp_path, BOUND, f"{BOUND}, seed=3", f"{BOUND}, data.binarize=none")
+    others = ("seed=3", "data.binarize=none", "data.binarize=none, seed=3")
+    claims(tmp_path, BOUND, *(f"{BOUND}, {each}" for each in others))
     verified = claim(tmp_path, genfw.Bound(2, 4), "best", given)
     assert verified.certificate["estimator"]["seed"] == found
 
@@ -383,3 +385,14 @@ def test_a_number_outlives_the_interruption_of_its_looseness(run, monkeypatch, c
     assert command(evaluate.evaluate, [f"run={run}", "simulated=100"]) == 130
     (entry,) = json.loads((run / "evaluation.json").read_text()).values()
     assert math.isfinite(entry["test/nll"]) and "test/looseness" not in entry
+
+
+def test_a_looseness_names_its_entry_and_is_not_computed_again(run, monkeypatch, capsys):
+    given = [f"run={run}", "simulated=100"]
+    monkeypatch.setattr(
+        evaluate, "looseness", lambda *_: {"test/looseness": 0.5, "test/looseness_stderr": 0.1}
+    )
+    assert command(evaluate.evaluate, given) == 0
+    monkeypatch.setattr(evaluate, "looseness", lambda *_: pytest.fail("computed again"))
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    assert "of best, simulated=100)" in capsys.readouterr().out
