@@ -15,8 +15,11 @@ How samples are drawn (sampler, grid, guidance) is refused: an NLL is of the bar
 only training read, and the groups that a model was made of: its schedule is changed where the model
 has it, `model.denoiser.schedule.log_snr_max=12`.
 
-`verify=true` compares with the run's certificate.json and results.json instead: exit code 0 where
-every entry holds, 1 and a line for each that does not.
+`verify=true` computes a number again that was written down, and compares: the run's own, in
+certificate.json and results.json; with the arguments that gave an entry of evaluation.json, that
+entry (but for its looseness, which no certificate is about). Other `data.` and `trainer.` may be
+added, such as `trainer.accelerator=cpu`: the certificate says whether they matter. Exit code 0
+where everything holds, 1 and a line for each that does not.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +47,9 @@ CHANGES = ("estimator", "model", "data", "trainer", "seed", "trusted")
 """Of a run's configuration, what a number is computed from. The groups a model was made of stand in
 config.yaml a second time, by themselves, where nothing reads them any more."""
 
+WHERE = ("data", "trainer")
+"""Of those, what may be another where a number is only to be computed again."""
+
 
 class Differs(GenfwError):
     """A certificate does not hold."""
@@ -53,11 +60,6 @@ class Differs(GenfwError):
 def evaluate(arguments: Sequence[str]) -> None:
     defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
     folder, config, options = read(arguments, defaults, USAGE, keeps=_no_matter)
-    if options.simulated and options.verify:
-        raise ConfigError(
-            f"verify=true computes the run's own number again, simulated={options.simulated} "
-            "another: give one of them"
-        )
     if options.simulated and config.estimator._target_ != "genfw.Annealed":
         raise ConfigError(
             f"simulated={options.simulated}: only estimator=annealed bounds log p(x) of simulated "
@@ -65,7 +67,6 @@ def evaluate(arguments: Sequence[str]) -> None:
         )
     if options.simulated < 0 or options.simulated == 1:
         raise ConfigError(f"simulated={options.simulated}: expected at least 2 images, or 0")
-    claimed = certificate(folder) if options.verify else None
 
     from rich.console import Console
 
@@ -80,6 +81,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     unguided(config)
     module, data = restore(config, weights)
     served(module.model, module.estimator)
+    changed = [each for each in arguments if not each.startswith("run=")]
+    asked = (module.estimator, options.checkpoint, changed)
+    claimed = claim(folder, *asked) if options.verify else None
     trainer = build(
         config.trainer,
         logger=False,
@@ -93,12 +97,11 @@ def evaluate(arguments: Sequence[str]) -> None:
     conditions = {f"test/{name}": said for name, said in given(module).items()}
     results = {**tested, **conditions, **versions()}
     if claimed is not None:
-        said = compare(claimed, found, tested, folder)
+        said = compare(claimed, found, tested)
         if trainer.is_global_zero:
             print(said)
         return
-    changed = [each for each in arguments if not each.startswith("run=")]
-    name = named(module.estimator, options.checkpoint, changed)
+    name = named(*asked)
     if trainer.is_global_zero:
         Console().print(name, table(results, module), sep="\n")
     try:
@@ -148,16 +151,71 @@ def looseness(module: LatentModule, n: int) -> dict[str, float]:
     }
 
 
-def certificate(folder: Path) -> Certificate:
-    """Of the run's own number.
+@dataclass(frozen=True)
+class Claim:
+    """A number that was written down.
+
+    Attributes:
+        certificate: of it.
+        results: what is `told` of its test, if that is there as well.
+        places: where the two stand.
+    """
+
+    certificate: Certificate
+    results: Certificate | None
+    places: tuple[str, str]
+
+
+def claim(folder: Path, estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> Claim:
+    """What is verified: the entry of evaluation.json that these arguments name, or would without
+    `WHERE`; the run's own number where they ask for no other.
 
     Raises:
-        GenfwError: the run has none.
+        ConfigError: nobody wrote that number down; which there are.
+        GenfwError: it has no certificate.
     """
+    file = folder / "evaluation.json"
+    entries = read_json(file) if file.exists() else {}
+    asked = _but_for(("verify", "trusted", "hydra"), changed)
+    bare = _but_for(WHERE, asked)
+    for given in filter(None, (asked, bare)):
+        if (name := named(estimator, checkpoint, given)) in entries:
+            return _entry(entries[name], f"{file}, {name}")
+    own = folder / "certificate.json"
+    if not bare or (own.is_file() and named(estimator, checkpoint, bare) == _measured(own)):
+        return _own(folder)
+    raise ConfigError(
+        f"verify=true: {file} has no {named(estimator, checkpoint, asked)}, which this command "
+        f"writes without verify=true; it has: {'; '.join(entries) or 'nothing'}"
+    )
+
+
+def _but_for(groups: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    return [each for each in arguments if each.split("=")[0].split(".")[0] not in groups]
+
+
+def _entry(entry: Any, place: str) -> Claim:
+    held = entry.get("certificate") if isinstance(entry, dict) else None
+    if not isinstance(held, dict):
+        raise GenfwError(f"verify=true: {place} has no certificate; it was changed")
+    return Claim(held, told(entry), (place, place))
+
+
+def _own(folder: Path) -> Claim:
     file = folder / "certificate.json"
     if not file.is_file():
         raise GenfwError(f"verify=true: there is no {file}; a run writes it when it has tested")
-    return read_json(file)
+    results = folder / "results.json"
+    said = told(read_json(results)) if results.is_file() else None
+    return Claim(read_json(file), said, (str(file), str(results)))
+
+
+def _measured(file: Path) -> str:
+    """The number of a run's certificate, as an entry would be `named`."""
+    match read_json(file):
+        case {"estimator": {"name": name, "arguments": arguments}}:
+            return f"{name}({arguments}) of best"
+    return ""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -177,24 +235,21 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def compare(
-    claimed: Certificate, found: Certificate, tested: Mapping[str, Any], folder: Path
-) -> str:
-    """A line that says that the certificate holds, and what results.json tells of the test.
+def compare(claim: Claim, found: Certificate, tested: Mapping[str, Any]) -> str:
+    """A line that says that a claim holds.
 
     Raises:
-        Differs: one of them does not; a line for each difference.
+        Differs: it does not; a line for each difference.
     """
     from genfw.estimators.report import differences, plain
 
-    wrong = differences(claimed, plain(found))
-    if wrong:
-        raise Differs("\n".join([f"{folder / 'certificate.json'} does not hold:", *wrong]))
-    file = folder / "results.json"
-    if file.is_file() and (wrong := differences(told(read_json(file)), told(tested))):
-        raise Differs("\n".join([f"{file} does not hold:", *wrong]))
+    said, facts = (claim.certificate, claim.results), (plain(found), told(tested))
+    for one, other, place in zip(said, facts, claim.places, strict=True):
+        if one is not None and (wrong := differences(one, other)):
+            raise Differs("\n".join([f"{place} does not hold:", *wrong]))
     nll, bpd = found["result"]["nll"], found["result"]["bpd"]
-    return f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again"
+    held = f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again"
+    return f"{held} ({claim.places[0]})"
 
 
 def told(results: Mapping[str, Any]) -> Certificate:

@@ -404,6 +404,21 @@ def test_weights_of_all_images_sum_to_one_by_the_networks_own_decoder(double):
     assert abs(p.sum() - 1) < 4 * error + 0.02 and error < 0.05
 
 
+def test_draws_are_all_that_each_image_gets(double, monkeypatch):
+    """Of z_0, those of every set; the sets are what the name says."""
+    solve, seen = ProbabilityFlow.log_density, []
+
+    def counted(self, vdm, z_0, *given, **how):
+        seen.append(len(z_0))
+        return solve(self, vdm, z_0, *given, **how)
+
+    monkeypatch.setattr(ProbabilityFlow, "log_density", counted)
+    flow = ProbabilityFlow(draws=2, k=5, steps=1, chunk=7)
+    flow(network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (3, 4)))
+    assert sum(seen) == 3 * flow.draws == 3 * 2 * 5
+    assert flow.extra_repr().endswith("draws=2, k=5")
+
+
 def test_more_weights_are_tighter(double):
     schedule = Cosine(4.0, -9.0)
     vdm = VDM(GaussianDenoiser(schedule, 0.0, torch.tensor(0.3)), BinsLikelihood(3), shape=(3,))

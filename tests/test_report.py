@@ -5,7 +5,7 @@ import errno
 import json
 import math
 import os
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
@@ -17,10 +17,10 @@ from test_job import composed
 import genfw
 from genfw import evaluate
 from genfw.estimators.report import differences, fingerprint, plain
-from genfw.evaluate import certificate, compare, keep
+from genfw.evaluate import Claim, claim, compare, keep
 from genfw.train.certificate import certify, versions
 from genfw.train.data import ImageData, Source, Split, Splits
-from genfw.train.errors import GenfwError
+from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.loggers import git_commit
 from genfw.train.module import LatentModule
 from genfw.train.runs import command
@@ -94,7 +94,7 @@ def test_what_was_not_measured_is_null_and_agrees():
         "a": [1.5, None],
         "b": {"c": None, "d": "e"},
     }
-    compare(plain(found), found, {}, Path("nowhere"))
+    compare(Claim(plain(found), None, ("", "")), found, {})
     claimed = changed("result.nll_stderr", 0.1)
     assert differences(claimed, plain(found)) == ["result.nll_stderr: claimed 0.1, found None"]
 
@@ -130,20 +130,101 @@ def test_results_beside_a_certificate_must_hold_too(key, tmp_path):
     tested |= {"test/reconstruction": -1.0, "test/levels": 80.2, "test/prior": 0.1}
     tested |= {"test/count": 447}
     told = {**tested, "seconds": 1.0}
+    (tmp_path / "certificate.json").write_text(json.dumps(CLAIM))
     (tmp_path / "results.json").write_text(json.dumps(told))
-    assert "certificate holds" in compare(CLAIM, CLAIM, tested, tmp_path)
+    assert "certificate holds" in compare(own(tmp_path), CLAIM, tested)
     (tmp_path / "results.json").write_text(json.dumps({**told, f"test/{key}": 0.09}))
     with pytest.raises(
         GenfwError, match=rf"results.json does not hold:\ntest.*{key}: claimed 0.09"
     ):
-        compare(CLAIM, CLAIM, tested, tmp_path)
+        compare(own(tmp_path), CLAIM, tested)
+
+
+def own(folder):
+    """What is verified where nothing else is asked for."""
+    return claim(folder, genfw.Bound(), "best", [])
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
 def test_what_is_no_certificate_is_said_to_be_none(content, tmp_path):
     (tmp_path / "certificate.json").write_text(content)
     with pytest.raises(GenfwError, match=r"certificate\.json: expected a JSON object"):
-        certificate(tmp_path)
+        own(tmp_path)
+
+
+def claims(folder, *entries):
+    """Certificates that hold for nobody, of a run and entries, each with its name for a seed."""
+
+    def said(seed):
+        return {"estimator": {"name": "bound", "arguments": "sets=2, strata=4", "seed": seed}}
+
+    (folder / "evaluation.json").write_text(
+        json.dumps({each: {"certificate": said(each)} for each in entries})
+    )
+    (folder / "certificate.json").write_text(json.dumps(said("own")))
+
+
+BOUND = "bound(sets=2, strata=4) of best"
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ([], "own"),  # though there is an entry of the same number
+        (["verify=true", "trusted=[mine]", "hydra.searchpath=[mine]"], "own"),
+        (["trainer.accelerator=cpu", "data.num_workers=2"], "own"),
+        (["checkpoint=best"], BOUND),
+        (["estimator.chunk=7"], BOUND),
+        (["estimator.chunk=7", "trainer.devices=2"], BOUND),
+        (["seed=3"], f"{BOUND}, seed=3"),
+        (["trainer.accelerator=cpu", "verify=true", "seed=3"], f"{BOUND}, seed=3"),
+        (["data.binarize=none"], f"{BOUND}, data.binarize=none"),
+        (["seed=3", "data.binarize=none"], f"{BOUND}, data.binarize=none, seed=3"),
+    ],
+)
+def test_verified_is_the_entry_that_the_arguments_name(given, found, tmp_path):
+    """Without where it is computed, if need be; without arguments it is the run's own."""
+    others = ("seed=3", "data.binarize=none", "data.binarize=none, seed=3")
+    claims(tmp_path, BOUND, *(f"{BOUND}, {each}" for each in others))
+    verified = claim(tmp_path, genfw.Bound(2, 4), "best", given)
+    assert verified.certificate["estimator"]["seed"] == found
+
+
+def test_without_such_an_entry_it_is_said_which_there_are(tmp_path):
+    """What moves no number, as a chunk, may be asked of the run's own."""
+    claims(tmp_path, f"{BOUND}, seed=3")
+    verified = claim(tmp_path, genfw.Bound(2, 4), "best", ["estimator.chunk=7"])
+    assert verified.certificate["estimator"]["seed"] == "own"
+    with pytest.raises(ConfigError) as refused:
+        claim(tmp_path, genfw.Bound(2, 4), "best", ["seed=4"])
+    said = str(refused.value)
+    assert f"has no {BOUND}, seed=4" in said and said.endswith(f"it has: {BOUND}, seed=3")
+    for none in ({}, {"certificate": "mine"}, "mine"):
+        (tmp_path / "evaluation.json").write_text(json.dumps({f"{BOUND}, seed=3": none}))
+        with pytest.raises(GenfwError, match="seed=3 has no certificate"):
+            claim(tmp_path, genfw.Bound(2, 4), "best", ["seed=3"])
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "certificate.json").unlink()
+    with pytest.raises(ConfigError, match="it has: nothing"):
+        claim(tmp_path, genfw.Bound(2, 4), "best", ["seed=4"])
+
+
+def test_every_entry_of_an_evaluation_must_hold(tmp_path):
+    """Its certificate, and what is told beside it."""
+    tested = {"test/nll": 81.3, "test/nll_stderr": 0.1, "test/bpd": 1.83, "test/count": 447}
+    file = tmp_path / "evaluation.json"
+
+    def verified(certificate, told):
+        file.write_text(json.dumps({BOUND: {**told, "certificate": certificate}}))
+        verified = claim(tmp_path, genfw.Bound(2, 4), "best", ["checkpoint=best"])
+        return compare(verified, CLAIM, tested)
+
+    assert f"{file}, {BOUND}" in verified(CLAIM, tested)
+    wrong = re.escape(f"{BOUND} does not hold:\n")
+    with pytest.raises(GenfwError, match=wrong + "data.count: claimed 440, found 447"):
+        verified(changed("data.count", 440), tested)
+    with pytest.raises(GenfwError, match=wrong + "test.nll: claimed 81.2, found 81.3"):
+        verified(CLAIM, {**tested, "test/nll": 81.2})
 
 
 class Known(Source):
@@ -178,6 +259,7 @@ class Mine(genfw.Bound):
         (False, None, genfw.Bound(sets=2, strata=3), "bound", 6),
         (True, 5, genfw.Bound(sets=3, strata=2), "bound", 6),
         (True, 5, genfw.ProbabilityFlow(draws=2, steps=2), "ode", 2),
+        (False, 5, genfw.ProbabilityFlow(draws=2, steps=2, k=3), "ode", 6),
         (False, 5, genfw.ImportanceWeighted(k=4), "importance_weighted", 4),
         (False, 5, Mine(sets=2, strata=2), "Mine", 4),
     ],
@@ -303,3 +385,14 @@ def test_a_number_outlives_the_interruption_of_its_looseness(run, monkeypatch, c
     assert command(evaluate.evaluate, [f"run={run}", "simulated=100"]) == 130
     (entry,) = json.loads((run / "evaluation.json").read_text()).values()
     assert math.isfinite(entry["test/nll"]) and "test/looseness" not in entry
+
+
+def test_a_looseness_names_its_entry_and_is_not_computed_again(run, monkeypatch, capsys):
+    given = [f"run={run}", "simulated=100"]
+    monkeypatch.setattr(
+        evaluate, "looseness", lambda *_: {"test/looseness": 0.5, "test/looseness_stderr": 0.1}
+    )
+    assert command(evaluate.evaluate, given) == 0
+    monkeypatch.setattr(evaluate, "looseness", lambda *_: pytest.fail("computed again"))
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    assert "of best, simulated=100)" in capsys.readouterr().out

@@ -54,15 +54,15 @@ class ProbabilityFlow(Estimator, name="ode"):
     `steps`.
 
     Args:
-        draws: independent draws of z_0 (and of the probe) per image; the variance is measured
-            between them, and nan for one.
+        draws: independent sets of k draws of z_0 (and of the probe) per image; the variance is
+            measured between them, and nan for one.
         dequantization: q(z_0 | x), and with it p(x | z_0): "decoder", "uniform" or
             "truncated_normal" (`DEQUANTIZATIONS`).
         tolerance: what the ODE may be off in all, nats per dimension. Each image has its own steps.
         steps: None, or a number of equal steps in log SNR instead, whatever their error.
         exact_dims: the largest D whose trace is exact (D backward passes a call); above, one probe.
         probe: "rademacher" or "gaussian" (`PROBES`).
-        k: importance weights per draw, log 1/k sum w in place of log w: tighter by the gap between
+        k: importance weights per set, log 1/k sum w in place of log w: tighter by the gap between
             q(z_0 | x) and the posterior. With an exact trace only.
         chunk: (image, draw) pairs at once. It sets memory and speed, never the number.
 
@@ -98,7 +98,8 @@ class ProbabilityFlow(Estimator, name="ode"):
         chunk: int = 1000,
     ):
         super().__init__()
-        self.draws, self.k = at_least_one("draws", draws), at_least_one("k", k)
+        self.sets, self.k = at_least_one("draws", draws), at_least_one("k", k)
+        self.draws = self.sets * self.k
         self.dequantization = _one_of("dequantization", dequantization, DEQUANTIZATIONS)
         self.tolerance = positive("tolerance", tolerance)
         self.steps = None if steps is None else at_least_one("steps", steps)
@@ -114,25 +115,25 @@ class ProbabilityFlow(Estimator, name="ode"):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Noise | None = None
     ) -> Estimate:
-        vdm, each = _diffusion(model), self.draws * self.k
+        vdm = _diffusion(model)
         if self.k > 1 and not self._exact(x):
             raise ValueError(
                 f"k={self.k}: the mean of weights is a bound only where log p_ode is exact, and "
                 f"D={math.prod(x.shape[1:])} is above exact_dims={self.exact_dims}: use k=1"
             )
         noise, parts = keyed(noise, x), []
-        for rows, ranges in chunks(len(x), each, self.chunk):
+        for rows, ranges in chunks(len(x), self.draws, self.chunk):
             of = noise.of(rows)
             solved = [self._weigh(vdm, x, y, rows, of, i, j) for i, j in ranges]
             parts.append(torch.cat(solved, 2))
         log_w, error, calls, reconstruction, prior = torch.cat(parts, 1)
         reconstruction, prior = reconstruction.mean(1), prior.mean(1)
-        values = -log_mean(log_w.view(-1, self.k)).view(-1, self.draws)
+        values = -log_mean(log_w.view(-1, self.k)).view(-1, self.sets)
         nats = values.mean(1)
         terms = ELBO(reconstruction, (nats + reconstruction - prior,), prior)
         return Estimate(
             nats=nats,
-            variance=values.var(1) / self.draws if self.draws > 1 else torch.nan * values[:, 0],
+            variance=values.var(1) / self.sets if self.sets > 1 else torch.nan * values[:, 0],
             elbo=terms if self.k == 1 else None,
             diagnostics={"ode_error": error.mean(1), "ode_calls": calls.mean(1)},
         )
@@ -178,7 +179,7 @@ class ProbabilityFlow(Estimator, name="ode"):
         solver = f"tolerance={self.tolerance:g}" if self.steps is None else f"steps={self.steps}"
         weights = f", k={self.k}" if self.k > 1 else ""
         trace = f"{self.probe} above D={self.exact_dims}"
-        return f"{self.dequantization}, {solver}, {trace}, draws={self.draws}{weights}"
+        return f"{self.dequantization}, {solver}, {trace}, draws={self.sets}{weights}"
 
 
 @dataclass(frozen=True)
