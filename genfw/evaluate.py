@@ -248,8 +248,8 @@ def compare(claim: Claim, found: Certificate, tested: Mapping[str, Any]) -> str:
         if one is not None and (wrong := differences(one, other)):
             raise Differs("\n".join([f"{place} does not hold:", *wrong]))
     nll, bpd = found["result"]["nll"], found["result"]["bpd"]
-    held = f"certificate holds: {nll:.4f} nats, {bpd:.5f} bits/dim, computed again"
-    return f"{held} ({claim.places[0]})"
+    bits = "" if bpd is None else f", {bpd:.5f} bits/dim"
+    return f"certificate holds: {nll:.4f} nats{bits}, computed again ({claim.places[0]})"
 
 
 def told(results: Mapping[str, Any]) -> Certificate:

@@ -186,6 +186,22 @@ def test_a_scaled_noise_is_a_scaled_score(cls, batch):
     )
 
 
+def test_guidance_of_guidance_says_both(batch):
+    """What two samples are called by differs where they do."""
+    z, t, y = batch
+    denoiser = labelled(genfw.V)
+    outer, inner = (
+        EpsilonScaling(ClassifierFree(denoiser, w), 1.5, [-2.0, 3.0]) for w in (2.0, 5.0)
+    )
+    assert outer.title == "epsilon_scaling(scale=1.5, interval=[-2, 3]) of classifier_free(scale=2)"
+    assert outer.title != inner.title
+    assert EpsilonScaling(Unguided(denoiser), 1.5, None).title == "epsilon_scaling(scale=1.5)"
+    log_snr = SCHEDULE.log_snr(t)
+    w = torch.where((log_snr > -2) & (log_snr < 3), 1.5, 1.0)[:, None]
+    expected = w * ClassifierFree(denoiser, 2.0)(z, t, y).score
+    torch.testing.assert_close(outer(z, t, y).score, expected)
+
+
 @pytest.mark.parametrize("interval", [(-9.0, 9.0), (-2.01, 1.99)])
 def test_a_scaled_flow_narrows_a_gaussian_as_it_must(interval, double):
     """With n = sigma / alpha the flow of y = z / alpha is dy / dn = w n (y - m) / (s^2 + n^2):

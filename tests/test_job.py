@@ -14,6 +14,7 @@ from omegaconf import OmegaConf, open_dict
 from PIL import Image as PIL
 from test_diagnostics import chain, hvae, module
 from test_loggers import read_wandb
+from torch.utils.data import DataLoader, TensorDataset
 
 from genfw import Bound, ImportanceWeighted, evaluate, sample
 from genfw.train import certificate, checkpoint
@@ -551,6 +552,34 @@ def test_vae_without_loggers_and_with_a_failing_metric(tmp_path, monkeypatch, ca
         "results.json",
         "samples.png",
     }
+
+
+class RealNumbers(L.LightningDataModule):
+    """Somebody's data that are no integers."""
+
+    def __init__(self, shape, **given):
+        super().__init__()
+        self.x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+
+    def _batches(self):
+        return DataLoader(TensorDataset(self.x), 4)
+
+    train_dataloader = val_dataloader = test_dataloader = _batches
+
+
+def test_a_run_of_a_density_has_no_bits_anywhere(tmp_path, capsys):
+    given = ("data._target_=test_job.RealNumbers", "data.bins=null", "data.shape=[1,2,2]")
+    without = ("metrics=none", "~callbacks.pictures", "~callbacks.diagnostics", "logger=csv")
+    trusted = "trusted=[test_job.RealNumbers]"
+    results = run(composed(*VAE, *given, *without, "likelihood=gaussian", trusted), tmp_path)
+    assert {"val/nll", "test/nll"} <= {*results}
+    assert command(evaluate.evaluate, [f"run={tmp_path}", "verify=true", trusted]) == 0
+    held = json.loads((tmp_path / "certificate.json").read_text())["result"]
+    assert held["bpd"] is held["bpd_stderr"] is None and "density" in held["kind"]
+    for written in ("results.json", "metrics.csv"):
+        assert "nll" in (told := (tmp_path / written).read_text()) and "bpd" not in told
+    said = capsys.readouterr().out
+    assert "val nats" in said and "certificate holds" in said and "bits" not in said
 
 
 def test_equal_seeds_equal_runs(tmp_path):

@@ -50,7 +50,10 @@ class Guidance(Registered, Denoiser, ABC, group="guidance"):
     @property
     def title(self) -> str:
         """What is done to samples, for names of files and metrics; nothing where nothing is."""
-        return f"{self.called()}({self.extra_repr()})"
+        own, inner = f"{self.called()}({self.extra_repr()})", ""
+        if isinstance(self.denoiser, Guidance):
+            inner = self.denoiser.title
+        return f"{own} of {inner}" if inner else own
 
 
 class Unguided(Guidance, name="none"):

@@ -60,8 +60,9 @@ class VDM(MarkovianHierarchy, name="vdm"):
             uniform in t.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
         guidance: what is put around the denoiser to sample, and only then.
-        recompute: the decoder's way through the network is not kept for the backward pass, but
-            gone again: less memory for more time, where the network itself decodes many values.
+        recompute: in `elbo`, the decoder's way through the network is not kept for the backward
+            pass but gone again, where the network itself decodes (param=categorical): less memory
+            for more time, if activations outweigh weights.
 
     Raises:
         TypeError: a denoiser that is guided already.

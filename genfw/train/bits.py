@@ -47,7 +47,8 @@ class BitAccounting(L.Callback):
 
     In training these are the bits of the bound whatever the objective weighs, of all steps since
     the last row. In validation and test they sum to the denoising part of `<split>/bpd`; estimators
-    that draw no denoising term leave none.
+    that draw no denoising term leave none. They are bits of a KL, and a model of a density has them
+    too.
 
     `bits.png` in the run folder is of the last weights that were drawn, bits/dim per unit of log
     SNR, so that areas are bits/dim.

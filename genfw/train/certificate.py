@@ -42,26 +42,33 @@ def certify(
 
 def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
     nll, stderr = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr"))
-    no_bits = module.of_density
-    terms = {
-        name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), module.dims))
-        for name, sign in (("reconstruction", -1), ("levels", 1), ("prior", 1))
-        if f"test/{name}" in tested and not no_bits
-    }
-    stderr_bits = float(bits_per_dim(torch.tensor(stderr), module.dims))
+    bits: dict[str, Any] = {"bpd": None, "bpd_stderr": None, "terms": {}}
+    if not module.of_density:
+        bits = {
+            "bpd": float(tested["test/bpd"]),
+            "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), module.dims))),
+            "terms": _terms(module, tested),
+        }
     return {
         "nll": nll,
         "nll_stderr": plain(stderr),
-        "bpd": None if no_bits else float(tested["test/bpd"]),
-        "bpd_stderr": None if no_bits else plain(stderr_bits),
+        **bits,
         "kind": kind(module),
-        "terms": terms,
         "diagnostics": {
             name: plain(float(tested[f"test/{name}"]))
             for name in module.estimator.diagnostics
             if f"test/{name}" in tested
         },
         **given(module),
+    }
+
+
+def _terms(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, float]:
+    """Of the bound, in bits per dimension, where the estimator gave them."""
+    return {
+        name: float(bits_per_dim(torch.tensor(sign * float(tested[f"test/{name}"])), module.dims))
+        for name, sign in (("reconstruction", -1), ("levels", 1), ("prior", 1))
+        if f"test/{name}" in tested
     }
 
 

@@ -9,6 +9,7 @@ noise end it cannot be better than the commonest class, and need not be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -209,9 +210,9 @@ def knows_the_noise(config: DictConfig, guided: Guidance) -> None:
     """
     if not isinstance(guided, ClassifierGuidance):
         return  # another is asked about clean images
-    place, classifier = config.guidance.classifier, guided.classifier
-    assert isinstance(classifier, ClassifierModule)
-    its, lowest = classifier.schedule.log_snr_min, guided.reach[0]
+    place, lowest = config.guidance.classifier, guided.reach[0]
+    known = [m for m in guided.classifier.modules() if isinstance(m, ClassifierModule)]
+    its = max((m.schedule.log_snr_min for m in known), default=-math.inf)
     if its > lowest + NEAR:
         raise ConfigError(
             f"guidance.classifier={place}: a classifier that knows log SNR down to {its:g}, and "

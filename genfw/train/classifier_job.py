@@ -17,11 +17,11 @@ from genfw.train.job import Results, ended, tested
 
 def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
     """As `genfw.train.job.run`, of a classifier."""
-    with tested(config, folder, begin, parts, announcement) as run:
-        if run.trainer.is_global_zero:
-            for key, value in run.numbers.items():
+    with tested(config, folder, begin, parts, announcement) as done:
+        if done.trainer.is_global_zero:
+            for key, value in done.numbers.items():
                 print(f"{key:28}{value:.4f}")
-        return ended(run.trainer, folder, {**run.numbers, **versions()})
+        return ended(done.trainer, folder, {**done.numbers, **versions()})
 
 
 def parts(config: DictConfig) -> tuple[ClassifierModule, L.LightningDataModule]:

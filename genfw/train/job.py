@@ -60,27 +60,27 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
 
     Returns:
         What is in results.json: `val/nll` of the best checkpoint and everything of the test, in
-        nats; `test/bpd` in bits; seconds, parameters, versions.
+        nats; `test/bpd` in bits, but of a density; seconds, parameters, versions.
     """
     started = time.monotonic()
     told_from_anywhere(config)
-    with tested(config, folder, begin, parts, partial(announcement, config)) as run:
-        module = run.module
+    with tested(config, folder, begin, parts, partial(announcement, config)) as done:
+        module = done.module
         results: Results = {
-            **_validated(run.keeper.best, config),
-            **run.numbers,
-            **_references(run.callbacks, module.model),
+            **_validated(done.keeper.best, module),
+            **done.numbers,
+            **_references(done.callbacks, module.model),
             **{f"test/{name}": said for name, said in given(module).items()},
             "parameters": sum(p.numel() for p in module.model.parameters()),
             "seconds": round(time.monotonic() - started, 1),
-            "seconds/fit": round(run.seconds, 1),
+            "seconds/fit": round(done.seconds, 1),
             **versions(),
         }
-        if run.trainer.is_global_zero:
+        if done.trainer.is_global_zero:
             Console().print(table(results, module))
-        certificate = certify(module, run.data, run.numbers, run.keeper.path)
-        finish_pictures(run, folder)
-        return ended(run.trainer, folder, results, certificate=certificate)
+        certificate = certify(module, done.data, done.numbers, done.keeper.path)
+        finish_pictures(done, folder)
+        return ended(done.trainer, folder, results, certificate=certificate)
 
 
 @dataclass(frozen=True)
@@ -255,8 +255,9 @@ def announcement(config: DictConfig, module: LatentModule, trainer: L.Trainer) -
     size = sum(p.numel() for p in module.model.parameters())
     shape = "x".join(str(n) for n in config.data.shape)
     model, objective = type(module.model).__name__, type(module.objective).__name__
+    values = "real" if config.data.bins is None else config.data.bins
     return (
-        f"{model} of {shape} images with {config.data.bins} values, objective {objective}, "
+        f"{model} of {shape} images with {values} values, objective {objective}, "
         f"{size / 1e6:.2f} M parameters, {trainer.strategy.root_device}, seed {config.seed}"
     )
 
@@ -282,8 +283,10 @@ def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
     }
 
 
-def _validated(best: float, config: DictConfig) -> Results:
+def _validated(best: float, module: LatentModule) -> Results:
     if not math.isfinite(best):
         return {}
-    bpd = bits_per_dim(torch.tensor(best).double(), math.prod(config.data.shape))
+    if module.of_density:
+        return {"val/nll": best}
+    bpd = bits_per_dim(torch.tensor(best).double(), module.dims)
     return {"val/nll": best, "val/bpd": float(bpd)}

@@ -180,9 +180,10 @@ class LatentModule(L.LightningModule):
         if "nonfinite" in values:
             count, n = int(values["nonfinite"]), int(values["count"])
             warnings.warn(f"{split}: the NLL of {count} of {n} images is not finite", stacklevel=2)
+        shown = "val/nll" if self.of_density else "val/bpd"
         for name, value in values.items():
             key = f"{split}/{name}"
-            self.log(key, value.float(), prog_bar=key == "val/bpd")
+            self.log(key, value.float(), prog_bar=key == shown)
 
     def configure_optimizers(self) -> Any:
         parameters = (*self.model.parameters(), *self.objective.parameters())

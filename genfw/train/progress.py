@@ -110,6 +110,8 @@ def _shown(trainer: L.Trainer) -> dict[str, str]:
         "val/accuracy": "val accuracy",
     }
     values = trainer.callback_metrics
+    if not {"val/bpd", "val/accuracy"} & values.keys():  # a density has nats alone
+        named["val/nll"] = "val nats"
     return {name: f"{float(values[key]):.3f}" for key, name in named.items() if key in values}
 
 
