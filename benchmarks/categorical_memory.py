@@ -62,7 +62,7 @@ def main() -> None:
         energy = 0.5 * ((z.unsqueeze(1) - 0.6 * v) / 0.8).square()
         return ((output(logits).unflatten(1, (K, -1)) - energy).softmax(1) * v).sum(1)
 
-    def step(recompute: bool) -> Callable[[], Tensor]:
+    def bound(recompute: bool) -> Callable[[], Tensor]:
         denoiser = NetworkDenoiser(network, logits, Cosine(13.3, -10.0))
         vdm = VDM(denoiser, CategoricalLikelihood(K), recompute=recompute)
         return lambda: vdm.elbo(value, noise=Noise(0, torch.arange(batch))).total
@@ -73,8 +73,8 @@ def main() -> None:
             value
         ),
         "categorical, network": lambda: logits.solve(network(z, level), z, alpha, sigma).x,
-        "categorical, step": step(recompute=False),
-        "categorical, recompute": step(recompute=True),
+        "categorical, step": bound(recompute=False),
+        "categorical, recompute": bound(recompute=True),
         "categorical, naive": naive,
         "logistic_mixture, x_hat": lambda: mixture.solve(output(mixture), z, alpha, sigma).x,
     }

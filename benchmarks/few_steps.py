@@ -134,7 +134,7 @@ def few_steps(arguments: Sequence[str]) -> None:
         title = f"{distance.key} of {options.samples} samples"
         about = origin(folder, config, model, options.checkpoint)
         print(about, f"{title}, seed {module.seed}", sep="\n", flush=True)
-        guide, asked = model.guidance, []
+        guide, reference = model.guidance, None
         model.guidance = Unguided if options.against == "plain" else guide
         for sampler, grid, evaluations in rows:
             model.sampler = made(sampler, grid, evaluations)
@@ -147,14 +147,22 @@ def few_steps(arguments: Sequence[str]) -> None:
                 ledger.add(here, i, value=value, seconds=seconds, run=folder.name)
                 print(f"{said(row)}, set {i}: {value:.3f} in {seconds:.0f} s", flush=True)
             model.guidance = guide
-            asked.append(here)
-            steered = [one["guidance"] for one in asked]
-            lines = ledger.like(here, "sampler", "calls", "guidance")
-            lines = [line for line in lines if line["setting"]["guidance"] in steered]
-            found = report(lines, Row.of(asked[0]), about, title, out)
+            reference = reference or here
+            found = report(
+                comparable(ledger, here, reference), Row.of(reference), about, title, out
+            )
             print(f"{said(row)}: {summary(found[row].values())}", flush=True)
     print((out / "few_steps.md").read_text())
     print(f"{torch.get_num_threads()} threads, {module.device}: {out}")
+
+
+def comparable(
+    ledger: Ledger, here: dict[str, Any], reference: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The lines of this model under this guidance, and under that of the reference."""
+    steered = here["guidance"], reference["guidance"]
+    lines = ledger.like(here, "sampler", "calls", "guidance")
+    return [line for line in lines if line["setting"]["guidance"] in steered]
 
 
 def made(name: str, grid: str, evaluations: int) -> Sampler:

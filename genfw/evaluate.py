@@ -35,6 +35,8 @@ from genfw.train.errors import ConfigError, GenfwError, not_finite
 from genfw.train.runs import all_but, checkpoint, command, read, unguided
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
     from genfw.train.module import LatentModule
@@ -60,13 +62,7 @@ class Differs(GenfwError):
 def evaluate(arguments: Sequence[str]) -> None:
     defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
     folder, config, options = read(arguments, defaults, USAGE, keeps=_no_matter)
-    if options.simulated and config.estimator._target_ != "genfw.Annealed":
-        raise ConfigError(
-            f"simulated={options.simulated}: only estimator=annealed bounds log p(x) of simulated "
-            "images from both sides: add estimator=annealed"
-        )
-    if options.simulated < 0 or options.simulated == 1:
-        raise ConfigError(f"simulated={options.simulated}: expected at least 2 images, or 0")
+    _can_be_simulated(config, options.simulated)
 
     from rich.console import Console
 
@@ -118,6 +114,17 @@ def evaluate(arguments: Sequence[str]) -> None:
             keep(folder, name, held)
     if wrong := not_finite(results):
         raise GenfwError(f"{wrong}: there is no number to report")
+
+
+def _can_be_simulated(config: DictConfig, n: int) -> None:
+    """Refuses simulated images that only annealing could use, and too few of them."""
+    if n and config.estimator._target_ != "genfw.Annealed":
+        raise ConfigError(
+            f"simulated={n}: only estimator=annealed bounds log p(x) of simulated images from both "
+            "sides: add estimator=annealed"
+        )
+    if n < 0 or n == 1:
+        raise ConfigError(f"simulated={n}: expected at least 2 images, or 0")
 
 
 def _no_matter(key: str) -> str | None:

@@ -1,7 +1,6 @@
 """A certificate says what was measured; a copy that says something else is found out."""
 
 import copy
-import errno
 import json
 import math
 import os
@@ -332,10 +331,6 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, name, draw
     }
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.fixture(scope="module")
 def config():
     return composed("model=vae", "estimator=annealed", "trainer.accelerator=cpu")
@@ -356,7 +351,7 @@ def test_a_number_that_cannot_be_saved_is_printed_whole(run, monkeypatch, capsys
     """One line says so, and the exit code; what was saved before stays."""
     saved = '{"another": {"test/nll": 1.5}}'
     (run / "evaluation.json").write_text(saved)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", tiny.full)
     assert command(evaluate.evaluate, [f"run={run}"]) == 1
     out, err = capsys.readouterr()
     assert "evaluation.json cannot be written: No space left on device; " in err

@@ -1,6 +1,5 @@
 """Runs from the outside: interrupted, on two ranks, copied from a stranger, started twice."""
 
-import errno
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from unittest.mock import Mock, call
 
 import lightning.pytorch as L
 import pytest
+import tiny
 import torch
 from omegaconf import OmegaConf
 from test_job import SMALL, VAE, composed
@@ -205,14 +205,10 @@ def test_what_is_found_wrong_late_is_one_line_too(tmp_path, capfd):
     assert "Error executing job" not in said and "Traceback" not in said
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 def test_the_steps_after_the_last_validation_count(tmp_path, monkeypatch, capsys):
     """And a disk that is full when they have been tested costs no number: it has been said, and
     `resume=` tests again."""
-    monkeypatch.setattr("genfw.train.files.write_json", full)
+    monkeypatch.setattr("genfw.train.files.write_json", tiny.full)
     config = composed(*BARE, "trainer.max_steps=5", "trainer.val_check_interval=3")
     with pytest.raises(GenfwError, match=r"No space left on device; then test again: .* resume="):
         run(config, tmp_path)
@@ -230,7 +226,7 @@ def test_numbers_that_one_place_cannot_take_are_in_the_other(tmp_path, monkeypat
         ended(trainer, tmp_path, results, certificate=certificate)
     kept = {file.stem: json.loads(file.read_text()) for file in tmp_path.iterdir()}
     assert kept == {"results": results, "certificate": certificate}
-    monkeypatch.setattr("genfw.train.files.write_json", full)
+    monkeypatch.setattr("genfw.train.files.write_json", tiny.full)
     with pytest.raises(GenfwError, match="No space left on device; then test again"):
         ended(trainer, tmp_path, results, certificate=certificate)
     wandb.summarize.assert_has_calls([call({**results, "certificate": certificate})] * 2)

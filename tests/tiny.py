@@ -1,5 +1,8 @@
 """The smallest real thing to train: a diffusion model of 2 x 2 images with three values."""
 
+import errno
+import os
+
 import lightning.pytorch as L
 import torch
 from torch.utils.data import DataLoader
@@ -82,3 +85,8 @@ def trainer(folder, steps: int = 4, **more) -> L.Trainer:
         "default_root_dir": str(folder),
     }
     return L.Trainer(**(settings | more))
+
+
+def full(*_):
+    """Stands in for a write: the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -129,7 +129,7 @@ class LatentModule(L.LightningModule):
             in_order(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
         seen = 0 if trainer.training else int(self.nll.count)
         return as_batch(
-            batch, labelled, seen, trainer.global_rank, trainer.world_size, self.of_density
+            batch, labelled, seen, trainer.global_rank, trainer.world_size, real=self.of_density
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
