@@ -101,7 +101,7 @@ class _Bayes:
         """log p(k | z) up to a constant, (b, K, n)."""
         z, alpha, sigma = (wide(each).unsqueeze(1) for each in (z, alpha, sigma))
         values = centres(self.bins).to(z)[:, None]
-        return self.prior(numbers) - 0.5 * ((z - alpha * values) / sigma).square()
+        return self.prior(wide(numbers)) - 0.5 * ((z - alpha * values) / sigma).square()
 
     def expected(self, *seen: Tensor) -> Tensor:
         masses = self.log_masses(*seen).softmax(1)

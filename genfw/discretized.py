@@ -298,6 +298,17 @@ def log_logistic_mass(k: Tensor, where: Tensor, width: Tensor, bins: int) -> Ten
     return torch.where(last, 0.0, below) + torch.where(first, 0.0, above) + inner
 
 
+def log_logistic_masses(where: Tensor, width: Tensor, bins: int) -> Tensor:
+    """`log_logistic_mass` of every k at once, (..., 1, n) to (..., K, n), in the precision of
+    `where`: two bins share the edge between them, so that K - 1 edges are all that is computed."""
+    edge = (2 * torch.arange(1, bins, device=where.device)[:, None] - bins).to(where) / bins
+    away = (edge - where) / width
+    below, above = F.logsigmoid(away), F.logsigmoid(-away)
+    between = _log1mexp(-2 / (bins * width))
+    inner = below[..., 1:, :] + above[..., :-1, :] + between
+    return torch.cat([below[..., :1, :], inner, above[..., -1:, :]], dim=-2)
+
+
 def _mean(cdf: Callable[[Tensor], Tensor], where: Tensor, width: Tensor, bins: int) -> Tensor:
     """Expected integer of a discretized symmetric density: the sum over k of P(x >= k). One edge at
     a time: no tensor has an axis of K."""

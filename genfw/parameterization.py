@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from genfw.amplitudes import broadcast
 from genfw.bayes import DiscretePosterior
 from genfw.check import at_least, at_least_one, positive
-from genfw.discretized import log_logistic_mass
+from genfw.discretized import log_logistic_masses
 from genfw.distributions import scale_of
 from genfw.registry import Registered
 from genfw.types import Data
@@ -351,9 +351,8 @@ class LogisticMixtureParameterization(DiscreteParameterization, name="logistic_m
         m = torch.arange(self.components, dtype=numbers.dtype, device=numbers.device)
         where = shift + ((2 * m + 1) / self.components - 1)[:, None, None]
         width = scale_of(log_ratio - math.log(self.components))
-        k = torch.arange(self.bins, device=numbers.device)[:, None]
-        log_mass = log_logistic_mass(k, where, width, self.bins)
-        return (logits.log_softmax(1) + log_mass).logsumexp(1).to(numbers.dtype)
+        log_mass = log_logistic_masses(where, width, self.bins)
+        return (logits.log_softmax(1) + log_mass).logsumexp(1)
 
     @property
     def size(self) -> int:

@@ -15,6 +15,7 @@ from genfw import (
     LogisticMixtureLikelihood,
     Noise,
 )
+from genfw.discretized import log_logistic_mass, log_logistic_masses
 
 
 def every_colour(bins, channels):
@@ -162,6 +163,42 @@ def test_discretized_logistic_so_wide_that_a_bin_is_nothing_of_it(double):
         torch.tensor([[100]])
     )
     assert p.item() == pytest.approx(-np.log(2 * 256 * 1e12), rel=1e-12)
+
+
+def logistics(bins, dtype):
+    """Means (1, 1, n) within the data and beyond, with every scale between the narrowest and the
+    widest; and all integers (1, K, 1)."""
+    made = torch.Generator().manual_seed(0)
+    where = 4 * torch.rand(1, 1, 400, generator=made, dtype=dtype) - 2
+    width = torch.linspace(-9, 3, 400, dtype=dtype).exp().view(1, 1, 400)
+    return where.requires_grad_(), width.requires_grad_(), torch.arange(bins)[:, None]
+
+
+def with_gradients(log_mass, *of):
+    """log masses (1, K, n), and the gradients of a sum of all of them, each weighted anew."""
+    weights = torch.linspace(-1, 2, log_mass.numel()).view_as(log_mass)
+    return log_mass, *torch.autograd.grad((weights * log_mass).sum(), of)
+
+
+@pytest.mark.parametrize("bins", [2, 3, 17, 256])
+def test_all_logistic_masses_are_those_of_each_integer(double, bins):
+    where, width, k = logistics(bins, torch.float64)
+    pairs = zip(
+        with_gradients(log_logistic_masses(where, width, bins), where, width),
+        with_gradients(log_logistic_mass(k, where, width, bins), where, width),
+        strict=True,
+    )
+    for ours, each in pairs:
+        torch.testing.assert_close(ours, each, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bins", [2, 16, 256])
+def test_all_logistic_masses_in_float32_have_its_precision(bins):
+    where, width, k = logistics(bins, torch.float32)
+    masses = log_logistic_masses(where, width, bins)
+    assert masses.dtype == torch.float32
+    exact = log_logistic_mass(k, where, width, bins)  # float64, of the same float32 numbers
+    torch.testing.assert_close(masses.double(), exact, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
