@@ -361,14 +361,14 @@ def test_experiment_composes(experiment):
         assert config[group]._target_ == choice
 
 
-@pytest.mark.parametrize("experiment", ["digits_vae", "iwae_l1_k1"])
+@pytest.mark.parametrize("experiment", ["digits_vae", "iwae_l1"])
 def test_what_is_off_may_be_spoken_of_in_an_experiment_and_not_on_the_command_line(experiment):
     off = [f"experiment={experiment}", "callbacks=none", "metrics=none"]
     with session():
         config = compose(off)
         with pytest.raises(ConfigError, match=r"metrics.fid"):
             compose([*off, "metrics.fid.every=3"])
-    own = {"iwae_l1_k1": {"start_at_mean"}}.get(experiment, set())  # which it brings itself
+    own = {"iwae_l1": {"start_at_mean"}}.get(experiment, set())  # which it brings itself
     assert set(config.callbacks) == own and not config.metrics
 
 
