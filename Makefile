@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: help env run grid smoke test check fid-check clean faults
+.PHONY: help env run grid smoke test check fid-check peers clean faults
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -54,6 +54,16 @@ FID_TORCH := $(if $(filter aarch64,$(shell uname -m)),torch==2.9.1 torchvision==
 
 fid-check: .venv-fid/ready  ## FID end to end on random Inception weights, in an environment of its own
 	.venv-fid/bin/python benchmarks/fid_check.py
+
+.venv-peers/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	.venv-peers/bin/python -m pip install --quiet -c constraints.txt -e '.[test]' cloudpickle imageio pydantic opt_einsum tqdm
+	.venv-peers/bin/python -m pip install --quiet --no-deps pythae==0.1.2 pyro-ppl==1.9.2 pyro-api==0.1.2
+	touch $@
+
+peers: .venv-peers/ready  ## speed beside Pythae, Pyro and diffusers, in an environment of its own
+	OMP_NUM_THREADS=1 .venv-peers/bin/python benchmarks/peers.py $(ARGS)
 
 clean:  ## remove what was made (not runs)
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache
