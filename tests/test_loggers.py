@@ -364,3 +364,29 @@ def test_a_run_goes_on_in_its_own_wandb_run(tmp_path, monkeypatch):
         log.finish()
     assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
     assert written == ["wandb_id.txt"] * 2  # a killed run leaves no half of an id
+
+
+def test_an_evaluation_has_a_wandb_run_of_its_own_beside_the_trained_one(tmp_path, monkeypatch):
+    import wandb
+
+    asked = []
+    init = wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: (asked.append(given), init(**given))[1])
+
+    def opened(*evaluates):
+        log = Wandb(tmp_path, name="mine", mode="offline")
+        for name in evaluates:
+            log.evaluates(name)
+        log.log_hyperparams({})
+        identity = log.version
+        log.finish()
+        return identity, asked[-1]
+
+    trained, _ = opened()
+    ode, again, other = (opened(name) for name in ("ode of best", "ode of best", "bound of last"))
+    assert (tmp_path / "wandb_id.txt").read_text().strip() == trained
+    for identity, given in (ode, again, other):
+        assert given["group"] == trained and given["job_type"] == "evaluate"
+        assert identity.startswith(f"{trained}-")
+    assert ode[1]["name"] == "mine, ode of best"
+    assert ode[0] == again[0] != other[0]  # the same number again replaces itself

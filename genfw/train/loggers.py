@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import lightning.pytorch as L
 from lightning.pytorch.loggers import Logger
@@ -170,11 +171,25 @@ class Wandb(Logger):
             "group": group,
             "tags": tags,
         }
+        self.known = self.folder / "wandb_id.txt"
+        self.same: dict[str, Any] = {}
+        if self.known.exists():
+            self.same = {"id": self.known.read_text().strip(), "resume": "allow"}
         self.reason = ""
         self.run: Any = None
         self._last = ""
         # asked while the caller goes on building data and model
         self._choice = ThreadPoolExecutor(1).submit(choose_mode, mode)
+
+    def evaluates(self, name: str) -> None:
+        """What is to be opened is a run of its own, for an evaluation of this name: in the trained
+        one a second summary would take the place of the first. They are of one group, and the same
+        evaluation again goes on with the same run."""
+        trained = self.same.get("id")
+        self.identity["name"] += f", {name}"
+        self.identity["group"] = self.identity["group"] or trained
+        self.identity["job_type"] = "evaluate"
+        self.same = {**self.same, "id": f"{trained}-{crc32(name.encode()):08x}"} if trained else {}
 
     @property
     def name(self) -> str:
@@ -258,15 +273,11 @@ class Wandb(Logger):
             "init_timeout": ONLINE_PATIENCE,
             "disable_git": True,
         }
-        known = self.folder / "wandb_id.txt"
-        same: dict[str, Any] = (
-            {"id": known.read_text().strip(), "resume": "allow"} if known.exists() else {}
-        )
         for attempt in dict.fromkeys((mode, "offline")):
             try:
                 self.run = wandb.init(
                     **self.identity,
-                    **same,
+                    **self.same,
                     dir=str(self.folder),
                     config=dict(config),
                     mode=attempt,  # pyright: ignore[reportArgumentType]
@@ -279,7 +290,8 @@ class Wandb(Logger):
                 self.reason = f"no run could be opened online: {one_line(error)}"
         self.run.define_metric("trainer/global_step", hidden=True)
         self.run.define_metric("*", step_metric="trainer/global_step")
-        replace_text(known, self.run.id + "\n")
+        if "job_type" not in self.identity:
+            replace_text(self.known, self.run.id + "\n")
 
     def _quietly(self, act: Callable[[], Any]) -> None:
         """W&B's troubles are not the run's."""
