@@ -17,7 +17,8 @@ has it, `model.denoiser.schedule.log_snr_max=12`.
 
 `verify=true` computes a number again that was written down, and compares: the run's own, in
 certificate.json and results.json; with the arguments that gave an entry of evaluation.json, that
-entry (but for its looseness, which no certificate is about). Other `data.` and `trainer.` may be
+entry (but for its looseness, which no certificate is about). What the run's config.yaml says anyhow
+may be said again, `seed=0`, and asks for no other number. Other `data.` and `trainer.` may be
 added, such as `trainer.accelerator=cpu`: the certificate says whether they matter. Exit code 0
 where everything holds, 1 and a line for each that does not.
 """
@@ -26,17 +27,17 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from genfw.train.errors import ConfigError, GenfwError, not_finite
-from genfw.train.runs import all_but, checkpoint, command, read, unguided
+from genfw.train.runs import all_but, checkpoint, command, load, read, unguided
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
     from genfw.train.module import LatentModule
@@ -79,7 +80,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     served(module.model, module.estimator)
     changed = [each for each in arguments if not each.startswith("run=")]
     asked = (module.estimator, options.checkpoint, changed)
-    claimed = claim(folder, *asked) if options.verify else None
+    claimed = claim(folder, *asked, repeated(folder, config, options)) if options.verify else None
     trainer = build(
         config.trainer,
         logger=False,
@@ -173,9 +174,27 @@ class Claim:
     places: tuple[str, str]
 
 
-def claim(folder: Path, estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> Claim:
+def repeated(folder: Path, config: DictConfig, options: DictConfig) -> Callable[[str], bool]:
+    """Whether an argument says what the run's config.yaml says already."""
+    own = load(folder)
+
+    def repeats(argument: str) -> bool:
+        key = argument.split("=")[0]
+        return key not in options and OmegaConf.select(config, key) == OmegaConf.select(own, key)
+
+    return repeats
+
+
+def claim(
+    folder: Path,
+    estimator: Estimator,
+    checkpoint: str,
+    changed: Sequence[str],
+    repeats: Callable[[str], bool] = lambda argument: False,
+) -> Claim:
     """What is verified: the entry of evaluation.json that these arguments name, or would without
-    `WHERE`; the run's own number where they ask for no other.
+    `WHERE`, or without those that repeat the run's configuration; the run's own number where they
+    ask for no other.
 
     Raises:
         ConfigError: nobody wrote that number down; which there are.
@@ -185,11 +204,12 @@ def claim(folder: Path, estimator: Estimator, checkpoint: str, changed: Sequence
     entries = read_json(file) if file.exists() else {}
     asked = _but_for(("verify", "trusted", "hydra"), changed)
     bare = _but_for(WHERE, asked)
-    for given in filter(None, (asked, bare)):
+    new = [each for each in bare if not repeats(each)]
+    for given in filter(None, (asked, bare, new)):
         if (name := named(estimator, checkpoint, given)) in entries:
             return _entry(entries[name], f"{file}, {name}")
     own = folder / "certificate.json"
-    if not bare or (own.is_file() and named(estimator, checkpoint, bare) == _measured(own)):
+    if not new or (own.is_file() and named(estimator, checkpoint, new) == _measured(own)):
         return _own(folder)
     raise ConfigError(
         f"verify=true: {file} has no {named(estimator, checkpoint, asked)}, which this command "

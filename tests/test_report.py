@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -391,3 +392,28 @@ def test_a_looseness_names_its_entry_and_is_not_computed_again(run, monkeypatch,
     monkeypatch.setattr(evaluate, "looseness", lambda *_: pytest.fail("computed again"))
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
     assert "of best, simulated=100)" in capsys.readouterr().out
+
+
+def test_what_the_configuration_says_already_asks_for_the_runs_own_number(run, capsys):
+    """A checkpoint and simulated images are none of the configuration's words."""
+    assert command(evaluate.evaluate, [f"run={run}"]) == 0
+    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
+    (run / "evaluation.json").unlink()
+    (run / "certificate.json").write_text(json.dumps(entry["certificate"]))
+    shutil.copy(run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt")
+    again = ("seed=0", "estimator=annealed", "model.latents=16")
+    for given in (
+        again[:1],
+        again[1:2],
+        again,
+        (*again, "trainer.devices=1"),
+        ("seed=1", again[0]),
+    ):
+        assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 0
+        assert f"computed again ({run / 'certificate.json'})" in capsys.readouterr().out
+    for given in (["seed=1"], [*again, "seed=1"], ["checkpoint=last"], ["simulated=9"]):
+        assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 2
+        assert "evaluation.json has no" in capsys.readouterr().err
+    assert command(evaluate.evaluate, [f"run={run}", "seed=1"]) == 0
+    assert command(evaluate.evaluate, [f"run={run}", "verify=true", "seed=1", again[1]]) == 0
+    assert "of best, seed=1)" in capsys.readouterr().out
