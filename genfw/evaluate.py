@@ -3,8 +3,9 @@
 The same images, weights and random numbers as at the run's end, so the same number; another
 estimator may be chosen, `estimator=importance_weighted` (one of your own YAMLs too, with
 `--config-dir=<folder>`), and settings of the run's config.yaml changed, `estimator.k=500`. Written
-to `<folder>/evaluation.json`, which keeps one entry per estimator, checkpoint and other change:
-{"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
+to `<folder>/evaluation.json`, which keeps one entry per estimator, weights and other change, those
+of weights that a run going on has replaced too:
+{"importance_weighted(k=500) of best at step 2600, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
 `estimator=annealed simulated=100` also says how loose that estimate is: of 100 images that the
@@ -29,6 +30,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +69,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify, given, kind, versions
+    from genfw.train.certificate import certify, given, kind, reached, versions
     from genfw.train.config import build
     from genfw.train.parts import restore, served
     from genfw.train.process import prepare
@@ -79,7 +81,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     module, data = restore(config, weights)
     served(module.model, module.estimator)
     changed = [each for each in arguments if not each.startswith("run=")]
-    asked = (module.estimator, options.checkpoint, changed)
+    asked = (module.estimator, f"{options.checkpoint} at step {reached(weights)}", changed)
     claimed = claim(folder, *asked, repeated(folder, config, options)) if options.verify else None
     trainer = build(
         config.trainer,
@@ -196,20 +198,23 @@ def claim(
     `WHERE`, or without those that repeat the run's configuration; the run's own number where they
     ask for no other.
 
+    Args:
+        checkpoint: "best at step 2600"; entries of an older genfw say no step.
+
     Raises:
         ConfigError: nobody wrote that number down; which there are.
         GenfwError: it has no certificate.
     """
     file = folder / "evaluation.json"
-    entries = read_json(file) if file.exists() else {}
+    entries, whatever_step = read_json(file) if file.exists() else {}, checkpoint.split()[0]
     asked = _but_for(("verify", "trusted", "hydra"), changed)
     bare = _but_for(WHERE, asked)
     new = [each for each in bare if not repeats(each)]
-    for given in filter(None, (asked, bare, new)):
-        if (name := named(estimator, checkpoint, given)) in entries:
+    for given, of in product(filter(None, (asked, bare, new)), (checkpoint, whatever_step)):
+        if (name := named(estimator, of, given)) in entries:
             return _entry(entries[name], f"{file}, {name}")
     own = folder / "certificate.json"
-    if not new or (own.is_file() and named(estimator, checkpoint, new) == _measured(own)):
+    if not new or (own.is_file() and named(estimator, whatever_step, new) == _measured(own)):
         return _own(folder)
     raise ConfigError(
         f"verify=true: {file} has no {named(estimator, checkpoint, asked)}, which this command "

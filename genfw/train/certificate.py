@@ -138,13 +138,18 @@ def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return {
         "checkpoint": checkpoint.name,
-        "step": int(held["global_step"]),
+        "step": reached(checkpoint),
         "git": git_commit(),
         "versions": {key.removeprefix("versions/"): value for key, value in versions().items()},
     }
+
+
+def reached(checkpoint: Path) -> int:
+    """The optimizer step whose weights a file holds."""
+    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(held["global_step"])
 
 
 def versions() -> dict[str, str]:
