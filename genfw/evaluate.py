@@ -3,8 +3,9 @@
 The same images, weights and random numbers as at the run's end, so the same number; another
 estimator may be chosen, `estimator=importance_weighted` (one of your own YAMLs too, with
 `--config-dir=<folder>`), and settings of the run's config.yaml changed, `estimator.k=500`. Written
-to `<folder>/evaluation.json`, which keeps one entry per estimator, checkpoint and other change:
-{"importance_weighted(k=500) of best, model.steps=100": {"kind": ..., "test/nll": ...,
+to `<folder>/evaluation.json`, which keeps one entry per estimator, weights and other change, those
+of weights that a run going on has replaced too:
+{"importance_weighted(k=500) of best at step 2600, model.steps=100": {"kind": ..., "test/nll": ...,
 "certificate": {...}}}.
 
 `estimator=annealed simulated=100` also says how loose that estimate is: of 100 images that the
@@ -17,7 +18,8 @@ has it, `model.denoiser.schedule.log_snr_max=12`.
 
 `verify=true` computes a number again that was written down, and compares: the run's own, in
 certificate.json and results.json; with the arguments that gave an entry of evaluation.json, that
-entry (but for its looseness, which no certificate is about). Other `data.` and `trainer.` may be
+entry (but for its looseness, which no certificate is about). What the run's config.yaml says anyhow
+may be said again, `seed=0`, and asks for no other number. Other `data.` and `trainer.` may be
 added, such as `trainer.accelerator=cpu`: the certificate says whether they matter. Exit code 0
 where everything holds, 1 and a line for each that does not.
 """
@@ -26,17 +28,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig, OmegaConf
+
 from genfw.train.errors import ConfigError, GenfwError, not_finite
-from genfw.train.runs import all_but, checkpoint, command, read, unguided
+from genfw.train.runs import all_but, checkpoint, command, load, read, unguided
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
     from genfw.train.module import LatentModule
@@ -66,7 +69,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify, given, kind, versions
+    from genfw.train.certificate import certify, given, kind, reached, versions
     from genfw.train.config import build
     from genfw.train.parts import restore, served
     from genfw.train.process import prepare
@@ -78,8 +81,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     module, data = restore(config, weights)
     served(module.model, module.estimator)
     changed = [each for each in arguments if not each.startswith("run=")]
-    asked = (module.estimator, options.checkpoint, changed)
-    claimed = claim(folder, *asked) if options.verify else None
+    asked = (module.estimator, f"{options.checkpoint} at step {reached(weights)}", changed)
+    claimed = claim(folder, *asked, repeated(folder, config, options)) if options.verify else None
     trainer = build(
         config.trainer,
         logger=False,
@@ -173,23 +176,45 @@ class Claim:
     places: tuple[str, str]
 
 
-def claim(folder: Path, estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> Claim:
+def repeated(folder: Path, config: DictConfig, options: DictConfig) -> Callable[[str], bool]:
+    """Whether an argument says what the run's config.yaml says already."""
+    own = load(folder)
+
+    def repeats(argument: str) -> bool:
+        key = argument.split("=")[0]
+        return key not in options and OmegaConf.select(config, key) == OmegaConf.select(own, key)
+
+    return repeats
+
+
+def claim(
+    folder: Path,
+    estimator: Estimator,
+    checkpoint: str,
+    changed: Sequence[str],
+    repeats: Callable[[str], bool] = lambda argument: False,
+) -> Claim:
     """What is verified: the entry of evaluation.json that these arguments name, or would without
-    `WHERE`; the run's own number where they ask for no other.
+    `WHERE`, or without those that repeat the run's configuration; the run's own number where they
+    ask for no other.
+
+    Args:
+        checkpoint: "best at step 2600"; entries of an older genfw say no step.
 
     Raises:
         ConfigError: nobody wrote that number down; which there are.
         GenfwError: it has no certificate.
     """
     file = folder / "evaluation.json"
-    entries = read_json(file) if file.exists() else {}
+    entries, whatever_step = read_json(file) if file.exists() else {}, checkpoint.split()[0]
     asked = _but_for(("verify", "trusted", "hydra"), changed)
     bare = _but_for(WHERE, asked)
-    for given in filter(None, (asked, bare)):
-        if (name := named(estimator, checkpoint, given)) in entries:
+    new = [each for each in bare if not repeats(each)]
+    for given, of in product(filter(None, (asked, bare, new)), (checkpoint, whatever_step)):
+        if (name := named(estimator, of, given)) in entries:
             return _entry(entries[name], f"{file}, {name}")
     own = folder / "certificate.json"
-    if not bare or (own.is_file() and named(estimator, checkpoint, bare) == _measured(own)):
+    if not new or (own.is_file() and named(estimator, whatever_step, new) == _measured(own)):
         return _own(folder)
     raise ConfigError(
         f"verify=true: {file} has no {named(estimator, checkpoint, asked)}, which this command "

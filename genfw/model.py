@@ -45,12 +45,19 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 
     classes: int | None = None
 
+    @property
+    def density(self) -> bool:
+        """Whether p(x) is a density of real numbers, which has no bits per dimension, and not a
+        mass of integers: what `likelihood` says, where there is one. A model whose likelihood is
+        elsewhere says `density = True` in its class."""
+        return getattr(getattr(self, "likelihood", None), "density", False) is True
+
     @abstractmethod
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
         """An unbiased draw of the evidence lower bound: log p(x) >= E[elbo.total].
 
         Args:
-            x: (b, *shape) integers 0..K-1.
+            x: (b, *shape) integers 0..K-1; real numbers, where the model is a `density`.
             y: (b,) labels, or None; the bound is then one on log p(x | y), where the model has
                 `classes`.
             noise: where the random draws come from; None is torch's global generator.
@@ -58,7 +65,7 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
 
     @abstractmethod
     def sample(self, n: int, y: Labels | None = None, *, noise: Draws | None = None) -> Image:
-        """n images from the model, (n, *shape) integers."""
+        """n images from the model, (n, *shape), numbers of the kind that `elbo` takes."""
 
     def for_evaluation(self) -> LatentModel:
         """The same model, read so that its bound has the least variance known; itself unless it

@@ -123,6 +123,16 @@ def of_mixture(shape, bins):
     return model
 
 
+def of_real_numbers(shape, bins, classes=None):
+    encoder = MLPEncoder(shape, 2, classes=classes, hidden=[8])
+    decoder = MLPDecoder(shape, 2, outputs=2, classes=classes, hidden=[8])
+    return genfw.VAE(encoder, decoder, genfw.GaussianLikelihood(), 2, classes=classes)
+
+
+def diffusion_of_real_numbers(shape, bins, classes=None):
+    return vdm(shape, 1, classes, likelihood=genfw.GaussianLikelihood())
+
+
 NETWORKS = MLPEncoder(4, 2), MLPDecoder(4, 2, outputs=3)
 ORACLE = genfw.testing.oracles.GaussianDenoiser(genfw.Cosine(8.0, -6.0), 0.0, 1.0)
 HIERARCHIES = {"vae": vae, "mhvae": mhvae, "vdm": vdm}
@@ -146,6 +156,12 @@ def ours(interface):
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories, of_mixture])
 def test_models(law, make):
     law(make, shape=(1, 2, 2), bins=3)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("make", [of_real_numbers, diffusion_of_real_numbers])
+def test_models_of_real_numbers(make, classes):
+    check(make, LatentModel, shape=(1, 2, 2), bins=None, classes=classes)
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -732,6 +748,21 @@ def test_a_lost_label_is_found(make, method, replacement, said):
 def test_a_broken_model_is_found(make, method, replacement, said):
     with pytest.raises(AssertionError, match=said):
         every_law(broken(make, **{method: replacement}))
+
+
+@pytest.mark.parametrize(
+    ("make", "bins", "said"),
+    [
+        (broken(vae, density=True), 3, "samples are torch.int64, and density=True"),
+        (broken(of_real_numbers, density=False), None, "torch.float32, and density=False"),
+        (broken(of_real_numbers, density=False), 3, "torch.float32, and density=False"),
+        (of_real_numbers, 3, "density=True, and bins=3: .* bins=None"),
+        (lambda shape, bins: vae(shape, 3), None, "density=False, and bins=None: "),
+    ],
+)
+def test_a_model_that_is_wrong_about_its_density_is_found(make, bins, said):
+    with pytest.raises(AssertionError, match=said):
+        check(make, LatentModel, shape=(1, 2, 2), bins=bins)
 
 
 def every_law(make):

@@ -271,11 +271,28 @@ def test_other_batches_are_refused(given, labelled, says):
         as_batch(given, labelled)
 
 
-def test_a_density_is_said_to_be_one_and_has_no_bits(tmp_path):
+class Elsewhere(genfw.LatentModel):
+    """A density whose likelihood nobody finds."""
+
+    density = True
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def elbo(self, x, y=None, *, noise=None):
+        return self.inner.elbo(x, y, noise=noise)
+
+    def sample(self, n, y=None, *, noise=None):
+        return self.inner.sample(n, y, noise=noise)
+
+
+@pytest.mark.parametrize("wrapped", [lambda model: model, Elsewhere], ids=["likelihood", "density"])
+def test_a_density_is_said_to_be_one_and_has_no_bits(tmp_path, wrapped):
     """A plain loader of real numbers is enough; integers are none."""
     torch.manual_seed(0)
     encoder, decoder = MLPEncoder((3,), 2), MLPDecoder((3,), 2, outputs=2)
-    model = genfw.VAE(encoder, decoder, genfw.GaussianLikelihood(), latents=2)
+    model = wrapped(genfw.VAE(encoder, decoder, genfw.GaussianLikelihood(), latents=2))
     module = LatentModule(model, genfw.Elbo(), torch.optim.SGD)
     x = 0.01 * torch.randn(8, 3)
     trainer = tiny.trainer(tmp_path, 2)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -390,4 +391,73 @@ def test_a_looseness_names_its_entry_and_is_not_computed_again(run, monkeypatch,
     assert command(evaluate.evaluate, given) == 0
     monkeypatch.setattr(evaluate, "looseness", lambda *_: pytest.fail("computed again"))
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
-    assert "of best, simulated=100)" in capsys.readouterr().out
+    assert "of best at step 12, simulated=100)" in capsys.readouterr().out
+
+
+def test_what_the_configuration_says_already_asks_for_the_runs_own_number(run, capsys):
+    """A checkpoint and simulated images are none of the configuration's words."""
+    assert command(evaluate.evaluate, [f"run={run}"]) == 0
+    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
+    (run / "evaluation.json").unlink()
+    (run / "certificate.json").write_text(json.dumps(entry["certificate"]))
+    shutil.copy(run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt")
+    again = ("seed=0", "estimator=annealed", "model.latents=16")
+    for given in (
+        again[:1],
+        again[1:2],
+        again,
+        (*again, "trainer.devices=1"),
+        ("seed=1", again[0]),
+    ):
+        assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 0
+        assert f"computed again ({run / 'certificate.json'})" in capsys.readouterr().out
+    for given in (["seed=1"], [*again, "seed=1"], ["checkpoint=last"], ["simulated=9"]):
+        assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 2
+        assert "evaluation.json has no" in capsys.readouterr().err
+    assert command(evaluate.evaluate, [f"run={run}", "seed=1"]) == 0
+    assert command(evaluate.evaluate, [f"run={run}", "verify=true", "seed=1", again[1]]) == 0
+    assert "of best at step 12, seed=1)" in capsys.readouterr().out
+
+
+def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, capsys):
+    """Also when the run has gone on since: nothing is written over, and nothing passes for a number
+    of what stands there now."""
+    files, data = run / "checkpoints", ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
+    given = [f"run={run}", "checkpoint=best"]
+    assert command(evaluate.evaluate, given) == 0
+    (first,) = json.loads((run / "evaluation.json").read_text())
+    assert first == "bound(sets=2, strata=2) of best at step 12"
+    shutil.copy(files / "best.ckpt", files / "earlier.ckpt")
+
+    torch.save({"global_step": 24}, files / "best.ckpt")
+    module = tiny.module()
+    next(module.model.parameters()).data += 1.0
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (module, data))
+    capsys.readouterr()
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 2
+    assert re.search(f"has no .* of best at step 24, .*it has: {re.escape(first)}$", told(capsys))
+    assert command(evaluate.evaluate, given) == 0
+    assert [*json.loads((run / "evaluation.json").read_text())] == [first, first[:-2] + "24"]
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+
+    (files / "earlier.ckpt").replace(files / "best.ckpt")
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (tiny.module(), data))
+    capsys.readouterr()
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    assert f"evaluation.json, {first})" in told(capsys)
+
+
+def test_an_entry_of_before_names_had_steps_is_verified_too(run, capsys):
+    given = [f"run={run}", "checkpoint=best"]
+    assert command(evaluate.evaluate, given) == 0
+    (entry,) = json.loads((run / "evaluation.json").read_text()).values()
+    name = "bound(sets=2, strata=2) of best"
+    (run / "evaluation.json").write_text(json.dumps({name: entry}))
+    capsys.readouterr()
+    assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
+    assert f"evaluation.json, {name})" in told(capsys)
+
+
+def told(capsys):
+    """All that was said, on one line."""
+    return " ".join("".join(capsys.readouterr()).split())

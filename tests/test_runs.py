@@ -16,8 +16,9 @@ import torch
 from omegaconf import OmegaConf
 from test_job import SMALL, VAE, composed
 
-from genfw import sample
+from genfw import evaluate, sample
 from genfw.__main__ import main
+from genfw.export import export
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.job import ended, run
 from genfw.train.loggers import Wandb
@@ -177,12 +178,23 @@ def test_a_number_is_not_read_as_another(key, value, wrong, any_run):
     [
         *(("10", 10), ("-3", -3), ("+5", 5), ("0", 0), ("1e-3", 1e-3), ("2.0", 2.0)),
         *(("12:75", "12:75"), ("'1_0'", "1_0"), ("0,1,2", "0,1,2"), ("a_1:3", "a_1:3")),
-        *(("[0,1.5,b_0]", [0, 1.5, "b_0"]), ("null", None), ("", None), ("true", True)),
+        *(("[0,1.5,b_0]", [0, 1.5, "b_0"]), ("null", None), ("true", True)),
     ],
 )
 def test_plain_numbers_and_text_are_what_they_look_like(given, value, any_run):
     found = read([any_run, f"label={given}"], {"label": None}, "")[2].label
     assert found == value and isinstance(found, str) == isinstance(value, str)
+
+
+@pytest.mark.parametrize("act", [sample.sample, evaluate.evaluate, export])
+def test_an_argument_without_a_value_is_refused_in_one_line(act, any_run, capsys):
+    """It would be the default in silence: all classes, any device."""
+    others = ("verify", "simulated", "estimator", "model.latents", "sampler", "trusted")
+    for key in (*sample.DEFAULTS, *others):
+        for nothing in ("", " "):
+            assert command(act, [any_run, f"{key}={nothing}"]) == 2
+            said = f"{key}=: expected a value, got none: give one, or leave it out\n"
+            assert capsys.readouterr().err == said
 
 
 def test_what_is_no_yaml_is_said_in_one_line(any_run):

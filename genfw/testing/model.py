@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,10 +17,29 @@ Make = Callable[..., LatentModel]
 """Builds a model of images of `shape` with `bins` values; the smaller, the better. Sums over all
 images are made where there are at most `ENUMERABLE`."""
 
+Bins: TypeAlias = int | None
+"""None: of a density, whose data are real numbers."""
+
 ENUMERABLE, DRAWS, MANY, SAMPLES, FEW = 256, 400, 2000, 10_000, 40
 
 
-def bound_is_one_number_per_image(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def a_density_says_so(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
+    """`density`, which has no bits per dimension, where numbers are real (bins=None), and nowhere
+    else."""
+    model = built(make, shape, bins, arguments).eval()
+    with torch.no_grad():
+        drawn = model.sample(2, noise=Noise(1, torch.arange(2)))
+    assert model.density == drawn.is_floating_point(), (
+        f"samples are {drawn.dtype}, and density={model.density}: a density of real numbers says "
+        "`density = True` and draws real numbers, any other model says nothing and draws integers"
+    )
+    assert model.density == (bins is None), (
+        f"density={model.density}, and bins={bins}: give the laws the number of values, and of a "
+        "density bins=None"
+    )
+
+
+def bound_is_one_number_per_image(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """elbo(x) -> (b,) nats, finite, its total the sum of its terms, its gradients finite."""
     model, x = built(make, shape, bins, arguments), _images(shape, bins)
     elbo = model.elbo(x)
@@ -34,7 +53,7 @@ def bound_is_one_number_per_image(make: Make, shape: Any, bins: int, **arguments
     assert all(gradient.isfinite().all() for gradient in reached), "a gradient is not finite"
 
 
-def an_image_keeps_its_number(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def an_image_keeps_its_number(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """With keyed noise, whatever its batch and its place in it."""
     model, x = built(make, shape, bins, arguments).eval(), _images(shape, bins)
     with torch.no_grad():
@@ -44,19 +63,21 @@ def an_image_keeps_its_number(make: Make, shape: Any, bins: int, **arguments: An
     assert torch.allclose(part, whole[some], rtol=1e-4), "an image's bound depends on its batch"
 
 
-def samples_are_integers_of_their_own(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
-    """sample(n) -> (n, *shape), 0..K-1; sample i is the same in any batch."""
+def samples_are_values_of_their_own(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
+    """sample(n) -> (n, *shape), 0..K-1 but of a density; sample i is the same in any batch."""
     model = built(make, shape, bins, arguments).eval()
     with torch.no_grad():
         drawn = model.sample(5, noise=Noise(1, torch.arange(5)))
         alone = model.sample(1, noise=Noise(1, torch.tensor([3])))
     assert drawn.shape == (5, *shape), f"samples are {tuple(drawn.shape)}, not {(5, *shape)}"
-    assert not drawn.is_floating_point(), f"samples are {drawn.dtype}, not integers"
-    assert drawn.min() >= 0 and drawn.max() < bins, f"samples outside 0..{bins - 1}"
-    assert (alone == drawn[3:4]).all(), "a sample depends on its batch"
+    if bins is None:
+        assert drawn.isfinite().all(), "samples are not finite"
+    else:
+        assert drawn.min() >= 0 and drawn.max() < bins, f"samples outside 0..{bins - 1}"
+    assert _same(alone, drawn[3:4]).all(), "a sample depends on its batch"
 
 
-def a_sample_is_of_its_label(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def a_sample_is_of_its_label(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """Of models with `classes`: sample i is drawn given y[i], as beside none but its like; and the
     label matters. Down the chain too, where there is one."""
     model = built(make, shape, bins, arguments).eval()
@@ -72,12 +93,12 @@ def a_sample_is_of_its_label(make: Make, shape: Any, bins: int, **arguments: Any
             mixed = draw(n, y, noise=noise)
             alike = [draw(n, torch.full_like(y, k), noise=noise) for k in range(model.classes)]
         for k, of_one in enumerate(alike):
-            assert (mixed == of_one)[y == k].all(), f"{name}: a sample is not of its label"
-        moved = any((each != alike[0]).any() for each in alike[1:])
+            assert _same(mixed, of_one)[y == k].all(), f"{name}: a sample is not of its label"
+        moved = any(not _same(each, alike[0]).all() for each in alike[1:])
         assert moved or model.classes == 1, f"{name}: samples are the same whatever the label"
 
 
-def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def no_more_than_one_in_all(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """exp(bound), summed over all images there are, is at most 1: a dropped constant, a mean over
     pixels or a forgotten Jacobian is found here."""
     x = _all_images(shape, bins)
@@ -93,7 +114,7 @@ def no_more_than_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any)
         assert mass < 1 + 5 * error + 1e-5, f"exp(bound) sums to {mass:.4f} +- {error:.4f} over all"
 
 
-def weights_average_to_one_in_all(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def weights_average_to_one_in_all(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """Of models with importance weights: E[w] = p(x), so the mean weights of all images sum to
     1."""
     x, model = _all_images(shape, bins), chain(built(make, shape, bins, arguments).eval())
@@ -110,7 +131,7 @@ def weights_average_to_one_in_all(make: Make, shape: Any, bins: int, **arguments
         assert not wrong, f"E[w] sums to {mass:.4f} +- {error:.4f} over all"
 
 
-def bound_is_the_mean_log_weight(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def bound_is_the_mean_log_weight(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """Of models with importance weights: E log w = E elbo. A rate that is halved or left out is
     found here; what is small in so small a model, as a KL between levels may be, is not."""
     x, model = _images(shape, bins), chain(built(make, shape, bins, arguments).eval())
@@ -125,14 +146,14 @@ def bound_is_the_mean_log_weight(make: Make, shape: Any, bins: int, **arguments:
         assert not wrong, f"E log w is {log_w:.4f} +- {error:.4f}, the mean bound {bound:.4f}"
 
 
-def samples_come_down_the_chain(make: Make, shape: Any, bins: int, **arguments: Any) -> None:
+def samples_come_down_the_chain(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """Of chains: an image is drawn as often as prior and conditionals say,
     p(x) = E_p(z_1)[p(x | z_1)]."""
     x, model = (
         _all_images(shape, bins),
         chain(built(make, shape, bins, arguments, moved=0.5).eval()),
     )
-    if x is None or not isinstance(model, MarkovianHierarchy):
+    if bins is None or x is None or not isinstance(model, MarkovianHierarchy):
         return
     draw = model.ancestral_sample if isinstance(model, VDM) else model.sample  # in T steps
     noise, places = Noise(6, torch.arange(MANY)), bins ** torch.arange(x[0].numel())
@@ -156,7 +177,7 @@ def chain(model: LatentModel) -> LatentModel:
 
 
 def built(
-    make: Make, shape: Any, bins: int, arguments: dict[str, Any], moved: float = 0.1
+    make: Make, shape: Any, bins: Bins, arguments: dict[str, Any], moved: float = 0.1
 ) -> LatentModel:
     """As it might be after some training, the same every time: weights are off by about `moved`."""
     with torch.random.fork_rng(devices=[]):
@@ -167,23 +188,31 @@ def built(
     return model
 
 
-def _images(shape: Any, bins: int) -> Tensor:
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two draws are one and the same; real numbers but for rounding."""
+    return a.isclose(b, rtol=1e-4, atol=1e-5) if a.is_floating_point() else a == b
+
+
+def _images(shape: Any, bins: Bins) -> Tensor:
     made = torch.Generator().manual_seed(0)
+    if bins is None:
+        return torch.randn(6, *shape, generator=made)
     return torch.randint(bins, (6, *shape), generator=made, dtype=torch.uint8)
 
 
-def _all_images(shape: Any, bins: int) -> Tensor | None:
+def _all_images(shape: Any, bins: Bins) -> Tensor | None:
     dims = int(torch.tensor(shape).prod())
-    if bins**dims > ENUMERABLE:
+    if bins is None or bins**dims > ENUMERABLE:
         return None
     every = torch.tensor(list(product(range(bins), repeat=dims)), dtype=torch.uint8)
     return every.view(-1, *shape)
 
 
 MODEL_LAWS = (
+    a_density_says_so,
     bound_is_one_number_per_image,
     an_image_keeps_its_number,
-    samples_are_integers_of_their_own,
+    samples_are_values_of_their_own,
     a_sample_is_of_its_label,
     no_more_than_one_in_all,
     weights_average_to_one_in_all,

@@ -43,7 +43,7 @@ def certify(
 def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
     nll, stderr = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr"))
     bits: dict[str, Any] = {"bpd": None, "bpd_stderr": None, "terms": {}}
-    if not module.of_density:
+    if not module.model.density:
         bits = {
             "bpd": float(tested["test/bpd"]),
             "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), module.dims))),
@@ -76,7 +76,7 @@ def kind(module: LatentModule) -> str:
     """What the number is: the estimator's word, of p(x | y) where the model is told y; and whether
     p is a density, whose numbers compare with no probability of integers."""
     said = module.estimator.kind
-    if module.of_density:
+    if module.model.density:
         said += ", p a density of real numbers"
     return said if module.model.classes is None else said.replace("p(x)", "p(x | y)")
 
@@ -138,13 +138,18 @@ def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
 
 
 def _origin(checkpoint: Path) -> dict[str, Any]:
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return {
         "checkpoint": checkpoint.name,
-        "step": int(held["global_step"]),
+        "step": reached(checkpoint),
         "git": git_commit(),
         "versions": {key.removeprefix("versions/"): value for key, value in versions().items()},
     }
+
+
+def reached(checkpoint: Path) -> int:
+    """The optimizer step whose weights a file holds."""
+    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return int(held["global_step"])
 
 
 def versions() -> dict[str, str]:

@@ -25,7 +25,6 @@ from torch.utils.data import DistributedSampler, RandomSampler
 from genfw.elbo import bits_per_dim
 from genfw.estimators.bound import Bound
 from genfw.estimators.estimator import Estimator, undisturbed
-from genfw.likelihood import Likelihood
 from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
 from genfw.objective import Elbo, Objective
@@ -94,12 +93,6 @@ class LatentModule(L.LightningModule):
         self._nats: list[Tensor] = []
 
     @property
-    def of_density(self) -> bool:
-        """Whether p(x) is a density of real numbers, which has no bits per dimension."""
-        likelihood = getattr(self.model, "likelihood", None)
-        return isinstance(likelihood, Likelihood) and likelihood.density
-
-    @property
     def evaluated(self) -> LatentModel:
         """The weights that are reported: the average where there is one."""
         return self.model if self.average is None else self.average
@@ -129,7 +122,7 @@ class LatentModule(L.LightningModule):
             in_order(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
         seen = 0 if trainer.training else int(self.nll.count)
         return as_batch(
-            batch, labelled, seen, trainer.global_rank, trainer.world_size, real=self.of_density
+            batch, labelled, seen, trainer.global_rank, trainer.world_size, real=self.model.density
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -148,7 +141,7 @@ class LatentModule(L.LightningModule):
             self._nats = [*([] if first else self._nats), loss.detach()]
             value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
             self.log("train/objective", value, prog_bar=True)
-            if isinstance(self.objective, Elbo) and not self.of_density:  # others are weighted
+            if isinstance(self.objective, Elbo) and not self.model.density:  # others are weighted
                 self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
         return loss
 
@@ -175,12 +168,12 @@ class LatentModule(L.LightningModule):
     def _report(self, split: str) -> None:
         values = self.nll.compute()
         self.nll.reset()
-        if self.of_density:
+        if self.model.density:
             del values["bpd"]
         if "nonfinite" in values:
             count, n = int(values["nonfinite"]), int(values["count"])
             warnings.warn(f"{split}: the NLL of {count} of {n} images is not finite", stacklevel=2)
-        shown = "val/nll" if self.of_density else "val/bpd"
+        shown = "val/nll" if self.model.density else "val/bpd"
         for name, value in values.items():
             key = f"{split}/{name}"
             self.log(key, value.float(), prog_bar=key == shown)

@@ -69,8 +69,8 @@ def read(
         keeps: of a key of config.yaml, why it may not be given here; None: it may.
 
     Raises:
-        ConfigError: an argument that is not understood, a folder that is no run's, a key that is
-            unknown or kept.
+        ConfigError: an argument that is not understood or has no value, a folder that is no run's,
+            a key that is unknown or kept.
     """
     search = [each for each in arguments if each.startswith("hydra.searchpath=")]
     pairs = [each.partition("=") for each in arguments if each not in search]
@@ -80,6 +80,9 @@ def read(
         raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
     if not given[word]:
         raise ConfigError(f"{word}=: expected a run's folder.\n{usage}")
+    for key, value in given.items():
+        if not value.strip():
+            raise ConfigError(f"{key}=: expected a value, got none: give one, or leave it out")
     folder = Path(given.pop(word))
     config = load(folder, word)
     if "model" not in config and word == "run":
