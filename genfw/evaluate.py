@@ -22,6 +22,9 @@ entry (but for its looseness, which no certificate is about). What the run's con
 may be said again, `seed=0`, and asks for no other number. Other `data.` and `trainer.` may be
 added, such as `trainer.accelerator=cpu`: the certificate says whether they matter. Exit code 0
 where everything holds, 1 and a line for each that does not.
+
+`wandb=true` also logs the entry to W&B, as a run of its own (job type "evaluate") in the group of
+the trained one; the same entry computed again goes on with the same run.
 """
 
 from __future__ import annotations
@@ -38,14 +41,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from genfw.train.errors import ConfigError, GenfwError, not_finite
 from genfw.train.runs import all_but, checkpoint, command, load, read, unguided
+from genfw.train.schema import nodes
 
 if TYPE_CHECKING:
     from genfw.estimators.estimator import Estimator
     from genfw.estimators.report import Certificate
+    from genfw.train.loggers import Wandb
     from genfw.train.module import LatentModule
 
 USAGE = """python -m genfw.evaluate run=<folder> [checkpoint=best] [verify=true] [simulated=100]
-  [key=value ...]
+  [wandb=true] [key=value ...]
 Example: python -m genfw.evaluate run=outputs/2026-11-23_10-15-42_k3f9ab estimator.strata=128"""
 
 CHANGES = ("estimator", "model", "data", "trainer", "seed", "trusted")
@@ -55,6 +60,9 @@ config.yaml a second time, by themselves, where nothing reads them any more."""
 WHERE = ("data", "trainer")
 """Of those, what may be another where a number is only to be computed again."""
 
+OF_NO_MATTER = ("verify", "wandb", "trusted", "hydra")
+"""What is said of a number does not change it."""
+
 
 class Differs(GenfwError):
     """A certificate does not hold."""
@@ -63,9 +71,10 @@ class Differs(GenfwError):
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    defaults = {"checkpoint": "best", "verify": False, "simulated": 0}
+    defaults = {"checkpoint": "best", "verify": False, "simulated": 0, "wandb": False}
     folder, config, options = read(arguments, defaults, USAGE, keeps=_no_matter)
     _can_be_simulated(config, options.simulated)
+    loggers = _asked_loggers(config, options)
 
     from rich.console import Console
 
@@ -115,6 +124,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         if trainer.is_global_zero:
             held = {"kind": kind(module), "changed": changed, **results, "certificate": found}
             keep(folder, name, held)
+            for node in loggers:
+                log(build(node, folder=folder), config, name, held)
     if wrong := not_finite(results):
         raise GenfwError(f"{wrong}: there is no number to report")
 
@@ -128,6 +139,34 @@ def _can_be_simulated(config: DictConfig, n: int) -> None:
         )
     if n < 0 or n == 1:
         raise ConfigError(f"simulated={n}: expected at least 2 images, or 0")
+
+
+def _asked_loggers(config: DictConfig, options: DictConfig) -> list[DictConfig]:
+    """W&B's nodes, where wandb=true asks for them."""
+    if not options.wandb:
+        return []
+    if options.verify:
+        raise ConfigError(
+            "wandb=true, verify=true: what is only compared is not logged; leave out one of the two"
+        )
+    loggers = list(nodes(config.get("logger"), "genfw.train.loggers.Wandb"))
+    if not loggers:
+        raise ConfigError(
+            "wandb=true: the run has no W&B logger (logger=wandb); its numbers stay in its folder"
+        )
+    return loggers
+
+
+def log(logger: Wandb, config: DictConfig, name: str, entry: Mapping[str, Any]) -> None:
+    """An entry of evaluation.json to W&B, as a run of its own."""
+    from genfw.train.loggers import git_commit
+
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    logger.evaluates(name)
+    logger.log_hyperparams({**resolved, "evaluation": name, "git": git_commit()})
+    logger.summarize(entry)
+    logger.finish()
+    print(logger.where)
 
 
 def _no_matter(key: str) -> str | None:
@@ -207,7 +246,7 @@ def claim(
     """
     file = folder / "evaluation.json"
     entries, whatever_step = read_json(file) if file.exists() else {}, checkpoint.split()[0]
-    asked = _but_for(("verify", "trusted", "hydra"), changed)
+    asked = _but_for(OF_NO_MATTER, changed)
     bare = _but_for(WHERE, asked)
     new = [each for each in bare if not repeats(each)]
     for given, of in product(filter(None, (asked, bare, new)), (checkpoint, whatever_step)):
@@ -303,7 +342,7 @@ def named(estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> str:
         'bound(sets=2, strata=8) of best, model.steps=10, seed=4'
     """
     given = dict(each.split("=", 1) for each in changed)
-    said = {"checkpoint", "verify", "trusted", "hydra"}  # by the name, or of no matter
+    said = {"checkpoint", *OF_NO_MATTER}  # the first by the name
     if estimator.extra_repr():  # says how it was asked
         said.add("estimator")
     others = {key: value for key, value in given.items() if key.split(".")[0] not in said}

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -249,6 +250,31 @@ def test_evaluate_gives_the_same_number(vdm, capsys):
     assert entries[f"bound(sets=2, strata=1) {of}"] == again and len(entries) == 3
     assert entries[f"bound(sets=2, strata=1) {of}, seed=1"]["test/nll"] != results["test/nll"]
     assert more["kind"] == "upper bound on -log p(x)" and more["changed"] == ["estimator.strata=2"]
+
+
+def test_wandb_has_an_evaluation_where_it_is_asked_to(vdm, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(vdm[0], folder, ignore=shutil.ignore_patterns("evaluation.json"))
+    asked = [f"run={folder}", "estimator.strata=3", "wandb=true"]
+    assert command(evaluate.evaluate, asked) == 0
+    assert "wandb sync" in capsys.readouterr().out
+    ((name, entry),) = json.loads((folder / "evaluation.json").read_text()).items()
+    assert "wandb" not in name
+    config, _, summary = read_wandb(folder, "-*")
+    assert config["net"]["width"] == 16 and config["evaluation"] == name and "git" in config
+    assert summary["test/nll"] == pytest.approx(entry["test/nll"])
+    assert summary["certificate"]["estimator"] == entry["certificate"]["estimator"]
+    assert read_wandb(folder)[2]["test/nll"] == pytest.approx(vdm[1]["test/nll"])  # the run's own
+
+    assert command(evaluate.evaluate, [*asked, "verify=true"]) == 2
+    assert "wandb=true, verify=true: what is only compared" in capsys.readouterr().err
+    assert command(evaluate.evaluate, [*asked[:2], "verify=true"]) == 0  # it names the same entry
+    configuration = folder / "config.yaml"
+    written = OmegaConf.load(configuration)
+    del written.logger["wandb"]
+    OmegaConf.save(written, configuration)
+    assert command(evaluate.evaluate, asked) == 2
+    assert "wandb=true: the run has no W&B logger" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_evaluated_by_another_estimator(vdm, capsys):

@@ -53,9 +53,11 @@ def records(file: Path):
             yield record
 
 
-def read_wandb(folder: Path):
-    """(config, history rows, summary) of the one offline run in a run folder."""
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+def read_wandb(folder: Path, run: str = ""):
+    """(config, history rows, summary) of the offline run of a run folder, or of an evaluation's,
+    whose id goes on with `run`."""
+    identity = (folder / "wandb_id.txt").read_text().strip()
+    (file,) = folder.glob(f"wandb/offline-run-*/run-{identity}{run}.wandb")
     deadline = time.monotonic() + 20  # W&B's own process writes, a moment after `finish` returns
     while not any(r.HasField("exit") for r in records(file)) and time.monotonic() < deadline:
         time.sleep(0.05)
