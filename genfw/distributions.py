@@ -85,11 +85,17 @@ class Normal(Distribution):
         mean: (b, ...).
         std: positive, broadcastable to `mean`.
 
-    A density: its values are not comparable with masses.
+    A density: its values are not comparable with masses. A subclass may draw and weigh by itself:
+    where its `log_prob` is its own, so is its divergence, in closed form if it has a `kl` too.
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
         self._mean, self._std = mean, std
+
+    @property
+    def plain(self) -> bool:
+        """Whether its density is that of a normal."""
+        return type(self).log_prob is Normal.log_prob
 
     @property
     def mean(self) -> Tensor:
@@ -118,7 +124,17 @@ class Normal(Distribution):
         return kl.to(torch.promote_types(wide(self.mean).dtype, other.mean.dtype))
 
     def kl_by_dimension(self, other: Normal) -> Tensor:
-        """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`."""
+        """KL(self || other) of each of its D dimensions, (b, D) nats, which add up to `kl`.
+
+        Raises:
+            TypeError: one of the two has a density of its own.
+        """
+        for each in (self, other):
+            if not each.plain:
+                raise TypeError(
+                    f"a {type(each).__name__} has a density of its own, and what single dimensions "
+                    "cost is known of normals alone"
+                )
         kl = self.by_dimension().kl(other.by_dimension())
         return kl.view_as(self.mean).flatten(1)
 
@@ -128,12 +144,14 @@ class Normal(Distribution):
 
 
 def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
-    """KL(q || p), (b,) nats: in closed form of two normals, otherwise log q(z) - log p(z) at z from
-    q, unbiased, which may be negative. In float64: near equals leave little."""
-    if isinstance(p, Normal):
+    """KL(q || p), (b,) nats: in closed form where it is known, of two normals or by q's own `kl` to
+    one; otherwise log q(z) - log p(z) at z from q, unbiased, which may be negative. In float64:
+    near equals leave little."""
+    stated = q.plain or type(q).kl is not Normal.kl
+    if stated and isinstance(p, Normal) and p.plain:
         return q.kl(p)
-    log_q = Normal(q.mean.double(), q.std.double()).log_prob(z)
-    return (log_q - p.log_prob(z)).to(wide(q.mean).dtype)
+    exact = Normal(q.mean.double(), q.std.double()) if q.plain else q
+    return (exact.log_prob(z) - p.log_prob(z)).to(wide(q.mean).dtype)
 
 
 def scale_of(log_scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from oracles import gaussian_log_prob
+from test_model import Laplace
 from torch.distributions import Normal as Reference
 from torch.distributions import kl_divergence
 
@@ -135,6 +136,21 @@ def test_the_terms_written_out(double):
     torch.testing.assert_close(
         model.log_weight(IMAGES, noise=noise), elbo.reconstruction - log_ratio
     )
+
+
+def test_the_bound_of_a_posterior_of_its_own_kind_is_the_log_weight_at_its_draw(double):
+    """By its density, not that of the Normal it is by name; what its units cost is not known."""
+
+    class LaplacePosterior(FullPosterior):
+        def forward(self, h, p):
+            q = super().forward(h, p)
+            return Laplace(q.mean, q.std)
+
+    model, noise = random_hvae(), Noise(0, EACH)
+    model.posterior = LaplacePosterior()
+    bound, log_w = model.elbo(IMAGES, noise=noise).total, model.log_weight(IMAGES, noise=noise)
+    torch.testing.assert_close(bound, log_w)
+    assert all(cost.isnan().all() for cost in model.costs(IMAGES))
 
 
 @pytest.mark.parametrize("blocks", [(1,), (2, 1), (0, 3)], ids=str)

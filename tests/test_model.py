@@ -8,7 +8,7 @@ from oracles import LinearGaussianChain
 from scipy import stats
 
 from genfw import L2, Annealed, Bound, Dreg, FreeBits, ImportanceWeighted, Noise, Stl
-from genfw.distributions import Distribution, Normal, per_example
+from genfw.distributions import Distribution, Normal, divergence, per_example
 from genfw.model import repeated
 from genfw.noise import draws
 
@@ -52,6 +52,34 @@ def test_an_encoder_of_its_own_kind_weighs_what_it_draws(k, double):
     z = chain.encode(x.repeat_interleave(k, 0), 1).sample(noise.fold("z1"))
     (rung,) = chain.climb(x, noise=noise, k=k)
     assert torch.equal(rung.z, z) and type(rung.q) is Laplace
+
+
+@DEPTHS
+def test_the_bound_of_an_encoder_of_its_own_kind_is_the_log_weight_at_its_draw(levels, double):
+    """By its density, not that of the Normal it is by name."""
+    chain, x, noise = LinearGaussianChain(levels), data(), Noise(0, torch.arange(64))
+    chain.encode = lambda z, t, y=None: Laplace(0.6 * z, 0.8 * torch.ones_like(z))
+    bound, log_w = chain.elbo(x, noise=noise).total, chain.log_weight(x, noise=noise)
+    assert torch.allclose(bound, log_w, atol=1e-10)
+
+
+class Exact(Laplace):
+    def kl(self, other):
+        return torch.full((len(self.mean),), 7.0).to(self.mean)
+
+
+def test_a_divergence_in_closed_form_is_of_the_densities_that_there_are(double):
+    mean, std = torch.randn(5, 2), torch.ones(5, 2)
+    normal, laplace, exact = Normal(mean, std), Laplace(mean, std), Exact(mean, std)
+    z = torch.randn(5, 2)
+    standard = Normal(0 * mean, std)
+    assert torch.equal(divergence(normal, standard, z), normal.kl(standard))
+    for q, p in ((laplace, normal), (normal, laplace), (exact, Laplace(0 * mean, std))):
+        assert torch.allclose(divergence(q, p, z), q.log_prob(z) - p.log_prob(z), atol=1e-12)
+    assert (divergence(exact, normal, z) == 7).all()  # as it says itself, of a normal
+    for q, p in ((laplace, normal), (normal, laplace)):
+        with pytest.raises(TypeError, match="Laplace has a density of its own"):
+            q.kl_by_dimension(p)
 
 
 @DEPTHS

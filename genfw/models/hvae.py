@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.check import at_least
-from genfw.distributions import Distribution, Normal
+from genfw.distributions import Distribution, Normal, divergence
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel, agreed, as_read, normal_numbers
@@ -108,9 +108,9 @@ class HVAE(LatentModel, name="hvae"):
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
         """The bound of the page above; `levels[t - 1]` is z_t's divergence, z_T's is `prior`."""
-        log_p, pairs = self.divergences(x, y, noise=noise)
-        *levels, prior = (q.kl(p) for q, p in pairs)
-        return ELBO(reconstruction=log_p, levels=tuple(levels), prior=prior)
+        p_x, steps = self._descend(x, y, draws(noise, x))
+        *levels, prior = (divergence(step.q, step.p, step.z) for step in reversed(steps))
+        return ELBO(reconstruction=p_x.log_prob(x), levels=tuple(levels), prior=prior)
 
     def divergences(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
@@ -191,7 +191,10 @@ class HVAE(LatentModel, name="hvae"):
         """KL(q || p) of every unit of z_1 .. z_T on one sampled way down, (b, units) nats each:
         their sums over units are the terms of the bound."""
         _, pairs = self.divergences(x, y, noise=noise)
-        return [q.kl_by_dimension(p) for q, p in pairs]
+        return [
+            q.kl_by_dimension(p) if q.plain else torch.full_like(q.mean.flatten(1), torch.nan)
+            for q, p in pairs
+        ]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are

@@ -50,6 +50,11 @@ class Latents(Protocol):
         ...
 
 
+def _unknown(z: Tensor) -> Tensor:
+    """What units cost that have no cost of their own, (b, units)."""
+    return torch.full_like(z.flatten(1), torch.nan)
+
+
 class Chain:
     """The latents of a Markovian hierarchy: everything below z_t depends on z_t alone."""
 
@@ -64,8 +69,8 @@ class Chain:
     def costs(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> list[Tensor]:
-        """As `bound` has them: log ratios at the draw, at the top a divergence; nan under a prior
-        that is no Normal, whose units may depend on each other.
+        """As `bound` has them: log ratios at the draw, at the top a divergence; nan where the prior
+        is no Normal, or q or p has a density of its own: units may then depend on each other.
 
         Raises:
             TypeError: a p(z_t | z_{t+1}) that is no normal: its units may depend on each other.
@@ -80,11 +85,12 @@ class Chain:
                 )
             z = rung.z.reshape(-1, 1)
             ratio = rung.q.by_dimension().log_prob(z) - above.p.by_dimension().log_prob(z)
-            costs.append(ratio.view(len(x), -1))
+            known = rung.q.plain and above.p.plain
+            costs.append(ratio.view(len(x), -1) if known else _unknown(rung.z))
         q, prior = rungs[-1].q, self.model.prior_of(rungs[-1].z)
-        if isinstance(prior, Normal):
+        if isinstance(prior, Normal) and prior.plain and q.plain:
             return [*costs, q.kl_by_dimension(prior)]
-        return [*costs, torch.full_like(q.mean.flatten(1), torch.nan)]
+        return [*costs, _unknown(rungs[-1].z)]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         z = above[0]
