@@ -251,7 +251,6 @@ WRONG = [
     ("likelihood=gaussian", ["17", "likelihood=bins or discretized_gaussian"]),
     ("model=vae likelihood=gaussian", ["17", "likelihood=discretized_gaussian"]),
     ("times=importance model.steps=5", ["times=importance", "model.steps=5", "times=uniform"]),
-    ("times=log_snr model.steps=5", ["times=log_snr", "model.steps=5", "times=uniform"]),
     ("--multirun seed=0,1 hydra/launcher=ray", ["pip install hydra-ray-launcher"]),
     ("--multirun seed=0,1 hydra/launcher=loocal", ["loocal", "local"]),
 ]

@@ -502,6 +502,14 @@ class Careless(genfw.UniformLogSNR):
         return t, schedule.slope(t)
 
 
+class Hasty(genfw.UniformLogSNR):
+    """Steps in proportion to log SNR, weighed as if each were drawn as often."""
+
+    def in_steps(self, u, steps, schedule):
+        t, measure, dt = super().in_steps(u, steps, schedule)
+        return t, measure / dt, torch.ones_like(dt)
+
+
 class Early(genfw.UniformTime):
     def draw(self, noise, x):
         return super().draw(noise, x).square()
@@ -603,6 +611,7 @@ def test_an_estimator_is_found_whole():
     ("cls", "arguments", "said"),
     [
         (Careless, {}, "the integral of place"),
+        (Hasty, {}, "step 1 of 3 counts"),
         (Early, {}, "u is not uniform"),
         (Shared, {}, "u depends on the batch"),
         (Apart, {}, "zeros beside N\\(0, I\\) cost"),

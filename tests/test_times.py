@@ -55,6 +55,35 @@ def test_the_integral_over_log_snr_is_exact(cls, schedule):
 
 
 @ALL
+@pytest.mark.parametrize("schedule", [Cosine(5.0, -6.0), Linear(5.0, -6.0)])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_the_sum_over_steps_is_exact(cls, schedule, steps):
+    """The mean over u of measure x f is the sum of expm1(what a step gains) f, that of dt x f the
+    mean over steps; t is where a step ends."""
+    n, times = 200_000, biased(cls())
+    t, measure, dt = times.in_steps((torch.arange(n).double() + 0.5) / n, steps, schedule)
+    ends = torch.arange(steps + 1).double() / steps
+    log_snr = schedule.log_snr(ends)
+    assert torch.isin(t, ends[1:]).all()
+    for got, wanted in (
+        (measure * bump(schedule.log_snr(t)), (-log_snr.diff()).expm1() * bump(log_snr[1:])),
+        (dt * bump(schedule.log_snr(t)), bump(log_snr[1:]) / steps),
+    ):
+        assert got.mean().item() == pytest.approx(wanted.sum().item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(13.3, -10.0), Linear(13.3, -10.0)])
+def test_a_bound_in_steps_is_evaluated_where_log_snr_falls(schedule, double):
+    """The first steps of these cost most, and of steps drawn evenly few are the first."""
+    vdm = VDM(GaussianDenoiser(schedule, 0.2, 0.7), GaussianLikelihood(), steps=100, shape=(1,))
+    x, noise = 0.2 + 0.7 * torch.randn(20_000, 1), Noise(0, torch.arange(20_000))
+    even, chosen = (each.elbo(x, noise=noise).levels[0] for each in (vdm, vdm.for_evaluation()))
+    difference = even.mean() - chosen.mean()
+    assert abs(difference) < 4 * ((even.var() + chosen.var()) / len(x)).sqrt()
+    assert chosen.var() < even.var() / 10
+
+
+@ALL
 @pytest.mark.parametrize("noise", [BatchNoise(1000), Noise(0, torch.arange(1000))])
 def test_every_number_is_uniform(cls, noise):
     u = cls().draw(noise, torch.empty(1000, 3))

@@ -34,8 +34,9 @@ class Denoising:
         log_snr: (b,) float64.
         eps_error: (b,) ||eps - eps_hat||^2, summed over dimensions.
         measure: (b,) what turns a mean over draws into an integral over log SNR: -d log SNR / du
-            for the uniform number u that t was made of; T expm1(log SNR_s - log SNR_t) in T steps.
-        dt: (b,) what turns it into an integral over t: dt / du; 1 where t is uniform.
+            for the uniform number u that t was made of; expm1(log SNR_s - log SNR_t) / p for a step
+            that is drawn with probability p.
+        dt: (b,) what turns it into an integral over t: dt / du, or 1 / (T p); 1 where t is uniform.
     """
 
     t: Tensor

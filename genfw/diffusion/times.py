@@ -14,7 +14,7 @@ for any falling map u -> lambda. The mean is the same for all; the variance is n
 | log_snr     | stratified                    | uniform between the end points         |
 | importance  | stratified                    | where the costs seen so far were large |
 
-In T steps u chooses the step, evenly.
+In T steps u chooses the step: evenly, under log_snr in proportion to the log SNR that it spans.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ class TimeSampler(Registered, nn.Module, ABC, group="times"):
     @abstractmethod
     def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         """u (b,) to (t, -d log SNR / du), (b,) float64 each."""
+
+    def in_steps(
+        self, u: Tensor, steps: int, schedule: NoiseSchedule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of T even steps s -> t, u (b,) to the end t of the one that it falls on, and to
+        expm1(log SNR_s - log SNR_t) / p and 1 / (T p), p being that step's probability; (b,)
+        float64 each. Here all are as likely."""
+        t, gained = _step(u, steps, schedule)
+        return t, steps * gained.expm1(), torch.ones_like(t)
 
     def observe(self, denoising: Denoising, schedule: NoiseSchedule) -> None:
         """Told in training what was drawn, and what it cost."""
@@ -80,6 +89,15 @@ class UniformLogSNR(TimeSampler, name="log_snr"):
     def forward(self, u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
         span = schedule.log_snr_max - schedule.log_snr_min
         return schedule.inverse(schedule.log_snr_max - span * u), span + 0 * u
+
+    def in_steps(
+        self, u: Tensor, steps: int, schedule: NoiseSchedule
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        span = schedule.log_snr_max - schedule.log_snr_min
+        inside = schedule.inverse(schedule.log_snr_max - span * u).detach()
+        t, gained = _step(inside, steps, schedule)
+        p = (gained / span).detach()
+        return t, gained.expm1() / p, 1 / (steps * p)
 
 
 class ImportanceTime(TimeSampler, name="importance"):
@@ -150,13 +168,12 @@ class ImportanceTime(TimeSampler, name="importance"):
         return f"bins={self.bins}, floor={self.floor:g}, decay={self.decay:g}"
 
 
-def in_steps(u: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
-    """u (b,) to the ends t of the steps s -> t that it falls on, of T even ones, and to T expm1(log
-    SNR_s - log SNR_t), (b,) float64 each."""
+def _step(u: Tensor, steps: int, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Of T even steps s -> t, the end t of the one that holds the time u, and log SNR_s -
+    log SNR_t."""
     i = (u * steps).floor().clamp_max(steps - 1) + 1
     t = i / steps
-    gained = schedule.log_snr((i - 1) / steps) - schedule.log_snr(t)
-    return t, steps * gained.expm1()
+    return t, schedule.log_snr((i - 1) / steps) - schedule.log_snr(t)
 
 
 def _through(u: Tensor, schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
 from genfw.diffusion.process import marginal, posterior, transition
 from genfw.diffusion.sampler import Ancestral, Sampler, Step
-from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime, in_steps
+from genfw.diffusion.times import TimeSampler, UniformLogSNR, UniformTime
 from genfw.distributions import Distribution, Normal, per_example
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
@@ -111,8 +111,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         return self._read(steps, sampler, self.times)
 
     def for_evaluation(self) -> VDM:
-        """In continuous time, looks at all log SNR alike: the bound depends on the schedule's end
-        points only, its variance on more. T steps are looked at alike anyway."""
+        """Looks at all log SNR alike: in continuous time the bound depends on the schedule's end
+        points only, its variance on more; of T steps those cost most that span most."""
         return self._read(self.steps, self.sampler, UniformLogSNR())
 
     # The bound, by one random time per example.
@@ -147,9 +147,9 @@ class VDM(MarkovianHierarchy, name="vdm"):
         data = self._normalize(x)
         u = self.times.draw(noise, data).to(data.device)
         if self.steps is not None:
-            t, measure = in_steps(u, self.steps, self.schedule)
+            t, measure, dt = self.times.in_steps(u, self.steps, self.schedule)
             log_snr, error = self._looked_at(data, t, y, noise)
-            return Denoising(t, log_snr, error, measure, torch.ones_like(t))
+            return Denoising(t, log_snr, error, measure, dt)
         t, measure = self.times(u, self.schedule)
         log_snr, error = self._looked_at(data, t, y, noise)
         dt = measure / self.schedule.slope(t)

@@ -37,6 +37,26 @@ def integrals_over_log_snr_are_unbiased(make: Make, **arguments: Any) -> None:
             assert off < 2e-3, f"the integral of place^{power} is {off:.2%} off {said}"
 
 
+@torch.no_grad()
+def every_step_counts_once(make: Make, **arguments: Any) -> None:
+    """Of T steps s -> t, measure makes up for how often each is drawn to expm1(what log SNR falls),
+    and dt to 1 / T; times are ends of steps, float64."""
+    halves, steps = _crowded(torch.linspace(0, 1, 2 * CELLS + 1, dtype=torch.float64)), 3
+    u, width = halves[1::2], halves[::2].diff()
+    ends = torch.arange(steps + 1, dtype=torch.float64) / steps
+    for times, schedule in _seen(make, arguments):
+        t, measure, dt = times.in_steps(u, steps, schedule)
+        assert torch.isin(t, ends[1:]).all(), f"times that end no step under {schedule}"
+        gained = (-schedule.log_snr(ends).diff()).expm1()
+        for k, end in enumerate(ends[1:]):
+            here = width * (t == end)
+            for name, value, whole in (("measure", measure, gained[k]), ("dt", dt, 1 / steps)):
+                share = float((here * value).sum() / whole)
+                assert abs(share - 1) < 0.05, (
+                    f"step {k + 1} of {steps} counts {share:.3f} times by {name} under {schedule}"
+                )
+
+
 def draws_are_uniform_and_an_examples_own(make: Make, **arguments: Any) -> None:
     """u in [0, 1], (b,) float64, whatever the batch; its mean and square to five standard
     errors."""
@@ -52,7 +72,11 @@ def draws_are_uniform_and_an_examples_own(make: Make, **arguments: Any) -> None:
     assert torch.equal(times.draw(Noise(0, some), x[some]), u[some]), "u depends on the batch"
 
 
-TIME_LAWS = (integrals_over_log_snr_are_unbiased, draws_are_uniform_and_an_examples_own)
+TIME_LAWS = (
+    integrals_over_log_snr_are_unbiased,
+    every_step_counts_once,
+    draws_are_uniform_and_an_examples_own,
+)
 
 
 def after_training(times: TimeSampler, schedule: NoiseSchedule) -> TimeSampler:

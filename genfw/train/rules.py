@@ -491,13 +491,13 @@ def times_are_looked_at(config: DictConfig) -> None:
     """Refuses a choice of times that training would ignore; a finished run may be read in steps.
 
     Raises:
-        ConfigError: `times` says where, and T steps are drawn evenly.
+        ConfigError: `times` learns where, and T steps are drawn evenly all the same.
     """
     steps, times = OmegaConf.select(config, "model.steps"), option(config, "times")
-    if steps is not None and times in ("log_snr", "importance"):
+    if steps is not None and times == "importance":
         raise ConfigError(
-            f"times={times}, model.steps={steps}: {times} chooses among times, and of {steps} "
-            "steps each is drawn as often: use times=uniform, or model.steps=null"
+            f"times={times}, model.steps={steps}: of {steps} steps each is drawn as often, "
+            f"whatever {times} learned: use times=uniform or log_snr, or model.steps=null"
         )
 
 
