@@ -220,13 +220,14 @@ class LogisticMixture(Distribution):
         return k.squeeze(1).long()
 
     def _given(self, k: Tensor) -> Tensor:
-        """The means of every channel where the colours are k, (b, 1 or M, C, *pixels)."""
+        """The means of every channel where the colours are k (b, 1 or M, C, *pixels)."""
         if self.coupling is None:
             return self.where
         r, g, _ = ((2 * k + 1) / self.bins - 1).unbind(2)
         red, green, blue = self.where.unbind(2)
         a, b, c = self.coupling.unbind(2)
-        return torch.stack([red, green + a * r, blue + b * r + c * g], dim=2)
+        means = torch.broadcast_tensors(red, green + a * r, blue + b * r + c * g)
+        return torch.stack(means, dim=2)
 
     def _in_order(self, colour: Callable[[Tensor], Tensor]) -> Tensor:
         """`colour(means)` of every channel, each with the means that the colours before it give:

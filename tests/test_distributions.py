@@ -65,6 +65,9 @@ MADE = {  # of n rows, over two dimensions, of three values where there are valu
     "mixture": lambda n, r: LogisticMixture(
         r(n, 2, 2), r(n, 2, 1, 2), spread(r(n, 2, 1, 2)), 3, None
     ),
+    "coupled mixture": lambda n, r: LogisticMixture(
+        r(n, 2, 2), r(n, 2, 3, 2), spread(r(n, 2, 3, 2)), 3, r(n, 2, 3, 2).clamp(-1, 1)
+    ),
     "posterior": lambda n, r: DiscretePosterior(
         r(n, 3, 2), r(n, 2), torch.tensor(0.75).to(r(1)), torch.tensor(0.5).to(r(1)), 3
     ),
@@ -76,7 +79,7 @@ each_made = pytest.mark.parametrize("make", MADE.values(), ids=MADE)
 def test_one_row_stands_for_all(make, double):
     """Several draws z of one image, or several images under one z; other numbers are refused."""
     several, one = make(5, torch.randn), make(1, torch.randn)
-    x = torch.randint(2, (5, 1, 2) if isinstance(one, LogisticMixture) else (5, 2))
+    x = torch.randint(2, (5, *one.mean.shape[1:]))
     torch.testing.assert_close(several.log_prob(x[:1]), several.log_prob(x[:1].expand_as(x)))
     torch.testing.assert_close(one.log_prob(x), torch.cat([one.log_prob(each[None]) for each in x]))
     for wrong in (x[:2], torch.cat([x, x])):
@@ -96,7 +99,7 @@ def test_nothing_is_summed_in_half_precision(make):
         return wide(*shape).double()
 
     half, double = make(2, wide), make(2, exact)
-    x = torch.randint(2, (2, 1, 2000) if isinstance(half, LogisticMixture) else (2, 2000))
+    x = torch.randint(2, (2, *half.mean.shape[1:]))
     found = half.log_prob(x)
     assert found.dtype == torch.float32
     assert torch.allclose(found.double(), double.log_prob(x), rtol=1e-5)
