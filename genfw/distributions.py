@@ -23,6 +23,11 @@ def per_example(x: Tensor) -> Nats:
     return x.flatten(1).sum(1)
 
 
+def precision() -> torch.dtype:
+    """What is computed in where nobody says otherwise: torch's default dtype, float32 at least."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32 at least, as is needed of what is summed over thousands of dimensions."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -20,7 +20,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from genfw.bayes import DiscretePosterior, centres
@@ -32,6 +31,7 @@ from genfw.distributions import (
     Distribution,
     Normal,
     normal_head,
+    precision,
     scale_of,
 )
 from genfw.registry import Registered
@@ -63,7 +63,7 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
         integer in every dimension."""
 
     def normalize(self, x: Image) -> Data:
-        """Bin centres 2 (x + 1/2) / K - 1 in torch's default dtype.
+        """Bin centres 2 (x + 1/2) / K - 1 in torch's default dtype, or float32 where that is less.
 
         Raises:
             TypeError: x is not integer.
@@ -71,7 +71,7 @@ class Likelihood(Registered, nn.Module, ABC, group="likelihood"):
         """
         assert self.bins is not None
         check_integers(x, self.bins)
-        return (2 * x.to(torch.get_default_dtype()) + 1) / self.bins - 1
+        return (2 * x.to(precision()) + 1) / self.bins - 1
 
     def centres(self) -> Tensor:
         """The K normalized values, (K,) float64."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.check import at_least, at_least_one
-from genfw.distributions import Distribution, Normal, divergence
+from genfw.distributions import Distribution, Normal, divergence, precision
 from genfw.elbo import ELBO
 from genfw.noise import Draws, draws
 from genfw.registry import Registered
@@ -96,9 +96,9 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
     @property
     def dtype(self) -> torch.dtype:
         """What latents and likelihoods are computed in: that of the parameters, never below
-        torch's default."""
-        default = torch.get_default_dtype()
-        return next((torch.promote_types(p.dtype, default) for p in self.parameters()), default)
+        torch's default nor float32."""
+        least = precision()
+        return next((torch.promote_types(p.dtype, least) for p in self.parameters()), least)
 
 
 def as_read(network: nn.Module, z: Tensor) -> Tensor:

@@ -251,21 +251,41 @@ def test_a_hierarchy_has_levels_one_to_T(make):
 @pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
 def test_weights_of_another_precision_are_read_in_theirs(make, weights):
-    """And latents and likelihoods are not below torch's default, here float64."""
+    """And latents and likelihoods are not below torch's default, here float64, nor float32."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     model = make((1, 2, 2), 3).eval().to(weights)
     x, noise = torch.randint(3, (8, 1, 2, 2)), genfw.Noise(0, torch.arange(8))
-    for default in (torch.float32, torch.float64):
+    for default in (torch.bfloat16, torch.float32, torch.float64):
         torch.set_default_dtype(default)
+        least = torch.promote_types(default, torch.float32)
         try:
             total = model.elbo(x, noise=noise).total
-            assert total.dtype == default and total.isfinite().all()
+            assert model.dtype == total.dtype == least and total.isfinite().all()
             assert model.sample(8, noise=noise).shape == x.shape
             if isinstance(model, genfw.HVAE):
-                assert model.expected([torch.randn(8, *model.ladder.shapes[-1])]).dtype == default
+                assert model.expected([torch.randn(8, *model.ladder.shapes[-1])]).dtype == least
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), by_categories])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_a_default_below_float32_changes_no_number(make, narrow):
+    """Weights in float32, and data of 256 values, which half precision cannot tell apart."""
+    torch.manual_seed(0)
+    model = make((1, 2, 2), 256).eval()
+    x, noise = torch.randint(256, (8, 1, 2, 2)), genfw.Noise(0, torch.arange(8))
+    with torch.no_grad():
+        expected, images = model.elbo(x, noise=noise).total, model.sample(8, noise=noise)
+        torch.set_default_dtype(narrow)
+        try:
+            found, drawn = model.elbo(x, noise=noise).total, model.sample(8, noise=noise)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and drawn.shape == images.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(drawn, images)
 
 
 # Broken classes: each names the words of the law that finds it.

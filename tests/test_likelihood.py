@@ -181,3 +181,18 @@ def test_what_came_is_named_and_who_takes_it(cls):
             for name in advice.removesuffix(" there").split(" or "):
                 made[name](head(made[name]))
     assert len(refused) in (1, 2), "takes all, or none"
+
+
+@pytest.mark.parametrize("cls", MASSES)
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_normalized_data_are_in_float32_at_least(cls, default):
+    """Whatever torch's default: in half precision neighbours of 256 values would be one."""
+    likelihood = make(cls)
+    x = torch.arange(likelihood.bins).view(1, -1)
+    torch.set_default_dtype(default)
+    try:
+        data = likelihood.normalize(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert data.dtype == torch.promote_types(default, torch.float32)
+    assert torch.allclose(data[0].double(), likelihood.centres(), rtol=0, atol=1e-7)

@@ -40,6 +40,7 @@ from genfw.nets import MLP
 from genfw.noise import Draws
 from genfw.parameterization import DiscreteParameterization
 from genfw.testing.oracles import MixtureDenoiser
+from genfw.testing.small import vdm
 
 MEAN, STD = 0.3, 0.4
 
@@ -449,3 +450,18 @@ def test_a_step_is_given_the_predictions_that_its_sampler_remembers():
 def test_arguments_out_of_range_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@registered(Sampler)
+def test_a_default_below_float32_changes_no_step(cls):
+    """Torch's, beside weights in float32."""
+    denoiser, z = vdm((1, 2, 2), 3).eval().denoiser, torch.randn(4, 1, 2, 2)
+    sampler, noise = cls(3), keys(4)
+    with torch.no_grad():
+        expected = sampler(denoiser, z, noise=noise)
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = sampler(denoiser, z, noise=noise)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)

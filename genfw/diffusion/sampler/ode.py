@@ -126,7 +126,7 @@ class Churn(Sampler, name="edm"):
         schedule = denoiser.schedule
         n = noise_level(t, schedule)
         acts = (n >= self.low) & (n <= self.high)
-        gamma = acts * min(self.churn / self.steps, math.sqrt(2) - 1)
+        gamma = acts.to(n) * min(self.churn / self.steps, math.sqrt(2) - 1)
         higher = schedule.inverse(-2 * (n * (1 + gamma)).log()).to(t.device).clamp_min(t)
         added = (noise_level(higher, schedule) ** 2 - n**2).clamp_min(0).sqrt()
         u = z / broadcast(schedule.alpha(t), z)
