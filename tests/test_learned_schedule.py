@@ -3,6 +3,7 @@ bound's second moment, and neither touches the network's."""
 
 import copy
 import math
+import warnings
 
 import pytest
 import tiny
@@ -112,6 +113,22 @@ def test_a_denoiser_without_error_leaves_the_interior_where_it_is(schedule, draw
     vdm.denoiser.forward = lambda z, t, y=None: genfw.Prediction(x, eps, torch.ones(1), eps[:1])
     cost = vdm.denoising(x, noise=noise).cost.mean()
     assert cost == 0 and not gradients(cost, schedule.interior.parameters()).any()
+
+
+def test_training_by_one_example_at_a_time_says_that_the_interior_learns_nothing(schedule, draw):
+    """Its l^2 over the mean of l^2 is 1, whatever it costs."""
+    _, x, _ = draw
+    vdm = oracle(schedule).train()
+    with pytest.warns(UserWarning, match=r"at least 2 .* got 1, .* data.batch_size=16"):
+        vdm.elbo(x[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vdm.elbo(x[:2])
+        vdm.at(steps=3).elbo(x[:1])  # the bound's own gradient
+        oracle(LogLinear(5.0, -6.0)).train().elbo(x[:1])
+        vdm.eval().elbo(x[:1])
+        with torch.no_grad():
+            vdm.train().elbo(x[:1])
 
 
 def test_end_points_follow_the_bound(schedule, draw):

@@ -66,7 +66,8 @@ def lowering_variance(measure: Tensor, error: Nats, schedule: NoiseSchedule) -> 
         \text{measure} = (\lambda_{max} - \lambda_{min})\, g,
 
     log SNR held still (see `genfw.schedule.learned`). It is no longer than the longest gradient of
-    log g, however large the costs are. Of a fixed schedule nothing changes.
+    log g, however large the costs are; in small batches less of it is left, of one example only
+    noise. Of a fixed schedule nothing changes.
     """
     span = schedule.log_snr_max - schedule.log_snr_min
     g = measure / span

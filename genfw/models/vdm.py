@@ -22,6 +22,7 @@ References:
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -43,6 +44,11 @@ from genfw.model import MarkovianHierarchy, agreed
 from genfw.noise import Draws, draws
 from genfw.schedule import NoiseSchedule
 from genfw.types import Data, Image, Labels, Nats
+
+ONE_EXAMPLE = (
+    "a learned schedule expects at least 2 examples in a micro-batch, got 1, of which its shape "
+    "learns nothing: use data.batch_size=16 or more, and accumulate fewer, or a fixed schedule"
+)
 
 
 class VDM(MarkovianHierarchy, name="vdm"):
@@ -157,6 +163,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         denoising = Denoising(t, log_snr, error, measure, dt)
         if self.training and torch.is_grad_enabled():
             self.times.observe(denoising, self.schedule)
+            if len(data) == 1 and self.schedule.learns:
+                warnings.warn(ONE_EXAMPLE, stacklevel=2)
         return denoising
 
     def _looked_at(

@@ -17,8 +17,13 @@ passes between it and the interior. `NoiseSchedule.still` holds log SNR; `genfw.
 puts the gradients together, in one backward pass, and divides this one by the batch's own mean of
 l^2: the gradient of log E[l^2] is of order one from the first step to the last, so clipping the
 norm of all gradients together takes nothing from the network. Kingma et al. hold t instead, and
-multiply the gradient that comes through the denoiser by 2 l: but for the scale the same in the
-mean.
+multiply the gradient that comes through the denoiser by 2 l: but for the scale the same in the mean
+over large batches.
+
+In small ones the mean of l^2 grows with the l^2 that it divides, and less is left: measured along
+the gradient of large batches 0.98 of 64 examples, 0.93 of 16, 0.78 of 4, 0.55 of 2. Of one nothing
+is, l^2 / l^2 being 1, but noise, and the interior learns nothing; a micro-batch counts by itself,
+however many make a step.
 
 References:
     Variational Diffusion Models, Kingma, Salimans, Poole, Ho, 2021,
