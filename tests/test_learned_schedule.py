@@ -11,7 +11,7 @@ import torch
 from oracles import GaussianDenoiser
 
 import genfw
-from genfw import VDM, GaussianLikelihood, Learned, NoiseSchedule, Objective, marginal
+from genfw import VDM, GaussianLikelihood, Learned, LogLinear, NoiseSchedule, Objective, marginal
 from genfw.schedule.learned import Monotone
 from genfw.train import resolvers
 from genfw.train.bits import between
