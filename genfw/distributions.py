@@ -122,7 +122,12 @@ class Normal(Distribution):
         return self.mean + self.std * draws(noise, self.mean).normal(purpose, self.mean)
 
     def kl(self, other: Normal) -> Nats:
-        r"""KL(self || other) in closed form, (b,) nats; in float64: near equals leave little."""
+        r"""KL(self || other) in closed form, (b,) nats; in float64: near equals leave little.
+
+        Raises:
+            TypeError: one of the two has a density of its own.
+        """
+        _normals(self, other)
         ratio = self.std.double() / other.std
         shift = (self.mean.double() - other.mean) / other.std
         kl = per_example(0.5 * (ratio.square() + shift.square() - 1) - ratio.log())
@@ -134,12 +139,7 @@ class Normal(Distribution):
         Raises:
             TypeError: one of the two has a density of its own.
         """
-        for each in (self, other):
-            if not each.plain:
-                raise TypeError(
-                    f"a {type(each).__name__} has a density of its own, and what single dimensions "
-                    "cost is known of normals alone"
-                )
+        _normals(self, other)
         kl = self.by_dimension().kl(other.by_dimension())
         return kl.view_as(self.mean).flatten(1)
 
@@ -148,10 +148,19 @@ class Normal(Distribution):
         return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))
 
 
+def _normals(*given: Normal) -> None:
+    for each in given:
+        if not each.plain:
+            raise TypeError(
+                f"a {type(each).__name__} has a density of its own, and divergences in closed form "
+                "are those of normals"
+            )
+
+
 def divergence(q: Normal, p: Distribution, z: Tensor) -> Nats:
     """KL(q || p), (b,) nats: in closed form where it is known, of two normals or by q's own `kl` to
-    one; otherwise log q(z) - log p(z) at z from q, unbiased, which may be negative. In float64:
-    near equals leave little."""
+    one; otherwise log q(z) - log p(z) at z from q, unbiased, which may be negative. Of normals in
+    float64: near equals leave little."""
     stated = q.plain or type(q).kl is not Normal.kl
     if stated and isinstance(p, Normal) and p.plain:
         return q.kl(p)

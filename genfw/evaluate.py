@@ -23,15 +23,16 @@ may be said again, `seed=0`, and asks for no other number. Other `data.` and `tr
 added, such as `trainer.accelerator=cpu`: the certificate says whether they matter. Exit code 0
 where everything holds, 1 and a line for each that does not.
 
-`wandb=true` also logs the entry to W&B, as a run of its own (job type "evaluate") in the group of
-the trained one; the same entry computed again goes on with the same run.
+`wandb=true` also logs the entry to W&B, as a run of its own (job type "evaluate") in the trained
+run's group or, where it has none, one of its id; the same entry computed again goes on with the
+same run.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -89,9 +90,9 @@ def evaluate(arguments: Sequence[str]) -> None:
     unguided(config)
     module, data = restore(config, weights)
     served(module.model, module.estimator)
-    changed = [each for each in arguments if not each.startswith("run=")]
+    changed = news(arguments, folder, config, defaults)
     asked = (module.estimator, f"{options.checkpoint} at step {reached(weights)}", changed)
-    claimed = claim(folder, *asked, repeated(folder, config, options)) if options.verify else None
+    claimed = claim(folder, *asked) if options.verify else None
     trainer = build(
         config.trainer,
         logger=False,
@@ -215,27 +216,25 @@ class Claim:
     places: tuple[str, str]
 
 
-def repeated(folder: Path, config: DictConfig, options: DictConfig) -> Callable[[str], bool]:
-    """Whether an argument says what the run's config.yaml says already."""
+def news(
+    arguments: Sequence[str], folder: Path, config: DictConfig, options: Mapping[str, Any]
+) -> list[str]:
+    """The arguments that say what neither the run's config.yaml nor `options`, those that are
+    meant where nothing is said, say already."""
     own = load(folder)
 
-    def repeats(argument: str) -> bool:
-        key = argument.split("=")[0]
-        return key not in options and OmegaConf.select(config, key) == OmegaConf.select(own, key)
+    def said(argument: str) -> bool:
+        key, _, value = argument.partition("=")
+        if key in options:
+            return str(options[key]) == value
+        return OmegaConf.select(config, key) == OmegaConf.select(own, key)
 
-    return repeats
+    return [each for each in arguments if not each.startswith("run=") and not said(each)]
 
 
-def claim(
-    folder: Path,
-    estimator: Estimator,
-    checkpoint: str,
-    changed: Sequence[str],
-    repeats: Callable[[str], bool] = lambda argument: False,
-) -> Claim:
+def claim(folder: Path, estimator: Estimator, checkpoint: str, changed: Sequence[str]) -> Claim:
     """What is verified: the entry of evaluation.json that these arguments name, or would without
-    `WHERE`, or without those that repeat the run's configuration; the run's own number where they
-    ask for no other.
+    `WHERE`; the run's own number where they ask for no other.
 
     Args:
         checkpoint: "best at step 2600"; entries of an older genfw say no step.
@@ -248,12 +247,11 @@ def claim(
     entries, whatever_step = read_json(file) if file.exists() else {}, checkpoint.split()[0]
     asked = _but_for(OF_NO_MATTER, changed)
     bare = _but_for(WHERE, asked)
-    new = [each for each in bare if not repeats(each)]
-    for given, of in product(filter(None, (asked, bare, new)), (checkpoint, whatever_step)):
+    for given, of in product(filter(None, (asked, bare)), (checkpoint, whatever_step)):
         if (name := named(estimator, of, given)) in entries:
             return _entry(entries[name], f"{file}, {name}")
     own = folder / "certificate.json"
-    if not new or (own.is_file() and named(estimator, whatever_step, new) == _measured(own)):
+    if not bare or (own.is_file() and named(estimator, whatever_step, bare) == _measured(own)):
         return _own(folder)
     raise ConfigError(
         f"verify=true: {file} has no {named(estimator, checkpoint, asked)}, which this command "

@@ -46,10 +46,10 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
     classes: int | None = None
 
     @property
-    def density(self) -> bool:
+    def of_density(self) -> bool:
         """Whether p(x) is a density of real numbers, which has no bits per dimension, and not a
         mass of integers: what `likelihood` says, where there is one. A model whose likelihood is
-        elsewhere says `density = True` in its class."""
+        elsewhere says `of_density = True` in its class."""
         return getattr(getattr(self, "likelihood", None), "density", False) is True
 
     @abstractmethod
@@ -57,7 +57,7 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         """An unbiased draw of the evidence lower bound: log p(x) >= E[elbo.total].
 
         Args:
-            x: (b, *shape) integers 0..K-1; real numbers, where the model is a `density`.
+            x: (b, *shape) integers 0..K-1; real numbers of a model `of_density`.
             y: (b,) labels, or None; the bound is then one on log p(x | y), where the model has
                 `classes`.
             noise: where the random draws come from; None is torch's global generator.
@@ -68,8 +68,8 @@ class LatentModel(Registered, nn.Module, ABC, group="model"):
         """n images from the model, (n, *shape), numbers of the kind that `elbo` takes."""
 
     def for_evaluation(self) -> LatentModel:
-        """The same model, read so that its bound has the least variance known; itself unless it
-        knows better."""
+        """The same model, read so that its bound has little variance; itself unless it knows
+        better."""
         return self
 
     def told(self, y: Labels | None) -> Labels | None:

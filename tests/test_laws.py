@@ -782,11 +782,11 @@ def test_a_broken_model_is_found(make, method, replacement, said):
 @pytest.mark.parametrize(
     ("make", "bins", "said"),
     [
-        (broken(vae, density=True), 3, "samples are torch.int64, and density=True"),
-        (broken(of_real_numbers, density=False), None, "torch.float32, and density=False"),
-        (broken(of_real_numbers, density=False), 3, "torch.float32, and density=False"),
-        (of_real_numbers, 3, "density=True, and bins=3: .* bins=None"),
-        (lambda shape, bins: vae(shape, 3), None, "density=False, and bins=None: "),
+        (broken(vae, of_density=True), 3, "samples are torch.int64, and of_density=True"),
+        (broken(of_real_numbers, of_density=False), None, "torch.float32, and of_density=False"),
+        (broken(of_real_numbers, of_density=False), 3, "torch.float32, and of_density=False"),
+        (of_real_numbers, 3, "of_density=True, and bins=3: .* bins=None"),
+        (lambda shape, bins: vae(shape, 3), None, "of_density=False, and bins=None: "),
     ],
 )
 def test_a_model_that_is_wrong_about_its_density_is_found(make, bins, said):

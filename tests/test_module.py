@@ -274,7 +274,7 @@ def test_other_batches_are_refused(given, labelled, says):
 class Elsewhere(genfw.LatentModel):
     """A density whose likelihood nobody finds."""
 
-    density = True
+    of_density = True
 
     def __init__(self, inner):
         super().__init__()

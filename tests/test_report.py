@@ -395,7 +395,7 @@ def test_a_looseness_names_its_entry_and_is_not_computed_again(run, monkeypatch,
 
 
 def test_what_the_configuration_says_already_asks_for_the_runs_own_number(run, capsys):
-    """A checkpoint and simulated images are none of the configuration's words."""
+    """And names no entry."""
     assert command(evaluate.evaluate, [f"run={run}"]) == 0
     (entry,) = json.loads((run / "evaluation.json").read_text()).values()
     (run / "evaluation.json").unlink()
@@ -411,6 +411,12 @@ def test_what_the_configuration_says_already_asks_for_the_runs_own_number(run, c
     ):
         assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 0
         assert f"computed again ({run / 'certificate.json'})" in capsys.readouterr().out
+    few = ["trainer.limit_test_batches=1", "data.eval_batch_size=2"]
+    assert command(evaluate.evaluate, [f"run={run}", *few, again[0], "simulated=0"]) == 0
+    (name,) = json.loads((run / "evaluation.json").read_text())
+    assert "seed" not in name and "simulated" not in name
+    assert command(evaluate.evaluate, [f"run={run}", "verify=true", *few, *again]) == 0
+    assert f"evaluation.json, {name})" in capsys.readouterr().out
     for given in (["seed=1"], [*again, "seed=1"], ["checkpoint=last"], ["simulated=9"]):
         assert command(evaluate.evaluate, [f"run={run}", "verify=true", *given]) == 2
         assert "evaluation.json has no" in capsys.readouterr().err
@@ -423,10 +429,10 @@ def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, 
     """Also when the run has gone on since: nothing is written over, and nothing passes for a number
     of what stands there now."""
     files, data = run / "checkpoints", ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
-    given = [f"run={run}", "checkpoint=best"]
+    given = [f"run={run}", "seed=1"]
     assert command(evaluate.evaluate, given) == 0
     (first,) = json.loads((run / "evaluation.json").read_text())
-    assert first == "bound(sets=2, strata=2) of best at step 12"
+    assert first == "bound(sets=2, strata=2) of best at step 12, seed=1"
     shutil.copy(files / "best.ckpt", files / "earlier.ckpt")
 
     torch.save({"global_step": 24}, files / "best.ckpt")
@@ -437,7 +443,10 @@ def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, 
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 2
     assert re.search(f"has no .* of best at step 24, .*it has: {re.escape(first)}$", told(capsys))
     assert command(evaluate.evaluate, given) == 0
-    assert [*json.loads((run / "evaluation.json").read_text())] == [first, first[:-2] + "24"]
+    assert [*json.loads((run / "evaluation.json").read_text())] == [
+        first,
+        first.replace("12", "24"),
+    ]
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
 
     (files / "earlier.ckpt").replace(files / "best.ckpt")
@@ -448,10 +457,10 @@ def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, 
 
 
 def test_an_entry_of_before_names_had_steps_is_verified_too(run, capsys):
-    given = [f"run={run}", "checkpoint=best"]
+    given = [f"run={run}", "seed=1"]
     assert command(evaluate.evaluate, given) == 0
     (entry,) = json.loads((run / "evaluation.json").read_text()).values()
-    name = "bound(sets=2, strata=2) of best"
+    name = "bound(sets=2, strata=2) of best, seed=1"
     (run / "evaluation.json").write_text(json.dumps({name: entry}))
     capsys.readouterr()
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0

@@ -62,8 +62,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         shape: of the data, (C, H, W) or (D,): images of another are refused; needed to sample.
             None: images of any shape that the denoiser takes.
         sampler: how `sample` goes from z_1 to z_0; default Ancestral, in T or 64 steps.
-        times: which noise levels `elbo` and the objectives look at in continuous time; default
-            uniform in t.
+        times: which noise levels, or which of T steps, `elbo` and the objectives look at; default
+            uniform in t, each step as often.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
         guidance: what is put around the denoiser to sample, and only then.
         recompute: in `elbo`, the decoder's way through the network is not kept for the backward
@@ -118,14 +118,15 @@ class VDM(MarkovianHierarchy, name="vdm"):
 
     def for_evaluation(self) -> VDM:
         """Looks at all log SNR alike: in continuous time the bound depends on the schedule's end
-        points only, its variance on more; of T steps those cost most that span most."""
+        points only, its variance on more. Of T steps, at half of them so: those that span much cost
+        much."""
         return self._read(self.steps, self.sampler, UniformLogSNR())
 
     # The bound, by one random time per example.
 
     def elbo(self, x: Image, y: Labels | None = None, *, noise: Draws | None = None) -> ELBO:
-        """Reconstruction, one entry of levels (T times a random denoising term), prior. Luo
-        (58)."""
+        """Reconstruction, one entry of levels (a random denoising term, by how seldom it is
+        looked at), prior. Luo (58)."""
         noise = draws(noise, x)
         z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
         return ELBO(

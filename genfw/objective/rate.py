@@ -225,10 +225,12 @@ class FreeBits(Objective, name="free_bits"):
             assert isinstance(model, Diverges)  # as was just seen to
             try:
                 reconstruction, pairs = model.divergences(x, y, noise=noise)
-            except TypeError:
+                costs = torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
+            except TypeError as error:
                 self.check(model)  # says what to do instead
-                raise
-            costs = torch.cat([q.kl_by_dimension(p) for q, p in pairs], 1)
+                raise TypeError(
+                    f"objective=free_bits, per={self.per.value}: {error}: use per=batch_level"
+                ) from error
         else:
             elbo = model.elbo(x, y, noise=noise)
             reconstruction, costs = elbo.reconstruction, torch.stack((*elbo.levels, elbo.prior), 1)

@@ -24,18 +24,19 @@ ENUMERABLE, DRAWS, MANY, SAMPLES, FEW = 256, 400, 2000, 10_000, 40
 
 
 def a_density_says_so(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
-    """`density`, which has no bits per dimension, where numbers are real (bins=None), and nowhere
+    """`of_density`, which has no bits per dimension, where numbers are real (bins=None) and nowhere
     else."""
     model = built(make, shape, bins, arguments).eval()
     with torch.no_grad():
         drawn = model.sample(2, noise=Noise(1, torch.arange(2)))
-    assert model.density == drawn.is_floating_point(), (
-        f"samples are {drawn.dtype}, and density={model.density}: a density of real numbers says "
-        "`density = True` and draws real numbers, any other model says nothing and draws integers"
+    assert model.of_density == drawn.is_floating_point(), (
+        f"samples are {drawn.dtype}, and of_density={model.of_density}: a density of real numbers "
+        "says `of_density = True` and draws real numbers, any other model says nothing and draws "
+        "integers"
     )
-    assert model.density == (bins is None), (
-        f"density={model.density}, and bins={bins}: give the laws the number of values, and of a "
-        "density bins=None"
+    assert model.of_density == (bins is None), (
+        f"of_density={model.of_density}, and bins={bins}: give the laws the number of values, and "
+        "of a density bins=None"
     )
 
 

@@ -43,7 +43,7 @@ def certify(
 def _result(module: LatentModule, tested: Mapping[str, Any]) -> dict[str, Any]:
     nll, stderr = (float(tested[f"test/{key}"]) for key in ("nll", "nll_stderr"))
     bits: dict[str, Any] = {"bpd": None, "bpd_stderr": None, "terms": {}}
-    if not module.model.density:
+    if not module.model.of_density:
         bits = {
             "bpd": float(tested["test/bpd"]),
             "bpd_stderr": plain(float(bits_per_dim(torch.tensor(stderr), module.dims))),
@@ -76,7 +76,7 @@ def kind(module: LatentModule) -> str:
     """What the number is: the estimator's word, of p(x | y) where the model is told y; and whether
     p is a density, whose numbers compare with no probability of integers."""
     said = module.estimator.kind
-    if module.model.density:
+    if module.model.of_density:
         said += ", p a density of real numbers"
     return said if module.model.classes is None else said.replace("p(x)", "p(x | y)")
 

@@ -286,7 +286,7 @@ def _references(callbacks: list[L.Callback], model: LatentModel) -> Results:
 def _validated(best: float, module: LatentModule) -> Results:
     if not math.isfinite(best):
         return {}
-    if module.model.density:
+    if module.model.of_density:
         return {"val/nll": best}
     bpd = bits_per_dim(torch.tensor(best).double(), module.dims)
     return {"val/nll": best, "val/bpd": float(bpd)}

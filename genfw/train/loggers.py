@@ -47,6 +47,10 @@ ONLINE_PATIENCE = 20.0
 """Seconds that a W&B server which did answer may take to open a run."""
 
 
+NAME = 128
+"""Characters of a W&B run's name that are kept."""
+
+
 class CSV(Logger):
     """`metrics.csv` in the run folder: one row per call, flushed at once.
 
@@ -183,10 +187,10 @@ class Wandb(Logger):
 
     def evaluates(self, name: str) -> None:
         """What is to be opened is a run of its own, for an evaluation of this name: in the trained
-        one a second summary would take the place of the first. They are of one group, and the same
-        evaluation again goes on with the same run."""
+        one a second summary would take the place of the first. Its group is that of the trained
+        one, or the id of that; the same evaluation again goes on with the same run."""
         trained = self.same.get("id")
-        self.identity["name"] += f", {name}"
+        self.identity["name"] = f"{self.identity['name']}, {name}"[:NAME]
         self.identity["group"] = self.identity["group"] or trained
         self.identity["job_type"] = "evaluate"
         self.same = {**self.same, "id": f"{trained}-{crc32(name.encode()):08x}"} if trained else {}

@@ -122,7 +122,12 @@ class LatentModule(L.LightningModule):
             in_order(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)
         seen = 0 if trainer.training else int(self.nll.count)
         return as_batch(
-            batch, labelled, seen, trainer.global_rank, trainer.world_size, real=self.model.density
+            batch,
+            labelled,
+            seen,
+            trainer.global_rank,
+            trainer.world_size,
+            real=self.model.of_density,
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -141,7 +146,9 @@ class LatentModule(L.LightningModule):
             self._nats = [*([] if first else self._nats), loss.detach()]
             value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
             self.log("train/objective", value, prog_bar=True)
-            if isinstance(self.objective, Elbo) and not self.model.density:  # others are weighted
+            if (
+                isinstance(self.objective, Elbo) and not self.model.of_density
+            ):  # others are weighted
                 self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
         return loss
 
@@ -168,12 +175,12 @@ class LatentModule(L.LightningModule):
     def _report(self, split: str) -> None:
         values = self.nll.compute()
         self.nll.reset()
-        if self.model.density:
+        if self.model.of_density:
             del values["bpd"]
         if "nonfinite" in values:
             count, n = int(values["nonfinite"]), int(values["count"])
             warnings.warn(f"{split}: the NLL of {count} of {n} images is not finite", stacklevel=2)
-        shown = "val/nll" if self.model.density else "val/bpd"
+        shown = "val/nll" if self.model.of_density else "val/bpd"
         for name, value in values.items():
             key = f"{split}/{name}"
             self.log(key, value.float(), prog_bar=key == shown)
