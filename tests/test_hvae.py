@@ -40,6 +40,14 @@ def random_hvae(blocks=(2, 1), **options):
     return HVAE(ladder, BernoulliLikelihood(), options.get("classes")).eval()
 
 
+class LaplacePosterior(FullPosterior):
+    """A Normal by name, with a density of its own."""
+
+    def forward(self, h, p):
+        q = super().forward(h, p)
+        return Laplace(q.mean, q.std)
+
+
 class LinearGaussianLadder(torch.nn.Module):
     """p(z_T) = N(0, 1), p(z_t | z_{t+1}) = N(a z_{t+1}, s^2), p(x | z_1) = N(a z_1, s^2), with the
     exact q(z_t | z_{t+1}, x), by Bayes: x | z_t ~ N(a^t z_t, s^2 (1 + a^2 + ... + a^{2 (t - 1)})).
@@ -140,11 +148,6 @@ def test_the_terms_written_out(double):
 
 def test_the_bound_of_a_posterior_of_its_own_kind_is_the_log_weight_at_its_draw(double):
     """By its density, not that of the Normal it is by name; what its units cost is not known."""
-
-    class LaplacePosterior(FullPosterior):
-        def forward(self, h, p):
-            q = super().forward(h, p)
-            return Laplace(q.mean, q.std)
 
     model, noise = random_hvae(), Noise(0, EACH)
     model.posterior = LaplacePosterior()

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from oracles import LinearGaussianChain
-from test_hvae import random_hvae
+from test_hvae import LaplacePosterior, random_hvae
 from test_vae import Map, random_vae
 from test_vdm import network_vdm
 from torch import nn
@@ -200,6 +200,12 @@ def test_free_bits_are_refused_where_they_mean_nothing():
         FreeBits()(network_vdm(Cosine(7.9, -10.0)), torch.randint(17, (8, 4)))
     with pytest.raises(TypeError, match=r"per=batch_dimension needs div.* a log ratio .* Linear"):
         FreeBits(per="batch_dimension")(LinearGaussianChain(2), torch.randn(4, 2))
+    hvae, x = random_hvae(), torch.randint(2, (3, 1, 2, 2))
+    hvae.posterior = LaplacePosterior()
+    said = r"per=batch_dimension: a Laplace has a density of its own, .*: use per=batch_level"
+    with pytest.raises(TypeError, match=said):
+        FreeBits(per="batch_dimension")(hvae, x)
+    assert FreeBits(per="batch_level")(hvae, x).isfinite().all()
     with pytest.raises(ValueError, match=r"per: expected one of example_level, .* got 'level'"):
         FreeBits(per="level")
 
