@@ -38,4 +38,4 @@ def trained_vdm(
 
 def images(data: L.LightningDataModule, split: str, count: int) -> Image:
     """The first of a split."""
-    return torch.from_numpy(data.split(split).images[:count])  # pyright: ignore
+    return torch.tensor(data.split(split).images[:count])  # pyright: ignore
