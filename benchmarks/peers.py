@@ -44,8 +44,8 @@ from pythae.models.nn import BaseDecoder, BaseEncoder
 from pythae.trainers import BaseTrainer, BaseTrainerConfig
 from pythae.trainers.training_callbacks import TrainingCallback
 from sklearn.datasets import load_digits
-from torch import Tensor
-from training_step import BATCH, FIRST, IMAGES, SHAPE, STEPS, fit, vae
+from torch import Tensor, nn
+from training_step import BATCH, IMAGES, SHAPE, STEPS, Clock, fit, vae
 
 import genfw
 from genfw.nets import UNet
@@ -73,19 +73,6 @@ class Bitmaps(Source):
     def read(self, shape, path):
         images = Split(bitmaps(IMAGES).numpy(), np.zeros(IMAGES, dtype=np.int64))
         return Splits(images, images, images)
-
-
-class Clock:
-    """Seconds of a step, from the FIRST to the last; called after each."""
-
-    def __init__(self):
-        self.steps, self.start, self.seconds = 0, 0.0, 0.0
-
-    def __call__(self) -> None:
-        self.steps += 1
-        if self.steps == FIRST:
-            self.start = time.perf_counter()
-        self.seconds = (time.perf_counter() - self.start) / max(self.steps - FIRST, 1)
 
 
 class Encoder(BaseEncoder):
@@ -144,8 +131,7 @@ def train_genfw(callbacks: bool = True) -> float:
 def train_pythae() -> float:
     class Ticks(TrainingCallback):
         def on_train_step_end(self, training_config, **kwargs):
-            if clock.steps < STEPS:
-                clock()
+            clock()
 
     clock, images = Clock(), bitmaps(IMAGES)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
@@ -223,38 +209,42 @@ def denoiser() -> genfw.NetworkDenoiser:
     return genfw.NetworkDenoiser(network, genfw.Eps(), genfw.Cosine(7.9, -10.0))
 
 
-def denoise_genfw(steps: int) -> None:
-    model = genfw.VDM(denoiser(), genfw.BinsLikelihood(17))
+def denoise_genfw() -> float:
+    model, clock = genfw.VDM(denoiser(), genfw.BinsLikelihood(17)), Clock()
     objective, optimizer, x = genfw.Simple(), adam(model.parameters()), digits(64)
-    for _ in range(steps):
+    for _ in range(STEPS):
         optimizer.zero_grad()
         objective(model, x).mean().backward()
         optimizer.step()
+        clock()
+    return clock.seconds
 
 
-def denoise_diffusers(steps: int) -> None:
+def denoise_diffusers() -> float:
     scheduler, network = diffusers.DDPMScheduler(beta_schedule=BETAS), denoiser().network
     optimizer, x = adam(network.parameters()), (2 * digits(64).float() + 1) / 17 - 1
-    level = scheduler.alphas_cumprod.logit() / 10
-    for _ in range(steps):
+    level, clock = scheduler.alphas_cumprod.logit() / 10, Clock()
+    for _ in range(STEPS):
         noise, t = torch.randn_like(x), torch.randint(1000, (len(x),))
         loss = F.mse_loss(network(scheduler.add_noise(x, noise, t), level[t]), noise)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        clock()
+    return clock.seconds
 
 
 def digits(n: int) -> Tensor:
     return torch.from_numpy(load_digits().images[:n]).long().unsqueeze(1)
 
 
-def sample_genfw(sampler: genfw.Sampler) -> None:
-    sampler(denoiser().eval(), torch.randn(64, 1, 8, 8))
+def sample_genfw(denoiser: genfw.NetworkDenoiser, sampler: genfw.Sampler) -> None:
+    sampler(denoiser, torch.randn(64, 1, 8, 8))
 
 
 @torch.no_grad()
-def sample_diffusers(scheduler, steps: int) -> None:
-    network, z = denoiser().network.eval(), torch.randn(64, 1, 8, 8)
+def sample_diffusers(network: nn.Module, scheduler, steps: int) -> None:
+    z = torch.randn(64, 1, 8, 8)
     level = scheduler.alphas_cumprod.logit() / 10
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
@@ -262,8 +252,8 @@ def sample_diffusers(scheduler, steps: int) -> None:
 
 
 @torch.no_grad()
-def call(steps: int) -> None:
-    network, z, level = denoiser().network.eval(), torch.randn(64, 1, 8, 8), torch.zeros(64)
+def call(network: nn.Module, steps: int) -> None:
+    z, level = torch.randn(64, 1, 8, 8), torch.zeros(64)
     for _ in range(steps):
         network(z, level)
 
@@ -310,16 +300,18 @@ def main() -> None:
     seconds = {name: partial(an_image, way, model, images) for name, way in nats.items()}
     compare("5000 weights of an image", rounds, **seconds)
 
-    ways = {"genfw": partial(denoise_genfw, 50), "diffusers": partial(denoise_diffusers, 50)}
-    compare("50 training steps of eps", rounds, **ways)
+    compare("a training step of eps", rounds, genfw=denoise_genfw, diffusers=denoise_diffusers)
+    field = denoiser().eval()
     for what, steps, sampler, scheduler in (
         ("ancestral", 64, genfw.Ancestral, diffusers.DDPMScheduler),
         ("DPM-Solver++ (2M)", 20, genfw.DPMSolver, diffusers.DPMSolverMultistepScheduler),
     ):
         ways = {
-            "genfw": partial(sample_genfw, sampler(steps)),
-            "diffusers": partial(sample_diffusers, scheduler(beta_schedule=BETAS), steps),
-            "the network alone": partial(call, steps),
+            "genfw": partial(sample_genfw, field, sampler(steps)),
+            "diffusers": partial(
+                sample_diffusers, field.network, scheduler(beta_schedule=BETAS), steps
+            ),
+            "the network alone": partial(call, field.network, steps),
         }
         compare(f"{steps} steps, {what}", rounds, **ways)
 

@@ -49,14 +49,27 @@ class Random(Source):
         return Splits(split, split, split)
 
 
-class Clock(L.Callback):
-    """Seconds per step."""
+class Clock:
+    """Seconds of a step, from the one after FIRST to STEPS; called after each. There are none until
+    all were seen, and later steps change nothing."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self) -> None:
+        self.steps += 1
+        if self.steps == FIRST:
+            self.start = time.perf_counter()
+        if self.steps == STEPS:
+            self.seconds = (time.perf_counter() - self.start) / (STEPS - FIRST)
+
+
+class Ticks(L.Callback):
+    def __init__(self, clock: Clock):
+        self.clock = clock
 
     def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == FIRST:
-            self.start = time.perf_counter()
-        if trainer.global_step == STEPS:
-            self.seconds = (time.perf_counter() - self.start) / (STEPS - FIRST)
+        self.clock()
 
 
 class Stock(L.LightningModule):
@@ -88,16 +101,15 @@ optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0, fused=True)
 
 def bare() -> float:
     model, images = vae(), torch.from_numpy(Random().read(SHAPE, None).train.images)
-    adam, start = optimizer(model.parameters()), 0.0
-    for step in range(STEPS):
-        if step == FIRST:
-            start = time.perf_counter()
+    adam, clock = optimizer(model.parameters()), Clock()
+    for _ in range(STEPS):
         rows = torch.randint(IMAGES, (BATCH,))
         x = torch.bernoulli(images[rows].float() / 255).to(torch.uint8)
         adam.zero_grad()
         (-model.elbo(x).total.mean()).backward()
         adam.step()
-    return (time.perf_counter() - start) / (STEPS - FIRST)
+        clock()
+    return clock.seconds
 
 
 def fit(module: L.LightningModule, data, *callbacks: L.Callback) -> float:
@@ -107,7 +119,7 @@ def fit(module: L.LightningModule, data, *callbacks: L.Callback) -> float:
             max_steps=STEPS,
             accelerator="cpu",
             logger=CSVLogger(folder),
-            callbacks=[*callbacks, clock],
+            callbacks=[*callbacks, Ticks(clock)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -148,7 +148,16 @@ class Normal(Distribution):
         return Normal(self.mean.reshape(-1, 1), self.std.reshape(-1, 1))
 
 
+def divergence_by_dimension(q: Normal, p: Distribution) -> Tensor:
+    """KL(q || p) of each of D dimensions, (b, D) nats; nan where p is no Normal, or one of the two
+    has a density of its own: dimensions may then depend on each other."""
+    if isinstance(p, Normal) and p.plain and q.plain:
+        return q.kl_by_dimension(p)
+    return torch.full_like(q.mean.flatten(1), torch.nan)
+
+
 def _normals(*given: Normal) -> None:
+    """Refuses those whose density is their own."""
     for each in given:
         if not each.plain:
             raise TypeError(

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from genfw.check import at_least
-from genfw.distributions import Distribution, Normal, divergence
+from genfw.distributions import Distribution, Normal, divergence, divergence_by_dimension
 from genfw.elbo import ELBO
 from genfw.likelihood import Likelihood
 from genfw.model import LatentModel, agreed, as_read, normal_numbers
@@ -191,10 +191,7 @@ class HVAE(LatentModel, name="hvae"):
         """KL(q || p) of every unit of z_1 .. z_T on one sampled way down, (b, units) nats each:
         their sums over units are the terms of the bound."""
         _, pairs = self.divergences(x, y, noise=noise)
-        return [
-            q.kl_by_dimension(p) if q.plain else torch.full_like(q.mean.flatten(1), torch.nan)
-            for q, p in pairs
-        ]
+        return [divergence_by_dimension(q, p) for q, p in pairs]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         """E[x | z_1 .. z_T], (b, ...), where z_t .. z_T are given, as `above`, and the others are

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from genfw.distributions import Normal
+from genfw.distributions import Normal, divergence_by_dimension
 from genfw.model import LatentModel, MarkovianHierarchy
 from genfw.models.vdm import VDM
 from genfw.noise import Draws
@@ -50,11 +50,6 @@ class Latents(Protocol):
         ...
 
 
-def _unknown(z: Tensor) -> Tensor:
-    """What units cost that have no cost of their own, (b, units)."""
-    return torch.full_like(z.flatten(1), torch.nan)
-
-
 class Chain:
     """The latents of a Markovian hierarchy: everything below z_t depends on z_t alone."""
 
@@ -85,12 +80,11 @@ class Chain:
                 )
             z = rung.z.reshape(-1, 1)
             ratio = rung.q.by_dimension().log_prob(z) - above.p.by_dimension().log_prob(z)
-            known = rung.q.plain and above.p.plain
-            costs.append(ratio.view(len(x), -1) if known else _unknown(rung.z))
-        q, prior = rungs[-1].q, self.model.prior_of(rungs[-1].z)
-        if isinstance(prior, Normal) and prior.plain and q.plain:
-            return [*costs, q.kl_by_dimension(prior)]
-        return [*costs, _unknown(rungs[-1].z)]
+            if not (rung.q.plain and above.p.plain):
+                ratio = torch.full_like(ratio, torch.nan)
+            costs.append(ratio.view(len(x), -1))
+        top = divergence_by_dimension(rungs[-1].q, self.model.prior_of(rungs[-1].z))
+        return [*costs, top]
 
     def expected(self, above: Sequence[Tensor], y: Labels | None = None) -> Tensor:
         z = above[0]

@@ -146,9 +146,8 @@ class LatentModule(L.LightningModule):
             self._nats = [*([] if first else self._nats), loss.detach()]
             value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
             self.log("train/objective", value, prog_bar=True)
-            if (
-                isinstance(self.objective, Elbo) and not self.model.of_density
-            ):  # others are weighted
+            bits = isinstance(self.objective, Elbo) and not self.model.of_density
+            if bits:  # other objectives are weighted
                 self.log("train/objective_bpd", bits_per_dim(value, batch.image[0].numel()))
         return loss
 

@@ -73,16 +73,7 @@ def read(
             a key that is unknown or kept.
     """
     search = [each for each in arguments if each.startswith("hydra.searchpath=")]
-    pairs = [each.partition("=") for each in arguments if each not in search]
-    wrong = [name + sign + value for name, sign, value in pairs if not sign]
-    given = {name: value for name, _, value in pairs}
-    if wrong or word not in given:
-        raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
-    if not given[word]:
-        raise ConfigError(f"{word}=: expected a run's folder.\n{usage}")
-    for key, value in given.items():
-        if not value.strip():
-            raise ConfigError(f"{key}=: expected a value, got none: give one, or leave it out")
+    given = _pairs([each for each in arguments if each not in search], usage, word)
     folder = Path(given.pop(word))
     config = load(folder, word)
     if "model" not in config and word == "run":
@@ -115,6 +106,25 @@ def read(
             raise ConfigError(f"{key}={value}: expected {kind}, got {type(new).__name__} {value}")
     check(config, reference)
     return folder, config, options
+
+
+def _pairs(arguments: Sequence[str], usage: str, word: str) -> dict[str, str]:
+    """Keys and values, `word` among them; of a key given twice the last.
+
+    Raises:
+        ConfigError: an argument that is none, a key without a value, or no `word`.
+    """
+    pairs = [each.partition("=") for each in arguments]
+    wrong = [name + sign + value for name, sign, value in pairs if not sign]
+    given = {name: value for name, _, value in pairs}
+    if wrong or word not in given:
+        raise ConfigError(f"{wrong[0]}: not understood.\n{usage}" if wrong else usage)
+    if not given[word]:
+        raise ConfigError(f"{word}=: expected a run's folder.\n{usage}")
+    for key, value in given.items():
+        if not value.strip():
+            raise ConfigError(f"{key}=: expected a value, got none: give one, or leave it out")
+    return given
 
 
 def _typed(text: str) -> Any:
