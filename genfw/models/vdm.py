@@ -27,10 +27,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from genfw.amplitudes import amplitudes, broadcast
-from genfw.check import at_least, at_least_one, example_shape
+from genfw.check import at_least, at_least_one, example_shape, positive, share
 from genfw.diffusion.denoiser import Denoiser, NetworkDenoiser, Unlabelled
 from genfw.diffusion.denoising import Denoising, lowering_variance
 from genfw.diffusion.guidance import Guidance, Guide, Unguided
@@ -66,15 +65,15 @@ class VDM(MarkovianHierarchy, name="vdm"):
             uniform in t, each step as often.
         classes: labels 0..classes-1 are known to the denoiser: p(x | y); None: it knows none.
         guidance: what is put around the denoiser to sample, and only then.
-        recompute: in `elbo`, the decoder's way through the network is not kept for the backward
-            pass but gone again, where the network itself decodes (param=categorical): less memory
-            for more time, if activations outweigh weights.
+        decoder_share: of the examples, in (0, 1]: so many of them, by lot, show `elbo` what their
+            decoder says, counted for all. The mean is the same; where the network itself decodes
+            (param=categorical), a step takes less time and memory. `for_evaluation` asks all.
 
     Raises:
         TypeError: a denoiser that is guided already.
-        ValueError: `steps` below 1, or a network that knows another number of labels; when asked
-            about images, they are of another shape; when it samples, guidance that needs labels
-            which the model does not know.
+        ValueError: `steps` below 1, a share outside (0, 1], or a network that knows another number
+            of labels; when asked about images, they are of another shape; when it samples, guidance
+            that needs labels which the model does not know.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         times: TimeSampler | None = None,
         classes: int | None = None,
         guidance: Guide = Unguided,
-        recompute: bool = False,
+        decoder_share: float = 1.0,
     ):
         super().__init__()
         if isinstance(denoiser, Guidance):
@@ -103,7 +102,7 @@ class VDM(MarkovianHierarchy, name="vdm"):
         self.times = UniformTime() if times is None else times
         network = denoiser.network if isinstance(denoiser, NetworkDenoiser) else denoiser
         self.classes, self.guidance = agreed(classes, network), guidance
-        self.recompute = recompute
+        self.decoder_share = share("decoder_share", positive("decoder_share", decoder_share))
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -119,8 +118,10 @@ class VDM(MarkovianHierarchy, name="vdm"):
     def for_evaluation(self) -> VDM:
         """Looks at all log SNR alike: in continuous time the bound depends on the schedule's end
         points only, its variance on more. Of T steps, at half of them so: those that span much cost
-        much."""
-        return self._read(self.steps, self.sampler, UniformLogSNR())
+        much. Every example is decoded."""
+        read = self._read(self.steps, self.sampler, UniformLogSNR())
+        read.decoder_share = 1.0
+        return read
 
     # The bound, by one random time per example.
 
@@ -128,22 +129,21 @@ class VDM(MarkovianHierarchy, name="vdm"):
         """Reconstruction, one entry of levels (a random denoising term, by how seldom it is
         looked at), prior. Luo (58)."""
         noise = draws(noise, x)
-        z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
         return ELBO(
-            reconstruction=self._reconstruction(z_0, x, y),
+            reconstruction=self._reconstruction(x, y, noise),
             levels=(self.denoising(x, y, noise=noise).cost,),
             prior=self._at_end(x).kl(self.prior_of(x)),
         )
 
-    def _reconstruction(self, z_0: Data, x: Image, y: Labels | None) -> Nats:
-        """log p(x | z_0)."""
-
-        def of(z_0: Data) -> Nats:
+    def _reconstruction(self, x: Image, y: Labels | None, noise: Draws) -> Nats:
+        """log p(x | z_0) at a draw of it; of a share of the examples, for all."""
+        z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
+        if self.decoder_share == 1:
             return self.decode(z_0, 1, y).log_prob(x)
-
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(of, z_0, use_reentrant=False)
-        return of(z_0)
+        chosen = noise.fold("decoder").time().to(x.device) < self.decoder_share
+        told = None if y is None else y[chosen]
+        nats = self.decode(z_0[chosen], 1, told).log_prob(x[chosen])
+        return nats.new_zeros(len(x)).masked_scatter(chosen, nats / self.decoder_share)
 
     def denoising(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
