@@ -60,7 +60,7 @@ def _command(arguments: Sequence[str]) -> int:
     from genfw.train.compose import compose
     from genfw.train.nodes import conf_folder
     from genfw.train.overrides import jobs, parse, typed
-    from genfw.train.rules import data_are_there
+    from genfw.train.rules.data import data_are_there
     from genfw.train.session import searching, session
 
     if resume.asked(arguments):

@@ -18,7 +18,7 @@ from omegaconf import open_dict
 from genfw.train import resume
 from genfw.train.compose import compose
 from genfw.train.errors import ConfigError
-from genfw.train.rules import data_are_there
+from genfw.train.rules.data import data_are_there
 from genfw.train.run_folder import locked, noted, own_folder
 from genfw.train.runs import command
 from genfw.train.session import session

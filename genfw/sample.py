@@ -29,7 +29,7 @@ from omegaconf import DictConfig, ListConfig
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.files import replaced
 from genfw.train.nodes import option
-from genfw.train.rules import weaker_hears_no_label
+from genfw.train.rules.guidance import weaker_hears_no_label
 from genfw.train.runs import all_but, checkpoint, command, guide, other, output, read, unguided
 
 if TYPE_CHECKING:

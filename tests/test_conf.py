@@ -23,7 +23,8 @@ from genfw.train.compose import compose
 from genfw.train.config import build, conf_folder, locate
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.module import LatentModule
-from genfw.train.rules import _guidance_reads_model, _likelihood_reads_model, samples_have_labels
+from genfw.train.rules.guidance import guidance_reads_model, samples_have_labels
+from genfw.train.rules.model import likelihood_reads_model
 from genfw.train.schema import ConfFiles, from_signature
 from genfw.train.session import session
 from genfw.train.signals import Signals
@@ -123,12 +124,12 @@ def guided(name, **more):
 def test_what_asks_a_model_without_a_label_needs_one_that_knows_that(name):
     """By the name that was typed, whatever the class is called."""
     attentive = {"model": {"classes": 10}, "label_dropout": 0.0}
-    _guidance_reads_model(guided(name, **attentive | {"label_dropout": 0.1}))
+    guidance_reads_model(guided(name, **attentive | {"label_dropout": 0.1}))
     if name in ("classifier_free", "classifier", "classifier_denoised"):
         with pytest.raises(ConfigError, match=f"^guidance={name} .*label_dropout=0.1$"):
-            _guidance_reads_model(guided(name, **attentive))
+            guidance_reads_model(guided(name, **attentive))
     else:
-        _guidance_reads_model(guided(name, **attentive))
+        guidance_reads_model(guided(name, **attentive))
 
 
 @pytest.mark.parametrize("name", GROUPS["guidance"])
@@ -156,9 +157,9 @@ def test_a_likelihood_that_cannot_read_a_model_is_refused_by_name(model, likelih
     config = OmegaConf.create(nodes)
     if unreadable:
         with pytest.raises(ConfigError, match=f"^likelihood={likelihood} .*model={model} decodes"):
-            _likelihood_reads_model(config)
+            likelihood_reads_model(config)
     else:
-        _likelihood_reads_model(config)
+        likelihood_reads_model(config)
 
 
 def test_likelihood_outputs_are_those_of_the_classes():

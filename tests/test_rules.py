@@ -14,16 +14,16 @@ from genfw.train import resolvers
 from genfw.train.compose import unchecked
 from genfw.train.errors import ConfigError
 from genfw.train.nodes import conf_folder
-from genfw.train.rules import (
-    _estimator_reads_model,
-    _learned_schedule_follows_the_bound,
-    _objective_reads_model,
+from genfw.train.rules.model import (
+    estimator_reads_model,
+    learned_schedule_follows_the_bound,
+    objective_reads_model,
 )
 from genfw.train.session import session
 
 resolvers.register()
 
-RULES = _learned_schedule_follows_the_bound, _objective_reads_model, _estimator_reads_model
+RULES = learned_schedule_follows_the_bound, objective_reads_model, estimator_reads_model
 SHAPE, BINS = (1, 2, 2), 3
 
 

@@ -17,7 +17,8 @@ from genfw.train.errors import ConfigError
 from genfw.train.explain import explain
 from genfw.train.nodes import select
 from genfw.train.overrides import parse, typed
-from genfw.train.rules import samples_have_labels, times_are_looked_at
+from genfw.train.rules.guidance import samples_have_labels
+from genfw.train.rules.model import times_are_looked_at
 from genfw.train.session import choices_of, composed, composed_once, folders
 
 

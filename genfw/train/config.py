@@ -33,7 +33,8 @@ from genfw.train.nodes import (
     select,
     shown,
 )
-from genfw.train.rules import RULES, latents_are_levels, networks_fit_their_place
+from genfw.train.rules import RULES
+from genfw.train.rules.networks import latents_are_levels, networks_fit_their_place
 from genfw.train.schema import (
     RESERVED,
     Argument,

@@ -25,7 +25,7 @@ from genfw.train.classifier import fitting, knows_the_noise, same_data
 from genfw.train.config import build, locate, trusted_by
 from genfw.train.errors import ConfigError, GenfwError, one_line
 from genfw.train.module import LatentModule
-from genfw.train.rules import weaker_hears_no_label
+from genfw.train.rules.guidance import weaker_hears_no_label
 from genfw.train.runs import other, unguided
 
 
