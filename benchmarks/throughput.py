@@ -7,7 +7,7 @@ side by side in one run
 * float32, every product in full;
 * tf32, factors shortened to 10 bits of a mantissa;
 * bf16, the network under autocast, numbers in float32 (`trainer.precision=bf16-mixed`);
-* compiled, the same with the network compiled by torch.
+* compiled, the same with networks compiled by torch (`genfw.train.callbacks.Compile`).
 
 Seconds are of the last two thirds of the steps.
 """
@@ -19,18 +19,12 @@ import time
 
 import torch
 
-import genfw
-from genfw import LatentModel
+from genfw.train.compile import networks
 from genfw.train.compose import compose
 from genfw.train.config import build
 from genfw.train.session import session
 
 SETTINGS = ("float32", "tf32", "bf16", "compiled")
-
-
-def network(model: LatentModel) -> torch.nn.Module:
-    """What is compiled."""
-    return model.denoiser.network if isinstance(model, genfw.VDM) else model
 
 
 def measure(setting: str, experiment: str, batch: int, steps: int, device: torch.device):
@@ -41,7 +35,8 @@ def measure(setting: str, experiment: str, batch: int, steps: int, device: torch
     model, objective = build(config.model).to(device), build(config.objective).to(device)
     optimizer = build(config.optimizer)(model.parameters())
     if setting == "compiled":
-        network(model).compile()
+        for network in networks(model):
+            network.compile()
     torch.set_float32_matmul_precision("high" if setting == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = setting == "tf32"
     images = torch.randint(config.data.bins, (batch, *config.data.shape), device=device)

@@ -1,6 +1,7 @@
 """What is drawn of a model while it trains, and how far its samples are from the data.
 
-Progress and StartAtMean have pages of their own; configurations and run folders name them here.
+Compile, Progress and StartAtMean have pages of their own; configurations and run folders name
+them here.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from genfw.check import at_least
 from genfw.models.vdm import VDM
 from genfw.noise import Noise, mix
+from genfw.train.compile import Compile
 from genfw.train.data.module import ImageData
 from genfw.train.errors import GenfwError, Stopped
 from genfw.train.frechet import FrechetDistance, to_bytes
@@ -37,7 +39,7 @@ from genfw.train.progress import Progress, watched
 from genfw.train.signals import heard
 from genfw.train.start_at_mean import StartAtMean
 
-__all__ = ["Frechet", "Pictures", "Progress", "StartAtMean"]
+__all__ = ["Compile", "Frechet", "Pictures", "Progress", "StartAtMean"]
 
 
 class Pictures(L.Callback):

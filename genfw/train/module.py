@@ -99,7 +99,7 @@ class LatentModule(L.LightningModule):
 
     @contextmanager
     def evaluating(self) -> Iterator[LatentModel]:
-        """`evaluated` in evaluation mode, as `undisturbed` has it, without TF32.
+        """`evaluated` in evaluation mode, as `undisturbed` has it, without TF32 or compiled code.
 
         Raises:
             ValueError: its weights are narrower than float32.
@@ -111,7 +111,8 @@ class LatentModule(L.LightningModule):
                 f"the weights are {' and '.join(narrow)}, and numbers are reported in float32 or "
                 "better: use trainer.precision=bf16-mixed, or 32-true to evaluate these"
             )
-        with undisturbed(model), full_float32():
+        eager = torch.compiler.set_stance("force_eager")
+        with undisturbed(model), full_float32(), eager:
             yield model
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch:
