@@ -11,8 +11,8 @@ from test_vdm import network_vdm
 import genfw
 from genfw import VDM, BinsLikelihood, Bound, Cosine, Denoiser, Noise, Prediction, bits_per_dim
 from genfw.amplitudes import broadcast
-from genfw.evaluate import named
 from genfw.model import LatentModel
+from genfw.train.entries import named
 
 
 def test_the_terms_make_up_the_number(double):

@@ -6,9 +6,9 @@ from omegaconf import OmegaConf
 
 import genfw
 from genfw import NoiseSchedule, Registered
-from genfw.evaluate import named
 from genfw.registry import NameTaken
 from genfw.sample import about
+from genfw.train.entries import named
 
 
 def test_a_name_enters_the_registry_of_its_interface_only():

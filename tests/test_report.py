@@ -17,9 +17,9 @@ from test_job import composed
 import genfw
 from genfw import evaluate
 from genfw.estimators.report import differences, fingerprint, plain
-from genfw.evaluate import Claim, claim, compare, keep
 from genfw.train.certificate import certify, versions
 from genfw.train.data import ImageData, Source, Split, Splits
+from genfw.train.entries import Claim, claim, compare, keep
 from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.loggers import git_commit
 from genfw.train.module import LatentModule
