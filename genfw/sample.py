@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig
 
 from genfw.train.errors import ConfigError, GenfwError
-from genfw.train.files import replaced
 from genfw.train.nodes import option
 from genfw.train.rules.guidance import weaker_hears_no_label
 from genfw.train.runs import all_but, checkpoint, command, guide, other, output, read, unguided
@@ -68,22 +67,9 @@ ENDINGS = {"grid": ".png", "png": "", "npz": ".npz"}
 
 def sample(arguments: Sequence[str]) -> None:
     folder, config, options = read(arguments, DEFAULTS, USAGE, keeps=all_but(CHANGES))
-    for key in ("n", "chunk"):
-        if options[key] < 1:
-            raise ConfigError(f"{key}={options[key]}: expected at least 1")
-    if options.format not in ENDINGS:
-        raise ConfigError(f"format={options.format}: expected grid, png or npz")
+    _can_be_asked(options, config)
     _out_fits(options)
-    if options.trajectory and "sampler" not in config:
-        raise ConfigError(
-            f"trajectory=true: {config.model._target_} goes no way from noise to a sample; "
-            "diffusion models do"
-        )
     chosen = labels(options.label, config)
-    if options.temperature is not None and config.model._target_ != "genfw.HVAE":
-        raise ConfigError(
-            f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
-        )
     if options.label == "none" and option(config, "guidance") == "classifier_free":
         unguided(config)  # it goes nowhere
     weights = checkpoint(folder, options.checkpoint)
@@ -91,42 +77,66 @@ def sample(arguments: Sequence[str]) -> None:
 
     from genfw.noise import mix
     from genfw.train.parts import restore
-    from genfw.train.pictures import draw_samples, slug, steered
+    from genfw.train.pictures import draw_samples, steered
     from genfw.train.process import prepare
     from genfw.train.progress import watched
+    from genfw.train.sample_files import about, columns_of, film, write
 
     prepare()
     module, _ = restore(config, weights)
     module.to(_device(options.device))
-    given = None if chosen is None else [chosen[i % len(chosen)] for i in range(options.n)]
+    n, bins, seed = options.n, config.data.bins, mix(options.seed, "sample")
+    given = None if chosen is None else [chosen[i % len(chosen)] for i in range(n)]
+    columns = max(1, round(n**0.5)) if chosen is None else columns_of(n, len(chosen))
     with module.evaluating() as model:
-        seed = mix(options.seed, "sample")
         warmed = _warmed(model, options.temperature)
-        with watched(model, -(-options.n // options.chunk)):
-            images = draw_samples(model, range(options.n), seed, options.chunk, given, warmed)
-        facts, guided = about(folder, config, options, model, chosen), steered(model)
-        anew = [each for each in arguments if each.startswith(("sampler", "grid"))]
-        named = "" if options.label is None else slug(f"label_{options.label}")
-        named += "" if options.checkpoint == "best" else slug(options.checkpoint)
-        if options.temperature is not None:
-            facts["temperature"] = str(options.temperature)
-            named += slug("temperature_" + str(options.temperature).strip("[]"))
-        name = f"samples_{options.n}_seed{options.seed}{named}{slug('_'.join(anew))}{guided}"
-        name += slug(_other_run(config))
-        columns = (
-            max(1, round(options.n**0.5)) if chosen is None else _columns(options.n, len(chosen))
-        )
+        with watched(model, -(-n // options.chunk)):
+            images = draw_samples(model, range(n), seed, options.chunk, given, warmed)
+        facts = about(folder, config, options, model, chosen)
+        name = _name(arguments, options, config, steered(model))
         out = folder / name if options.out is None else Path(str(options.out))
-        bins = config.data.bins
         try:
             write(images, given, facts, options.format, out, bins, columns)
             if options.trajectory:
                 with watched(model, 1):
-                    film(model, seed, given, min(options.n, ANIMATED), out, bins, columns, facts)
+                    film(model, seed, given, min(n, ANIMATED), out, bins, columns, facts)
         except OSError as error:
             raise GenfwError(
                 f"{error.filename or out}: {error.strerror}; give out=<path>"
             ) from error
+
+
+def _can_be_asked(options: DictConfig, config: DictConfig) -> None:
+    """Refuses numbers, formats and ways that there are not, or that this model has not."""
+    for key in ("n", "chunk"):
+        if options[key] < 1:
+            raise ConfigError(f"{key}={options[key]}: expected at least 1")
+    if options.format not in ENDINGS:
+        raise ConfigError(f"format={options.format}: expected grid, png or npz")
+    if options.trajectory and "sampler" not in config:
+        raise ConfigError(
+            f"trajectory=true: {config.model._target_} goes no way from noise to a sample; "
+            "diffusion models do"
+        )
+    if options.temperature is not None and config.model._target_ != "genfw.HVAE":
+        raise ConfigError(
+            f"temperature={options.temperature}: {config.model._target_} has none; genfw.HVAE does"
+        )
+
+
+def _name(arguments: Sequence[str], options: DictConfig, config: DictConfig, guided: str) -> str:
+    """Of a set in the run folder: another for whatever makes other images."""
+    from genfw.train.pictures import slug
+
+    warmth = str(options.temperature).strip("[]")
+    said = [
+        "" if options.label is None else f"label_{options.label}",
+        "" if options.checkpoint == "best" else options.checkpoint,
+        "" if options.temperature is None else f"temperature_{warmth}",
+        "_".join(each for each in arguments if each.startswith(("sampler", "grid"))),
+    ]
+    named = "".join(map(slug, said))
+    return f"samples_{options.n}_seed{options.seed}{named}{guided}{slug(_other_run(config))}"
 
 
 def _warmed(model: LatentModel, temperature: Any) -> Callable[..., Image]:
@@ -256,108 +266,6 @@ def _other_run(config: DictConfig) -> str:
         return ""
     file = Path(place).absolute()
     return f"{file.parent.parent.name}_{file.stem}" if file.suffix == ".ckpt" else file.name
-
-
-def about(
-    folder: Path,
-    config: DictConfig,
-    options: DictConfig,
-    model: LatentModel,
-    chosen: list[int] | None,
-) -> dict[str, str]:
-    """What made the images."""
-    from genfw.models.vdm import VDM
-    from genfw.train.loggers import git_commit
-
-    facts = {
-        "run": str(folder.absolute()),
-        "checkpoint": options.checkpoint,
-        "seed": str(options.seed),
-        "label": "none" if chosen is None else ",".join(_named(each, model) for each in chosen),
-        "git": git_commit() or "unknown",
-    }
-    if isinstance(model, VDM):
-        facts["sampler"] = f"{model.sampler.called()}({model.sampler.extra_repr()})"
-        grid = model.sampler.grid
-        facts["grid"] = f"{grid.called()}({grid.extra_repr()})".removesuffix("()")
-        facts["guidance"] = model.guided().title or "none"
-        guidance = config.get("guidance") or {}
-        for by in ("classifier", "weaker"):
-            if by in guidance:
-                facts[by] = str(Path(guidance[by]).absolute())
-    return facts
-
-
-def _named(label: int, model: LatentModel) -> str:
-    """As the person knows it: the number of classes stands for no label."""
-    return "none" if label == model.classes else str(label)
-
-
-def film(
-    model: LatentModel,
-    seed: int,
-    given: list[int] | None,
-    n: int,
-    out: Path,
-    bins: int,
-    columns: int,
-    facts: dict[str, str],
-) -> None:
-    """The first n samples on their way from noise, as a GIF beside the images."""
-    import torch
-
-    from genfw.models.vdm import VDM
-    from genfw.noise import Noise
-    from genfw.train.pictures import animate, way
-
-    assert isinstance(model, VDM)
-    index = torch.arange(n, device=model.device)
-    y = None if given is None else torch.tensor(given[:n], device=model.device)
-    gif = out.with_name(f"{out.name.removesuffix('.png').removesuffix('.npz')}.gif")
-    frames = way(model, Noise(seed, index), y, bins, min(columns, n))
-    print(f"the way to {n} of them: {animate(frames, gif, facts)}")
-
-
-def write(
-    images: Image,
-    given: list[int] | None,
-    facts: dict[str, str],
-    kind: str,
-    out: Path,
-    bins: int,
-    columns: int,
-) -> None:
-    """In this format; `out` without an ending gets one."""
-    import numpy as np
-
-    from genfw.train.frechet import to_bytes
-    from genfw.train.pictures import grid, to_png
-
-    pixels = to_bytes(images, bins)
-    if kind == "npz":
-        out = out if out.suffix == ".npz" else Path(f"{out}.npz")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        unknown = facts["label"] == "none"
-        given = [-1] * len(images) if given is None or unknown else given
-        arrays: dict[str, Any] = {"images": images.numpy(), "labels": np.array(given), **facts}
-        with replaced(out) as beside, beside.open("wb") as file:
-            np.savez(file, **arrays)
-    elif kind == "png":
-        for i, one in enumerate(pixels):
-            of = dict(facts)
-            if given is not None and facts["label"] != "none":
-                of["label"] = str(given[i])
-            picture = grid(one[None], 1, smallest=1, gap=0)  # its own pixels and no others
-            to_png(picture, out / f"{i:05d}.png", of)
-    else:
-        out = out if out.suffix == ".png" else Path(f"{out}.png")
-        to_png(grid(pixels, columns), out, facts)
-    print(f"{len(images)} samples: {out}")
-
-
-def _columns(n: int, classes: int) -> int:
-    """Of a nearly square grid in which every column holds one class."""
-    return min(n, classes * max(1, round(n**0.5 / classes)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from test_diagnostics import Linear, chain, hvae, module
 import genfw
 from genfw.noise import Noise
 from genfw.parameterization import Prediction
-from genfw.sample import write
 from genfw.testing import small
 from genfw.testing.model import built
 from genfw.train.callbacks import Pictures
@@ -32,6 +31,7 @@ from genfw.train.pictures import (
     traversal,
     way,
 )
+from genfw.train.sample_files import write
 
 
 def shown(picture, columns, side=2, zoom=16):

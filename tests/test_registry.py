@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 import genfw
 from genfw import NoiseSchedule, Registered
 from genfw.registry import NameTaken
-from genfw.sample import about
 from genfw.train.entries import named
+from genfw.train.sample_files import about
 
 
 def test_a_name_enters_the_registry_of_its_interface_only():
