@@ -62,7 +62,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from genfw.train.certificate import certify, given, kind, reached, versions
+    from genfw.train.certificate import certify, given, kind, versions
     from genfw.train.config import build
     from genfw.train.parts import restore, served
     from genfw.train.process import prepare
@@ -74,7 +74,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     module, data = restore(config, weights)
     served(module.model, module.estimator)
     changed = news(arguments, folder, config, defaults)
-    asked = (module.estimator, f"{options.checkpoint} at step {reached(weights)}", changed)
+    asked = (module.estimator, f"{options.checkpoint} at step {module.reached}", changed)
     claimed = claim(folder, *asked) if options.verify else None
     trainer = build(
         config.trainer,

@@ -92,7 +92,7 @@ def sample(arguments: Sequence[str]) -> None:
         warmed = _warmed(model, options.temperature)
         with watched(model, -(-n // options.chunk)):
             images = draw_samples(model, range(n), seed, options.chunk, given, warmed)
-        facts = about(folder, config, options, model, chosen)
+        facts = about(folder, config, options, model, chosen) | {"step": str(module.reached)}
         name = _name(arguments, options, config, steered(model))
         out = folder / name if options.out is None else Path(str(options.out))
         try:

@@ -189,6 +189,25 @@ def test_nobody_watches_after_a_run_be_it_broken(tmp_path):
     assert not denoising._hooks
 
 
+def test_a_validation_that_was_broken_off_is_in_no_account(tmp_path):
+    """Of a second one those bits are left that are the validation's."""
+
+    class Breaks(tiny.L.Callback):
+        times = 1
+
+        def on_validation_batch_end(self, trainer, *_):
+            if self.times:
+                self.times -= 1
+                raise RuntimeError("broken")
+
+    trainer = tiny.trainer(tmp_path, callbacks=[BitAccounting(4, every=0), Breaks()])
+    module, data = tiny.module(), tiny.Images()
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.validate(module, data, verbose=False)
+    (found,) = trainer.validate(module, data, verbose=False)
+    assert sum(series(found, "val").values()) == pytest.approx(found["val/levels"] / NATS, rel=1e-5)
+
+
 def test_nothing_for_a_model_that_does_not_denoise(tmp_path):
     trainer = tiny.trainer(tmp_path, 2, val_check_interval=2, callbacks=[BitAccounting(every=1)])
     trainer.fit(module_of(vae()), tiny.Images())

@@ -19,6 +19,7 @@ import torch
 
 from genfw.train import loggers
 from genfw.train.loggers import CSV, Wandb, answers, choose_mode
+from genfw.train.process import prepare
 
 
 def rows(file):
@@ -330,10 +331,17 @@ def test_a_run_does_not_wait_for_its_upload_for_ever(tmp_path, monkeypatch, code
 
 
 def test_git_commit(monkeypatch):
-    commit = loggers.git_commit()
-    assert commit is None or len(commit.removesuffix("+")) == 40
+    """Of the code that was started, whatever is committed while it runs."""
+    loggers.git_commit.cache_clear()
+    prepare()
+    known = (Path(__file__).parents[1] / ".git").exists()
     monkeypatch.setattr(loggers.shutil, "which", lambda name: None)
+    commit = loggers.git_commit()
+    assert commit is not None if known else commit is None
+    assert commit is None or len(commit.removesuffix("+")) == 40
+    loggers.git_commit.cache_clear()
     assert loggers.git_commit() is None
+    loggers.git_commit.cache_clear()
 
 
 def test_rows_wait_for_room_on_the_disk(tmp_path, capsys):

@@ -16,6 +16,7 @@ import genfw
 from genfw import ELBO, Estimate
 from genfw.nets import MLPDecoder, MLPEncoder
 from genfw.noise import Noise, mix
+from genfw.train.bits import BitAccounting
 from genfw.train.certificate import certify
 from genfw.train.data.images import as_batch
 from genfw.train.metrics import NLL
@@ -218,6 +219,48 @@ def test_an_order_of_ranks_that_changes_is_none_either():
             in_order(DataLoader(data, 2, sampler=sampler))
 
 
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_example_of_two_ranks_or_of_none_is_refused(drop_last):
+    """Seven on two ranks: one more, or one less, than there are."""
+    data = torch.zeros(7, *tiny.SHAPE)
+    sampler = DistributedSampler(data, 2, 0, shuffle=False, drop_last=drop_last)
+    given = 6 if drop_last else 8
+    with pytest.raises(ValueError, match=f"every example once, and of 7 .* gives {given} to 2"):
+        in_order(DataLoader(data, 2, sampler=sampler))
+
+
+class Breaks(genfw.Estimator):
+    """Ten nats an image, and an end in the second batch, once."""
+
+    kind = draws = "one"
+
+    def __init__(self, error):
+        super().__init__()
+        self.errors = [None, error]
+
+    def forward(self, model, x, y=None, *, noise=None):
+        if self.errors and (error := self.errors.pop(0)):
+            raise error
+        nats = torch.full((len(x),), 10.0)
+        return Estimate(nats=nats, variance=torch.zeros(len(x)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyboardInterrupt()], ids=repr)
+def test_an_evaluation_that_was_broken_off_is_no_part_of_the_next(tmp_path, error):
+    module, data = tiny.module(), tiny.Images(val=10, test=7)
+    module.validation_estimator = Breaks(error)
+    bits = BitAccounting(2)
+    first = tiny.trainer(tmp_path, callbacks=[bits])
+    with pytest.raises((RuntimeError, SystemExit, KeyboardInterrupt)):
+        first.validate(module, data, verbose=False)
+    again = tiny.trainer(tmp_path, callbacks=[bits])
+    (validated,) = again.validate(module, data, verbose=False)
+    assert validated["val/nll"] == 10 and validated["val/count"] == 10
+    module.estimator = module.validation_estimator
+    (tested,) = again.test(module, DataLoader(TensorDataset(data.images["test"]), 4), verbose=False)
+    assert tested["test/nll"] == 10 and tested["test/count"] == 7
+
+
 def test_that_of_training_may_and_of_batches_that_know_their_examples_may(tmp_path):
     trainer, ours = tiny.trainer(tmp_path), tiny.Images()
     train, val = loader(ours.images["train"], 4, shuffle=True), loader(ours.images["val"], 4)
@@ -300,7 +343,6 @@ def test_a_density_is_said_to_be_one_and_has_no_bits(tmp_path, wrapped):
     assert {"val/nll", "train/objective"} <= {*trainer.callback_metrics}
     assert not [key for key in trainer.callback_metrics if "bpd" in key]
     (tested,) = trainer.test(module, DataLoader(TensorDataset(x), 4), verbose=False)
-    torch.save({"global_step": 2}, tmp_path / "best.ckpt")
     result = certify(module, tiny.Images(), tested, tmp_path / "best.ckpt")["result"]
     assert result["nll"] == tested["test/nll"] and result["nll_stderr"] > 0
     assert result["bpd"] is result["bpd_stderr"] is None and result["terms"] == {}

@@ -274,7 +274,7 @@ def test_every_entry_is_what_was_measured(averaged, steps, estimator, name, draw
         next(model.parameters()).data += 1.0
         module.average = model
         assert fingerprint(model) != fingerprint(trained)
-    torch.save({"global_step": 12}, tmp_path / "best.ckpt")
+    module.reached = 12
     (tested,) = tiny.trainer(tmp_path).test(module, data, verbose=False)
     held = certify(module, data, tested, tmp_path / "best.ckpt")
     for perfect in ({}, {"test/nll": 0.0, "test/bpd": 0.0}):  # bits are those of the dimensions
@@ -344,7 +344,9 @@ def run(config, tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     torch.save({"global_step": 12}, tmp_path / "checkpoints" / "best.ckpt")
     data = ImageData(Known(), tiny.SHAPE, tiny.BINS, 4, name="known")
-    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (tiny.module(), data))
+    module = tiny.module()
+    module.on_load_checkpoint({"global_step": 12, "state_dict": {}})
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (module, data))
     return tmp_path
 
 
@@ -435,8 +437,8 @@ def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, 
     assert first == "bound(sets=2, strata=2) of best at step 12, seed=1"
     shutil.copy(files / "best.ckpt", files / "earlier.ckpt")
 
-    torch.save({"global_step": 24}, files / "best.ckpt")
     module = tiny.module()
+    module.reached = 24
     next(module.model.parameters()).data += 1.0
     monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (module, data))
     capsys.readouterr()
@@ -450,7 +452,9 @@ def test_an_entry_is_of_the_weights_that_it_was_computed_from(run, monkeypatch, 
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
 
     (files / "earlier.ckpt").replace(files / "best.ckpt")
-    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (tiny.module(), data))
+    module = tiny.module()
+    module.on_load_checkpoint({"global_step": 12, "state_dict": {}})
+    monkeypatch.setattr("genfw.train.parts.restore", lambda *_: (module, data))
     capsys.readouterr()
     assert command(evaluate.evaluate, [*given, "verify=true"]) == 0
     assert f"evaluation.json, {first})" in told(capsys)

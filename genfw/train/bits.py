@@ -153,6 +153,8 @@ class BitAccounting(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
         self._unhook()
+        self.batches.clear()  # what was broken off is no part of what comes
+        self.sums.clear()
 
     def state_dict(self) -> dict[str, Any]:
         edges = None if self.edges is None else self.edges.tolist()

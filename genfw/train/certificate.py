@@ -29,14 +29,15 @@ def certify(
     """The certificate of `tested`, what `trainer.test(module, data)` returned.
 
     Args:
-        checkpoint: the file whose weights were tested.
+        checkpoint: the file whose weights were tested. It may have been replaced since: their step
+            is that of the module, which has read them.
     """
     return {
         "result": _result(module, tested),
         "estimator": _estimator(module),
         "model": _model(module),
         "data": _data(data, int(tested["test/count"])),
-        "origin": _origin(checkpoint),
+        "origin": _origin(checkpoint, module.reached),
     }
 
 
@@ -137,19 +138,13 @@ def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
     }
 
 
-def _origin(checkpoint: Path) -> dict[str, Any]:
+def _origin(checkpoint: Path, step: int | None) -> dict[str, Any]:
     return {
         "checkpoint": checkpoint.name,
-        "step": reached(checkpoint),
+        "step": step,
         "git": git_commit(),
         "versions": {key.removeprefix("versions/"): value for key, value in versions().items()},
     }
-
-
-def reached(checkpoint: Path) -> int:
-    """The optimizer step whose weights a file holds."""
-    held = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return int(held["global_step"])
 
 
 def versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
 
 from genfw.diffusion.guidance import NEAR, ClassifierGuidance, Guidance
 from genfw.diffusion.process import marginal
@@ -73,6 +74,7 @@ class ClassifierModule(L.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.likelihood = BinsLikelihood(bins)  # which places integers as every other does
         self.levels, self.seed = levels, seed
+        self.means = Means(2 + levels)
 
     def forward(self, z: Tensor, log_snr: Tensor) -> Tensor:
         return self.classifier(z, log_snr)
@@ -93,6 +95,18 @@ class ClassifierModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        self.means.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.means.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
     def configure_optimizers(self) -> Any:
         parameters = self.classifier.parameters()
         return optimizers(self.trainer, parameters, self.optimizer, self.scheduler)
@@ -100,18 +114,23 @@ class ClassifierModule(L.LightningModule):
     def on_train_start(self) -> None:
         on_schedule(each.scheduler for each in self.trainer.lr_scheduler_configs)
 
+    @property
+    def looked_at(self) -> list[float]:
+        """The log SNR of every level of validation."""
+        most = self.schedule.log_snr_max
+        span = most - self.schedule.log_snr_min
+        return [float(most - span * ((i + 0.5) / self.levels)) for i in range(self.levels)]
+
     def by_level(self, batch: Batch, noise: Noise) -> dict[float, tuple[Tensor, Tensor]]:
         """{log SNR: (NLL of the label in nats, whether it is recognised), (b,) each}."""
         data = self.likelihood.normalize(batch.image)
         found = {}
-        for i in range(self.levels):
-            u = torch.full((len(data),), (i + 0.5) / self.levels, dtype=torch.float64)
-            span = self.schedule.log_snr_max - self.schedule.log_snr_min
-            t = self.schedule.inverse(self.schedule.log_snr_max - span * u.to(data.device))
+        for i, at in enumerate(self.looked_at):
+            log_snr = torch.full((len(data),), at, dtype=torch.float64, device=data.device)
+            t = self.schedule.inverse(log_snr)
             z = marginal(data, t, self.schedule).sample(noise.fold(f"level{i}"))
             logits = self.classifier(z, self._log_snr(t))
             nll = F.cross_entropy(logits, batch.label, reduction="none")
-            at = float(self.schedule.log_snr_max - span * u[0])
             found[at] = nll.double(), (logits.argmax(1) == batch.label).double()
         return found
 
@@ -121,19 +140,34 @@ class ClassifierModule(L.LightningModule):
     def _evaluate(self, batch: Batch, split: str) -> None:
         found = self.by_level(batch, Noise(mix(self.seed, split), batch.index))
         nll, right = (torch.stack(each) for each in zip(*found.values()))
-        values = {"nll": nll.mean(), "accuracy": right.mean()}
-        for at, one in zip(found, right):
-            values[f"accuracy_at_{at:+.1f}"] = one.mean()
-        for name, value in values.items():
-            self.log(
-                f"{split}/{name}",
-                value.float(),
-                prog_bar=name == "accuracy",
-                batch_size=len(batch.image),
-                on_step=False,
-                on_epoch=True,
-                sync_dist=True,  # the mean over the images of all ranks
-            )
+        self.means.update(torch.cat([nll.mean(0)[None], right.mean(0)[None], right]))
+
+    def _report(self, split: str) -> None:
+        names = ["nll", "accuracy", *(f"accuracy_at_{at:+.1f}" for at in self.looked_at)]
+        for name, value in zip(names, self.means.compute(), strict=True):
+            self.log(f"{split}/{name}", value.float(), prog_bar=name == "accuracy")
+
+
+class Means(Metric):
+    """Of so many numbers that every image has, (numbers, b), the means over images of all ranks:
+    float64 sums and a count, reduced by summing. Lightning's own mean rounds a rank's count of
+    images to an integer."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, numbers: int):
+        super().__init__()
+        self.add_state("total", torch.zeros(numbers, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, rows: Tensor) -> None:
+        self.total += rows.double().sum(1)
+        self.count += rows.shape[1]
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 def assemble(config: DictConfig) -> ClassifierModule:

@@ -21,6 +21,7 @@ import urllib.request
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -359,8 +360,10 @@ def answers(host: str, patience: float = PATIENCE) -> bool:
     return heard.is_set()
 
 
+@cache
 def git_commit() -> str | None:
-    """The commit of genfw's own checkout, with `+` where it has changes; None outside of one."""
+    """The commit of genfw's own checkout, with `+` where it has changes; None outside of one. As it
+    was when this was first asked, by `prepare`: of the code that runs, not of what came later."""
     git = shutil.which("git")
     if git is None:
         return None

@@ -57,10 +57,13 @@ class LatentModule(L.LightningModule):
 
     Attributes:
         arithmetic: what the last numbers were computed in, dtype and whether TF32 was allowed.
+        reached: the optimizer step of the checkpoint that the weights were read from last; None
+            where there was none.
         dims: C * H * W of the images that they are of.
 
     Raises:
-        ValueError: label_dropout outside [0, 1); in evaluation, a loader that shuffles.
+        ValueError: label_dropout outside [0, 1); in evaluation, a loader that shuffles, or gives an
+            image to two ranks.
         TypeError: in a step, batches of something else, or without labels for a model of p(x | y).
     """
 
@@ -87,6 +90,7 @@ class LatentModule(L.LightningModule):
         self.validation_estimator = validation_estimator or Bound(sets=2, strata=4)
         self.seed = seed
         self.arithmetic: dict[str, Any] = {}
+        self.reached: int | None = None
         self.dims = 0
         known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
         self.nll = NLL(diagnostics=known)
@@ -158,6 +162,12 @@ class LatentModule(L.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, self.estimator, "test")
 
+    def on_validation_epoch_start(self) -> None:
+        self.nll.reset()  # of one that was broken off
+
+    def on_test_epoch_start(self) -> None:
+        self.nll.reset()
+
     def on_validation_epoch_end(self) -> None:
         self._report("val")
 
@@ -174,7 +184,6 @@ class LatentModule(L.LightningModule):
 
     def _report(self, split: str) -> None:
         values = self.nll.compute()
-        self.nll.reset()
         if self.model.of_density:
             del values["bpd"]
         if "nonfinite" in values:
@@ -194,15 +203,16 @@ class LatentModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A file with averaged weights is evaluated by them, whoever loads it."""
+        self.reached = checkpoint.get("global_step")
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
 
 
 def in_order(loaders: Any) -> None:
-    """Loaders, or a loader, that give examples in the same order each time.
+    """Loaders, or a loader, that give every example once, in the same order each time.
 
     Raises:
-        ValueError: one of them shuffles.
+        ValueError: one of them shuffles, or gives ranks examples that others have.
     """
     for loader in loaders if isinstance(loaders, list) else [loaders]:
         sampler = getattr(loader, "sampler", None)
@@ -212,6 +222,14 @@ def in_order(loaders: Any) -> None:
                 "expected a loader that keeps its order, for an example's noise is that of its "
                 "place in it, and this one would give another number each time: use shuffle=False"
             )
+        if isinstance(sampler, DistributedSampler):
+            n = len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+            if sampler.total_size != n:
+                raise ValueError(
+                    f"expected every example once, and of {n} this sampler gives "
+                    f"{sampler.total_size} to {sampler.num_replicas} ranks alike: evaluate on one "
+                    "device, or use genfw.train.data.ImageData, which shares them out unevenly"
+                )
 
 
 def noise_of_step(trainer: L.Trainer, seed: int, batch: Batch, batch_idx: int) -> BatchNoise:

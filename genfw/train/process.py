@@ -8,14 +8,16 @@ import warnings
 
 from lightning.fabric.strategies.launchers import subprocess_script
 
+from genfw.train.loggers import git_commit
 from genfw.train.memory import keep_freed_memory
 from genfw.train.sharding import FSDP2
 
 
 def prepare() -> None:
-    """The process: memory is kept, Lightning knows our strategy, and its advertisements and its
-    advice about what is meant to be so are not shown."""
+    """The process: memory is kept, the commit of its code is noted, Lightning knows our strategy,
+    and its advertisements and its advice about what is meant to be so are not shown."""
     keep_freed_memory()
+    git_commit()
     FSDP2.register_strategies()
     subprocess_script._ChildProcessObserver._terminate_all = end_all
     for name in ("lightning.pytorch", "lightning.fabric"):
