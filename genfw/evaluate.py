@@ -95,7 +95,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         return
     name = named(*asked)
     if trainer.is_global_zero:
-        Console().print(name, table(results, module), sep="\n")
+        Console().print(name, table(results, module, found["data"].get("of")), sep="\n")
     try:
         if options.simulated:
             results |= looseness(module, options.simulated)

@@ -97,6 +97,9 @@ def test_a_table_without_a_number_says_so():
     shown = rows(table(one_draw, of_dims(tiny.module(), 64)))
     assert shown["NLL"] == "80.00 nats (one draw, no standard error)"
     assert shown["images"] == "447, NLL spread over them 9.0 nats"
+    for of, images in ((447, "447"), (1000, "447 of 1000")):
+        again = rows(table(one_draw, of_dims(tiny.module(), 64), of))
+        assert again["images"] == f"{images}, NLL spread over them 9.0 nats"
     assert rows(table({**one_draw, "test/count": 1}, of_dims(tiny.module(), 64)))["images"] == "1"
 
 

@@ -27,7 +27,7 @@ from genfw.train.errors import ConfigError, GenfwError
 from genfw.train.jobs import Fresh, Interrupted, Job, handled, living, records
 from genfw.train.run_folder import locked, noted
 from genfw.train.sweep import Local, close, keep, reopen
-from genfw.train.sweep_table import groups, plot, show
+from genfw.train.sweep_table import Group, groups, plot, show
 
 
 class Script(Fresh):
@@ -400,6 +400,8 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
     assert eps.cell("test/bpd") == "2.83 ± 0.60"
     assert (x0.jobs, x0.finished, x0.cell("test/bpd")) == (3, 1, "1")
     assert x0.stderr("test/bpd") is None
+    some = Group({}, 3, {"test/bpd": [1.0, 2.0, 3.0], "test/fd": [5.0, 9.0], "test/x": [5.0]})
+    assert (some.cell("test/fd"), some.cell("test/x")) == ("7.0 ± 2.0 (2)", "5 (1)")
 
 
 def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
@@ -429,6 +431,7 @@ def test_tables_are_written_and_the_sweep_is_not_done(tmp_path, capsys):
         eps, x0 = csv.DictReader(file)
     assert (eps["param"], eps["finished"], float(eps["test/nll"])) == ("eps", "3", 17 / 3)
     assert (x0["jobs"], x0["finished"], x0["test/nll_stderr"]) == ("3", "1", "")
+    assert (eps["test/nll_jobs"], x0["test/nll_jobs"]) == ("3", "1")
     with (tmp_path / "jobs.csv").open() as file:
         jobs = list(csv.DictReader(file))
     assert [job["status"] for job in jobs] == ["finished"] * 4 + ["failed: exit code 1"] * 2

@@ -58,7 +58,8 @@ class ProbabilityFlow(Estimator, name="ode"):
             measured between them, and nan for one.
         dequantization: q(z_0 | x), and with it p(x | z_0): "decoder", "uniform" or
             "truncated_normal" (`DEQUANTIZATIONS`).
-        tolerance: what the ODE may be off in all, nats per dimension. Each image has its own steps.
+        tolerance: what the ODE may be off in all, nats per dimension, as far as its steps can tell.
+            Each image has its own.
         steps: None, or a number of equal steps in log SNR instead, whatever their error.
         exact_dims: the largest D whose trace is exact (D backward passes a call); above, one probe.
         probe: "rademacher" or "gaussian" (`PROBES`).
@@ -71,7 +72,8 @@ class ProbabilityFlow(Estimator, name="ode"):
 
     Diagnostics: `ode_error`, what the ODE is believed to be off, in nats: the sum of the steps'
     embedded errors, those of z counted by the change of log p that they could cause at most where
-    the score is of size 1/sigma. The truth is usually far below. `ode_calls`, network calls.
+    the score is of size 1/sigma. The truth is usually below, of single images at times a few times
+    as much. `ode_calls`, network calls.
 
     The state is float64 whatever the network's precision. An image whose ODE cannot be solved to
     the tolerance has nan: a float32 network that predicts x, whose error near t = 0 enters as

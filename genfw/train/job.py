@@ -76,9 +76,9 @@ def run(config: DictConfig, folder: Path, begin: Path | None = None) -> Results:
             "seconds/fit": round(done.seconds, 1),
             **versions(),
         }
-        if done.trainer.is_global_zero:
-            Console().print(table(results, module))
         certificate = certify(module, done.data, done.numbers, done.keeper.path)
+        if done.trainer.is_global_zero:
+            Console().print(table(results, module, certificate["data"].get("of")))
         finish_pictures(done, folder)
         return ended(done.trainer, folder, results, certificate=certificate)
 

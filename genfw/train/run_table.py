@@ -18,12 +18,13 @@ from genfw.train.keeper import Keeper
 from genfw.train.module import LatentModule
 
 
-def table(results: Mapping[str, Any], module: LatentModule) -> Table:
+def table(results: Mapping[str, Any], module: LatentModule, of: int | None = None) -> Table:
     """The end of a run, for the eye.
 
     Args:
         results: of the test, as in results.json.
         module: what was tested, by which estimator, on images of how many dimensions.
+        of: how many images the test set has.
     """
     test = {
         key.removeprefix("test/"): value
@@ -55,7 +56,7 @@ def table(results: Mapping[str, Any], module: LatentModule) -> Table:
     for name in module.estimator.diagnostics:
         if name in test:
             sheet.add_row(name, f"{test[name]:.4g} (mean over images)")
-    images = f"{test['count']:.0f}"
+    images = f"{test['count']:.0f}" + f" of {of}" * (of is not None and test["count"] < of)
     if not wrong and test["count"] > 1:
         images += f", NLL spread over them {test['nll_std']:.1f} nats"
     sheet.add_row("images", images)

@@ -3,7 +3,8 @@ r"""The table of a sweep: mean and standard error over seeds, grouped by all els
 .. math:: \bar m = \frac1n \sum_i m_i, \qquad
     \mathrm{se} = \sqrt{\frac{1}{n (n - 1)} \sum_i (m_i - \bar m)^2}
 
-over the n finished jobs of a group; one job has no standard error. In the sweep's folder:
+over the n finished jobs of a group that have this number, n being said where those are not all; one
+job has no standard error. In the sweep's folder:
 
 table.csv, table.md, table.png     a row per group
 jobs.csv                           a row per job: status, overrides and everything in its results
@@ -65,14 +66,16 @@ class Group:
         return max((len(values) for values in self.values.values()), default=0)
 
     def cell(self, metric: str) -> str:
-        r"""`1.833 ± 0.005`: rounded at the second digit of the standard error."""
-        mean, stderr = self.mean(metric), self.stderr(metric)
+        r"""`1.833 ± 0.005`: rounded at the second digit of the standard error; `1.833 ± 0.005 (2)`
+        where only two of the finished jobs have it."""
+        mean, stderr, n = self.mean(metric), self.stderr(metric), len(self.values[metric])
         if mean is None:
             return ""
+        few = f" ({n})" if n < self.finished else ""
         if not stderr or not math.isfinite(stderr):
-            return f"{mean:.5g}"
+            return f"{mean:.5g}{few}"
         digits = max(0, 1 - math.floor(math.log10(stderr)))
-        return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+        return f"{mean:.{digits}f} ± {stderr:.{digits}f}{few}"
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
@@ -124,10 +127,10 @@ def write(sweep: Path, records: Sequence[Record]) -> None:
     made, shown = groups(records), metrics(records)
     table = io.StringIO()
     rows = csv.writer(table)
-    pairs = [each for metric in shown for each in (metric, f"{metric}_stderr")]
-    rows.writerow([*(made[0].choices if made else ()), "jobs", "finished", *pairs])
+    heads = [each for m in shown for each in (m, f"{m}_stderr", f"{m}_jobs")]
+    rows.writerow([*(made[0].choices if made else ()), "jobs", "finished", *heads])
     for group in made:
-        numbers = [n for m in shown for n in (group.mean(m), group.stderr(m))]
+        numbers = [n for m in shown for n in (group.mean(m), group.stderr(m), len(group.values[m]))]
         rows.writerow([*group.choices.values(), group.jobs, group.finished, *numbers])
     replace_text(sweep / "table.csv", table.getvalue())
     replace_text(sweep / "jobs.csv", _jobs(records))
