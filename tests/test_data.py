@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from itertools import chain
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,6 +25,7 @@ from PIL import Image
 
 from genfw.train import resolvers
 from genfw.train.batches import EvaluationBatches, TrainingBatches
+from genfw.train.certificate import _data as facts
 from genfw.train.data import (
     Batch,
     DataError,
@@ -173,6 +175,39 @@ def test_parquet_in_order_and_validation_from_the_end(parquet):
     assert splits.train.hash == train.part(0, 24).hash
     assert splits.validation.hash == train.part(24, 30).hash
     assert splits.test.hash == test.hash
+
+
+@pytest.mark.parametrize(
+    ("add", "remove", "says"),
+    [
+        ((), ("train-00001-of-00002",), "train-00000-of-00002 to train-00001-of-00002, each once"),
+        (("train-00000-of-00001",), (), "got train-00000-of-00001, train-00000-of-00002, "),
+        (
+            ("test",),
+            (),
+            "test-00000-of-00001 to test-00000-of-00001, each once, got test-00000-of-00001, test: ",
+        ),
+        (("test-00000-of-00001-ab",), (), "each once, got test-00000-of-00001-ab, test-0"),
+    ],
+    ids=["missing", "of two generations", "and the whole", "twice"],
+)
+def test_a_split_is_read_whole_and_once(parquet, add, remove, says):
+    path, train, _ = parquet
+    for name in add:
+        write_parquet(path, name, train.part(0, 2), "img")
+    for name in remove:
+        (path / f"{name}.parquet").unlink()
+    with pytest.raises(DataError, match=says):
+        HubImages("set", validation=6).read((1, 4, 4), path)
+
+
+def test_names_with_a_hash_are_shards_too(parquet):
+    path, train, _ = parquet
+    for i in range(2):
+        (path / f"train-0000{i}-of-00002.parquet").rename(
+            path / f"train-0000{i}-of-00002-a8{i}.parquet"
+        )
+    assert len(HubImages("set", validation=6).read((1, 4, 4), path).train) == len(train) - 6
 
 
 def test_own_validation_split(parquet):
@@ -339,6 +374,7 @@ BAD = {
         "not a readable",
     ),
     "deep.png": (saved(Image.fromarray(GREY.astype(np.uint16) * 200)), "more than 8 bits"),
+    "few.pgm": (b"P5 4 4 3\n" + bytes(range(4)) * 4, "values up to 3"),
     "ink.jpg": (saved(Image.fromarray(RGB).convert("CMYK"), "jpeg"), "colour space CMYK"),
     "glass.png": (png(opaque(128)), "expected 1 channel (grey), got 3 channels (RGB)"),
     "film.gif": (
@@ -353,6 +389,45 @@ BAD = {
     "wide.png": (png(GREY[:3]), "expected 4x4 pixels (height x width), got 3x4"),
     "colour.png": (png(RGB), "expected 1 channel (grey), got 3 channels (RGB)"),
 }
+
+
+def deep(colour, channels):
+    """A PNG of 16 bits per channel, as Pillow writes none."""
+    pixels = np.full((4, 1 + 4 * channels), 0xFF01, ">u2").tobytes()
+    rows = b"".join(
+        b"\0" + pixels[i : i + 8 * channels] for i in range(0, 32 * channels, 8 * channels)
+    )
+
+    def part(kind, data):
+        whole = kind + data
+        return len(data).to_bytes(4, "big") + whole + zlib.crc32(whole).to_bytes(4, "big")
+
+    header = (4).to_bytes(4, "big") * 2 + bytes((16, colour, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + part(b"IHDR", header)
+        + part(b"IDAT", zlib.compress(rows))
+        + part(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (deep(2, 3), "more than 8 bits"),
+        (deep(6, 4), "more than 8 bits"),
+        (b"P6 4 4 65535\n" + bytes(96), "values up to 65535"),
+        (b"P6 4 4 1023\n" + bytes(96), "values up to 1023"),
+        (b"P3 4 4 7\n" + b"1 " * 48, "values up to 7"),
+    ],
+    ids=["rgb", "rgba", "16-bit ppm", "10-bit ppm", "3-bit ppm in words"],
+)
+def test_colours_of_other_depths_are_refused(data, says):
+    """Pillow makes 8 bits of them, and says nothing."""
+    with pytest.raises(DataError, match=says):
+        decode(data, (3, 4, 4))
+    plain = b"P6 4 4 255\n" + RGB.tobytes()
+    assert (decode(plain, (3, 4, 4)) == RGB.transpose(2, 0, 1)).all()
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -395,9 +470,9 @@ def test_folder_with_bad_images(tmp_path, caplog):
     with pytest.raises(DataError) as caught:
         Folder().read((1, 4, 4), tmp_path / "set")
     message = str(caught.value)
-    assert "cannot use 9 of 49 images" in message
+    assert "cannot use 10 of 50 images" in message
     assert sum("a/x-" in line for line in message.splitlines()) == 5
-    assert "and 4 more" in message
+    assert "and 5 more" in message
     assert "on_error=skip" in message
 
     for _ in range(2):  # said again when the images come from the cache
@@ -406,7 +481,41 @@ def test_folder_with_bad_images(tmp_path, caplog):
         assert set.union(*map(contents, splits)) == contents(good)
         assert sum(map(len, splits)) == 40
         skipped = [said for r in caplog.records if "skipped " in (said := r.getMessage())]
-        assert sum(int(text.split("skipped ")[1].split(" of ")[0]) for text in skipped) == 9
+        assert sum(int(text.split("skipped ")[1].split(" of ")[0]) for text in skipped) == 10
+
+
+def test_a_folder_of_the_same_names_sizes_and_times_is_another(tmp_path):
+    for place, value in (("one", 10), ("two", 200)):
+        for part in Splits._fields:
+            file = tmp_path / place / "set" / part / "a" / "x.pgm"
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"P5 4 4 255\n" + bytes([value]) * 16)
+            os.utime(file, (0, 0))
+    for place, value in (("one", 10), ("two", 200)):
+        assert (Folder().read((1, 4, 4), tmp_path / place / "set").test.images == value).all()
+    file.write_bytes(b"P5 4 4 255\n" + bytes([90]) * 16)  # in its place, with its old time
+    os.utime(file, (0, 0))
+    assert (Folder().read((1, 4, 4), tmp_path / "two" / "set").test.images == 90).all()
+
+
+@pytest.mark.parametrize("binarize", ["none", "static"])
+def test_a_certificate_says_how_many_test_images_were_skipped(tmp_path, binarize):
+    for part in Splits._fields:
+        fill(tmp_path / "set" / part, random_split(20))
+    bad = sorted((tmp_path / "set" / "test").glob("*/*"))[:7]
+    for file in bad:
+        file.write_bytes(b"")
+    data = ImageData(
+        Folder(on_error="skip"),
+        (1, 4, 4),
+        2 if binarize == "static" else 256,
+        3,
+        raw_bins=256,
+        path=tmp_path / "set",
+        binarize=binarize,
+    )
+    held = facts(data, 13)
+    assert (held["count"], held["of"], held["skipped"]) == (13, 13, 7)
 
 
 def test_a_split_without_a_usable_image_is_not_kept(tmp_path, cache):

@@ -129,6 +129,7 @@ def _data(data: L.LightningDataModule, count: int) -> dict[str, Any]:
         "split": "test",
         "count": count,
         "of": len(split),
+        **({"skipped": split.skipped} if split.skipped else {}),
         "sha256": split.hash,
         "shape": list(data.shape),
         "bins": data.bins,

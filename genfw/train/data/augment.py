@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,4 +58,4 @@ class Binarize(Augmentation):
         for index in torch.arange(len(split)).split(1000):
             rows = slice(int(index[0]), int(index[-1]) + 1)
             images[rows] = self(torch.from_numpy(split.images[rows].copy()), index, epoch=0).numpy()
-        return Split(images, split.labels)
+        return replace(split, images=images)

@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -88,7 +89,11 @@ def decoded(
         if bad:
             _log.warning(_report(f"{name}, {part} split: skipped", bad, about["files"][part]))
     return {
-        part: Split(_mapped(entry / f"{part}.images.npy"), np.load(entry / f"{part}.labels.npy"))
+        part: Split(
+            _mapped(entry / f"{part}.images.npy"),
+            np.load(entry / f"{part}.labels.npy"),
+            len(about["skipped"][part]),
+        )
         for part in about["files"]
     }
 
@@ -177,6 +182,7 @@ def decode(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             frames = getattr(image, "n_frames", 1)
+            depth = _another_depth(image)
             image.load()
     except (
         Exception
@@ -195,10 +201,8 @@ def decode(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
         raise DataError(
             f"expected {height}x{width} pixels (height x width), got {image.height}x{image.width}"
         )
-    if image.mode in _DEEP:
-        raise DataError(
-            f"more than 8 bits per channel (mode {image.mode}): convert it to 8 bits first"
-        )
+    if depth:
+        raise DataError(f"{depth}: convert it to 8 bits per channel first")
     if image.mode == "P" or "transparency" in image.info:
         image = _without_palette(image, channels)
     if image.mode not in ("L", "1", "LA", "RGB", "RGBA"):
@@ -213,6 +217,19 @@ def decode(source: Path | bytes, shape: tuple[int, int, int]) -> np.ndarray:
         image = image.convert(image.mode[:-1])
     pixels = np.asarray(image.convert("L") if image.mode == "1" else image, np.uint8)
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def _another_depth(image: Image.Image) -> str | None:
+    """What an opened file has in place of 8 bits per channel. Of colours Pillow makes 8 bits when
+    it reads them, and its mode does not tell."""
+    if image.mode in _DEEP:
+        return f"more than 8 bits per channel (mode {image.mode})"
+    for codec, _, _, how in getattr(image, "tile", []):
+        if codec.startswith("ppm") and isinstance(how, tuple) and how[-1] != 255:
+            return f"values up to {how[-1]}"
+        if re.search(r";16[BLN]", str(how)):
+            return f"more than 8 bits per channel ({how})"
+    return None
 
 
 def _without_palette(image: Image.Image, channels: int) -> Image.Image:

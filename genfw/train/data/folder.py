@@ -58,11 +58,11 @@ class Folder(Source, name="folder"):
         self._enough(path, files)
         self.named = classes = _classes(files)
         stats = [
-            (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns)
+            (part, str(f.relative_to(path)), f.stat().st_size, f.stat().st_ctime_ns)
             for part in files
             for f in files[part]
-        ]
-        key = fingerprint("folder", shape, self.on_error, stats)
+        ]  # a time of change is nobody's to set, as that of the contents is
+        key = fingerprint("folder", str(path.resolve()), shape, self.on_error, stats)
 
         def encoded(_: Path) -> dict[str, Encoded]:
             return {

@@ -199,7 +199,30 @@ def _parquet(path: Path) -> dict[str, list[Path]]:
         raise DataError(
             f"data.path={path}: expected train-*.parquet and test-*.parquet, found no parquet file"
         )
+    for part, named in parts.items():
+        _whole(part, [file.stem for file in named], path)
     return parts
+
+
+def _whole(part: str, names: Sequence[str], path: Path) -> None:
+    """Refuses a split of which a file is missing, or there twice: `train-00000-of-00002` says how
+    many there are.
+
+    Raises:
+        DataError: not each of one number of them, once.
+    """
+    numbered = [re.fullmatch(r"\D+-(\d+)-of-(\d+)(-\w+)?", name) for name in names]
+    known = [each for each in numbered if each]
+    if not known:
+        return
+    of = known[-1][2]
+    if [each and (int(each[1]), each[2]) for each in numbered] != [(i, of) for i in range(int(of))]:
+        last = f"{int(of) - 1:0{len(of)}}"
+        raise DataError(
+            f"data.path={path}: expected {part}-{'0' * len(of)}-of-{of} to {part}-{last}-of-{of}, "
+            f"each once, got {_some(names)}: fetch what is missing, remove what is of another "
+            "version"
+        )
 
 
 def _load_parquet(files: dict[str, list[Path]], scratch: Path) -> dict[str, Dataset]:

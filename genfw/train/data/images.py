@@ -87,10 +87,12 @@ def as_batch(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and labels: uint8 (n, C, H, W) and int64 (n,)."""
+    """Images and labels: uint8 (n, C, H, W) and int64 (n,); and how many of its files were left
+    out, for they could not be used."""
 
     images: np.ndarray
     labels: np.ndarray
+    skipped: int = 0
 
     def __len__(self) -> int:
         return len(self.images)
