@@ -430,6 +430,21 @@ def test_colours_of_other_depths_are_refused(data, says):
     assert (decode(plain, (3, 4, 4)) == RGB.transpose(2, 0, 1)).all()
 
 
+def test_images_decoded_before_their_depth_was_looked_at_are_decoded_anew(tmp_path, monkeypatch):
+    (tmp_path / "set").mkdir()
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": deep(2, 3), "path": None}] * 3, "label": [0, 1, 2]}
+    ).cast_column("image", datasets.Image())
+    for part in Splits._fields:
+        rows.to_parquet(tmp_path / "set" / f"{part}.parquet")
+    with monkeypatch.context() as before:
+        before.setattr("genfw.train.data.cache._LAYOUT", 1)
+        before.setattr("genfw.train.data.cache._another_depth", lambda _: None)
+        HubImages("set", validation=0).read((3, 4, 4), tmp_path / "set")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        HubImages("set", validation=0).read((3, 4, 4), tmp_path / "set")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_images_that_cannot_be_used_say_why(name):
     data, reason = BAD[name]

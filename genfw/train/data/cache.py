@@ -29,7 +29,7 @@ from genfw.train.data.images import DataError, Split
 
 OnError = Literal["fail", "skip"]
 
-_LAYOUT = 1  # of an entry; a new number leaves old entries alone
+_LAYOUT = 2  # of an entry, and of what is refused; a new number leaves old entries alone
 _log = logging.getLogger(__name__)
 
 
