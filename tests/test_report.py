@@ -106,6 +106,16 @@ def test_a_missing_entry_is_a_difference():
     assert differences(without, CLAIM) == ["data.sha256: claimed None, found cd"]
 
 
+def test_certificates_from_before_skipped_images_were_counted_hold():
+    older, found = CLAIM, copy.deepcopy(CLAIM)
+    found["data"]["skipped"] = 7
+    assert differences(older, found) == []
+    assert differences(found, older) == ["data.skipped: claimed 7, found None"]
+    fewer = copy.deepcopy(found)
+    fewer["data"]["skipped"] = 3
+    assert differences(found, fewer) == ["data.skipped: claimed 7, found 3"]
+
+
 def test_fingerprint_is_of_every_bit():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
