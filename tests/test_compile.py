@@ -98,9 +98,11 @@ def test_it_trains_as_without_and_leaves_the_same_checkpoint(tmp_path):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++")
 def test_a_run_compiles_and_keeps_its_word(tmp_path):
-    """By torch's own compiler; the run's number is said again by its networks as written."""
+    """By torch's own compiler, for the two sizes of a batch that decodes a part of itself; the
+    run's number is said again by its networks as written."""
     small = (
-        "model=vdm net=mlp net.width=8 net.blocks=1 trainer.max_steps=3 metrics=none logger=none"
+        "model=vdm net=mlp net.width=8 net.blocks=1 trainer.max_steps=3 metrics=none logger=none "
+        "param=categorical model.decoder_share=0.25"
     )
     folder = f"hydra.run.dir={tmp_path}/run"
     ran = command("genfw", *small.split(), COMPILE, folder, "trainer.limit_test_batches=1")

@@ -27,20 +27,18 @@ class Compile(L.Callback):
 
     Args:
         mode: torch.compile's: null, `reduce-overhead` (CUDA graphs, for networks that wait for
-            Python), `max-autotune`.
-        dynamic: torch.compile's: null compiles anew for another size of batch, true for any at
-            once.
+            Python), `max-autotune`. Batches of a second size are compiled once more, for any size.
 
     Raises:
         ValueError: a mode that there is not.
         GenfwError: in training, a model none of whose parts is a network that is called as a whole.
     """
 
-    def __init__(self, mode: str | None = None, dynamic: bool | None = None):
+    def __init__(self, mode: str | None = None):
         modes = list_mode_options()
         if mode is not None and mode not in modes:
             raise ValueError(f"mode: expected null or one of {', '.join(modes)}, got {mode!r}")
-        self.options: dict[str, Any] = {"mode": mode, "dynamic": dynamic}
+        self.options: dict[str, Any] = {"mode": mode}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
