@@ -60,6 +60,11 @@ class Draws(ABC):
     def antithetic(self) -> Tensor:
         """One uniform number in [0, 1] per example, (b,) float64, in pairs u and 1 - u."""
 
+    def lot(self, share: float) -> tuple[Tensor, float]:
+        """Which examples are drawn with this probability, (m,) indices, and as how many each then
+        counts: the mean of what they have, counted so, is that of all."""
+        return (self.time() < share).nonzero()[:, 0], 1 / share
+
     @abstractmethod
     def fold(self, *keys: int | str) -> Draws:
         """Draws for the same examples, independent of these and of those under other keys."""
@@ -110,6 +115,11 @@ class BatchNoise(Draws):
         """The second half of the batch mirrors the first."""
         u = torch.rand((self.size + 1) // 2, dtype=torch.float64, device=self.device)
         return torch.cat([u, 1 - u])[: self.size]
+
+    def lot(self, share: float) -> tuple[Tensor, float]:
+        """So many of a batch, at least one, rounded up: as many at every step."""
+        m = min(self.size, max(1, math.ceil(share * self.size)))
+        return torch.randperm(self.size, device=self.device)[:m], self.size / m
 
     def fold(self, *keys: int | str) -> BatchNoise:
         return self

@@ -351,9 +351,16 @@ def test_a_share_of_the_decoders_takes_so_many_calls(double):
     assert [n for n, _ in network.asked] == [4, 16, 4, 16, 16, 16]
 
 
-def test_a_batch_of_which_nobody_is_decoded(double):
-    vdm = discrete_vdm(Net(4, 3), 3, decoder_share=1e-9)
+def test_one_of_a_batch_is_decoded_at_least(double):
+    vdm = discrete_vdm(Net(4, 3), 3, ends=(2.0, -12.0), decoder_share=1e-9)
     elbo = vdm.elbo(torch.randint(3, (3, 4)))
+    elbo.total.sum().backward()
+    assert (elbo.reconstruction != 0).sum() == 1
+
+
+def test_examples_by_themselves_of_which_nobody_is_decoded(double):
+    vdm = discrete_vdm(Net(4, 3), 3, decoder_share=1e-9)
+    elbo = vdm.elbo(torch.randint(3, (3, 4)), noise=Noise(0, torch.arange(3)))
     elbo.total.sum().backward()
     assert elbo.reconstruction.tolist() == [0, 0, 0]
 

@@ -118,6 +118,35 @@ def test_chunks_of_one_step_cover_time_together():
     assert chunks[0].std() > 0.2  # positions are permuted: a chunk is no stretch of time
 
 
+@pytest.mark.parametrize(
+    ("size", "share", "m"), [(8, 0.25, 2), (6, 0.3, 2), (3, 1e-9, 1), (4, 1.0, 4)]
+)
+def test_a_lot_is_so_many_of_a_batch_rounded_up_and_counts_for_all(size, share, m):
+    chosen, each = BatchNoise(size).lot(share)
+    assert len(set(chosen.tolist())) == m
+    assert each * m == pytest.approx(size)
+
+
+def test_a_lot_gives_every_example_the_same_chance_whatever_its_time():
+    n = 4000
+    counts, late = torch.zeros(8), 0
+    for seed in range(n):
+        noise = BatchNoise(8, seed=seed)
+        chosen, _ = noise.fold("decoder").lot(0.25)
+        counts[chosen] += 1
+        late += int((noise.time()[chosen] > 0.5).sum())
+    assert ((counts / n - 0.25).abs() < 5 * (0.25 * 0.75 / n) ** 0.5).all()
+    assert abs(late / (2 * n) - 0.5) < 5 * 0.5 / (2 * n) ** 0.5
+
+
+def test_a_lot_of_keyed_draws_is_of_every_example_by_itself():
+    chosen, each = Noise(0, torch.arange(4000)).lot(0.125)
+    assert each == 8
+    assert abs(len(chosen) / 4000 - 0.125) < 5 * (0.125 * 0.875 / 4000) ** 0.5
+    alone = [i for i in range(50) if len(Noise(0, torch.tensor([i])).lot(0.125)[0])]
+    assert alone == [i for i in chosen.tolist() if i < 50]
+
+
 def test_mix_separates_keys():
     keys = [(0, 1), (1, 0), ("01",), (0, "1"), ("0", 1), (1,), (0, 1, 0)]
     assert len({mix(*key) for key in keys}) == len(keys)

@@ -67,7 +67,8 @@ class VDM(MarkovianHierarchy, name="vdm"):
         guidance: what is put around the denoiser to sample, and only then.
         decoder_share: of the examples, in (0, 1]: so many of them, by lot, show `elbo` what their
             decoder says, counted for all. The mean is the same; where the network itself decodes
-            (param=categorical), a step takes less time and memory. `for_evaluation` asks all.
+            (param=categorical), a step takes less time and memory. `for_evaluation` asks all, and
+            so does `log_weight`.
 
     Raises:
         TypeError: a denoiser that is guided already.
@@ -140,10 +141,11 @@ class VDM(MarkovianHierarchy, name="vdm"):
         z_0 = self.encode(x, 1, y).sample(noise.fold("z1"))
         if self.decoder_share == 1:
             return self.decode(z_0, 1, y).log_prob(x)
-        chosen = noise.fold("decoder").time().to(x.device) < self.decoder_share
+        chosen, each = noise.fold("decoder").lot(self.decoder_share)
+        chosen = chosen.to(x.device)
         told = None if y is None else y[chosen]
         nats = self.decode(z_0[chosen], 1, told).log_prob(x[chosen])
-        return nats.new_zeros(len(x)).masked_scatter(chosen, nats / self.decoder_share)
+        return nats.new_zeros(len(x)).index_copy(0, chosen, each * nats)
 
     def denoising(
         self, x: Image, y: Labels | None = None, *, noise: Draws | None = None
