@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 import genfw
@@ -139,3 +140,10 @@ def test_a_model_without_networks_is_refused(tmp_path):
     made.model.denoiser = small.vdm(SHAPE, BINS).denoiser.parameterization
     with pytest.raises(GenfwError, match=r"^Compile: expected a model of networks, got VDM"):
         tiny.trainer(tmp_path, callbacks=[Compile()]).fit(made, tiny.Images())
+
+
+def test_a_module_of_no_latent_model_is_refused(tmp_path):
+    with pytest.raises(
+        GenfwError, match=r"^Compile: expected a LatentModule, .* got a BoringModel"
+    ):
+        tiny.trainer(tmp_path, callbacks=[Compile()]).fit(BoringModel())

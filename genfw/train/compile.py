@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as L
 from torch import nn
+from torch._functorch import config as functorch
 from torch._inductor import list_mode_options
 
 from genfw.diffusion.denoiser import NetworkDenoiser
@@ -15,6 +16,7 @@ from genfw.nets.blocks import PlainBlock
 from genfw.nets.ladder import Head
 from genfw.nets.network import Network
 from genfw.train.errors import GenfwError
+from genfw.train.module import LatentModule
 
 
 class Compile(L.Callback):
@@ -31,7 +33,8 @@ class Compile(L.Callback):
 
     Raises:
         ValueError: a mode that there is not.
-        GenfwError: in training, a model none of whose parts is a network that is called as a whole.
+        GenfwError: in training, a module that is no LatentModule, or a model none of whose parts is
+            a network that is called as a whole.
     """
 
     def __init__(self, mode: str | None = None):
@@ -43,13 +46,19 @@ class Compile(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        model: Any = pl_module.model
+        if not isinstance(pl_module, LatentModule):
+            raise GenfwError(
+                "Compile: expected a LatentModule, whose numbers are said by networks as written, "
+                f"got a {type(pl_module).__name__}: remove the callback"
+            )
+        model = pl_module.model
         found = list(networks(model))
         if not found:
             raise GenfwError(
                 f"Compile: expected a model of networks, got {type(model).__name__}, none of whose "
                 "parts is one: remove the callback, or derive them from genfw.nets.network.Network"
             )
+        functorch.donated_buffer = False  # objective=dreg goes back through a graph twice
         for network in found:
             network.compile(**self.options)
 
