@@ -316,6 +316,32 @@ def test_folder_is_split_by_name(tmp_path):
     assert all(contents(old) <= contents(new) for old, new in zip(before, after))
 
 
+def test_a_folder_names_what_it_leaves_out_and_knows_no_hidden_names(tmp_path, caplog):
+    place = tmp_path / "set"
+    fill(place, random_split(60), "abc")
+    before = Folder().read((1, 4, 4), place)
+    image = next((place / "a").iterdir()).read_bytes()
+    for name in (".ipynb_checkpoints/0.png", "a/._0.png", "a/.deep/0.png"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(image)
+    source = Folder()
+    assert list(map(len, source.read((1, 4, 4), place))) == list(map(len, before))
+    assert source.classes(place) == ["a", "b", "c"]
+    assert "left out" not in caplog.text
+    for name in ("top.png", "a/deep/z.png"):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_bytes(image)
+    assert list(map(len, Folder().read((1, 4, 4), place))) == list(map(len, before))
+    assert "set: no <class>/<image>, so left out: a/deep/z.png, top.png" in caplog.text
+
+
+def test_a_folder_beside_the_splits_is_left_out_aloud(tmp_path, caplog):
+    for name in ("train", "test", "val"):
+        fill(tmp_path / "set" / name, random_split(60), "abc")
+    Folder().read((1, 4, 4), tmp_path / "set")
+    assert "set: beside train, test, left out: val" in caplog.text
+
+
 def test_folder_carves_what_is_missing_out_of_train(tmp_path):
     fill(tmp_path / "set" / "train", random_split(200))
     fill(tmp_path / "set" / "test", random_split(9, seed=1))
@@ -702,12 +728,28 @@ def test_every_rank_has_an_image_to_evaluate(short):
     """Lightning leaves out the evaluation of a rank that has none, and the others wait for it."""
     splits = {"train": random_split(40), "validation": random_split(6), "test": random_split(6)}
     data = ImageData(Given(**splits | {short: random_split(5)}), (1, 4, 4), 256, 3, batch_size=4)
-    trainer = Mock(spec=L.Trainer, global_rank=0, world_size=5, accumulate_grad_batches=1)
+    facts = {f"limit_{each}_batches": 1.0 for each in ("train", "val", "test")}
+    trainer = Mock(spec=L.Trainer, global_rank=0, world_size=5, accumulate_grad_batches=1, **facts)
     trainer.strategy = Mock(root_device=torch.device("cpu"))
     data.check(trainer)
     trainer.world_size = 6
     with pytest.raises(DataError, match=f"{short} has 5 images, and here are 6 ranks: "):
         data.check(trainer)
+
+
+@pytest.mark.parametrize(
+    "few", ["limit_train_batches", "limit_val_batches", "limit_test_batches", "overfit_batches"]
+)
+def test_a_fraction_of_the_batches_is_one_batch_at_least(few, tmp_path):
+    splits = Splits(random_split(40), random_split(40), random_split(40))
+    data = ImageData(Given(*splits), (1, 4, 4), 256, 3, batch_size=4, eval_batch_size=4)
+
+    def trainer(share):
+        return L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, **{few: share})
+
+    data.check(trainer(0.1))
+    with pytest.raises(DataError, match=rf"^trainer.{few}=0.09: of 10 batches this is less than"):
+        data.check(trainer(0.09))
 
 
 # ---------------------------------------------------------------------------------------- order

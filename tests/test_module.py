@@ -8,8 +8,17 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from omegaconf import OmegaConf
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 import genfw
@@ -19,8 +28,9 @@ from genfw.noise import Noise, mix
 from genfw.train.bits import BitAccounting
 from genfw.train.certificate import certify
 from genfw.train.data.images import as_batch
+from genfw.train.in_order import in_order
 from genfw.train.metrics import NLL
-from genfw.train.module import LatentModule, in_order, on_schedule, warmup_cosine
+from genfw.train.module import LatentModule, on_schedule, warmup_cosine
 from genfw.train.resolvers import fused
 from genfw.train.run_table import table
 
@@ -227,6 +237,42 @@ def test_an_example_of_two_ranks_or_of_none_is_refused(drop_last):
     given = 6 if drop_last else 8
     with pytest.raises(ValueError, match=f"every example once, and of 7 .* gives {given} to 2"):
         in_order(DataLoader(data, 2, sampler=sampler))
+
+
+def batches(sampler, drop_last=False):
+    return BatchSampler(sampler, 2, drop_last)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda x: {"sampler": WeightedRandomSampler([1.0] * len(x), len(x))},
+        lambda x: {"sampler": SubsetRandomSampler(range(len(x)))},
+        lambda x: {"batch_sampler": batches(RandomSampler(x))},
+        lambda x: {"batch_sampler": batches(DistributedSampler(x, 2, 0))},
+    ],
+)
+@pytest.mark.parametrize(
+    "within",
+    [lambda it: [[it]], lambda it: {"a": it}, lambda it: CombinedLoader([it])],
+    ids=["list", "dict", "combined"],
+)
+def test_an_order_that_changes_is_found_wherever_it_is(given, within):
+    x = torch.zeros(8, *tiny.SHAPE)
+    with pytest.raises(ValueError, match="keeps its order"):
+        in_order(within(DataLoader(x, **given(x))))
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_last_batch_that_is_left_out_is_refused(left):
+    x = torch.zeros(6 + left, *tiny.SHAPE)
+    for loader in (
+        DataLoader(x, 2, drop_last=True),
+        DataLoader(x, batch_sampler=batches(SequentialSampler(x), drop_last=True)),
+    ):
+        with pytest.raises(ValueError) if left else contextlib.nullcontext() as refused:
+            in_order(loader)
+        assert not left or "every example once, and of 7 the last batch" in str(refused.value)
 
 
 class Breaks(genfw.Estimator):

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DistributedSampler, RandomSampler
 
 from genfw.elbo import bits_per_dim
 from genfw.estimators.bound import Bound
@@ -29,6 +28,7 @@ from genfw.model import LatentModel
 from genfw.noise import BatchNoise, Draws, Noise, mix
 from genfw.objective import Elbo, Objective
 from genfw.train.data.images import Batch, as_batch
+from genfw.train.in_order import in_order
 from genfw.train.metrics import NLL
 
 
@@ -206,30 +206,6 @@ class LatentModule(L.LightningModule):
         self.reached = checkpoint.get("global_step")
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
-
-
-def in_order(loaders: Any) -> None:
-    """Loaders, or a loader, that give every example once, in the same order each time.
-
-    Raises:
-        ValueError: one of them shuffles, or gives ranks examples that others have.
-    """
-    for loader in loaders if isinstance(loaders, list) else [loaders]:
-        sampler = getattr(loader, "sampler", None)
-        again = isinstance(sampler, DistributedSampler) and sampler.shuffle
-        if again or isinstance(sampler, RandomSampler):
-            raise ValueError(
-                "expected a loader that keeps its order, for an example's noise is that of its "
-                "place in it, and this one would give another number each time: use shuffle=False"
-            )
-        if isinstance(sampler, DistributedSampler):
-            n = len(sampler.dataset)  # pyright: ignore[reportArgumentType]
-            if sampler.total_size != n:
-                raise ValueError(
-                    f"expected every example once, and of {n} this sampler gives "
-                    f"{sampler.total_size} to {sampler.num_replicas} ranks alike: evaluate on one "
-                    "device, or use genfw.train.data.ImageData, which shares them out unevenly"
-                )
 
 
 def noise_of_step(trainer: L.Trainer, seed: int, batch: Batch, batch_idx: int) -> BatchNoise:

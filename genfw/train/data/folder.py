@@ -26,7 +26,8 @@ class Folder(Source, name="folder"):
 
     Classes are the folders' names in alphabetical order. A split without a folder is carved out of
     the images that have none, or out of train, by a rule that looks at the image's name alone:
-    adding images moves no other one.
+    adding images moves no other one. Names that begin with a dot are nobody's images; others that
+    stand elsewhere are left out, and one of them is named.
 
     Args:
         validation: share of the images that are carved out for validation.
@@ -81,9 +82,11 @@ class Folder(Source, name="folder"):
     def _files(self, path: Path) -> dict[str, list[Path]]:
         """Image files of each split, in an order that depends on names alone."""
         given = {part: _images(path / part) for part in Splits._fields if (path / part).is_dir()}
+        if given and (others := [p.name for p in _visible(path) if p.name not in given]):
+            _log.warning(f"data.path={path}: beside {', '.join(given)}, left out: {_some(others)}")
         pool = given.get("train") if given else _images(path)
         if not pool:
-            inside = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+            inside = _some([p.name for p in path.iterdir()]) or "nothing"
             raise DataError(
                 f"data.path={path}: expected <class>/<image> or train/<class>/<image>, with names "
                 f"that end in {' '.join(sorted(SUFFIXES))}; found {inside}"
@@ -129,7 +132,33 @@ def _classes(files: Mapping[str, Sequence[Path]]) -> list[str]:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    """<class>/<image>, by name."""
+    found, elsewhere = [], []
+    for place in _visible(folder):
+        if not place.is_dir():
+            elsewhere += [place] if _image(place) else []
+            continue
+        for file in _visible(place):
+            if _image(file) and file.is_file():
+                found.append(file)
+            elif file.is_dir():
+                elsewhere += [deep for deep in file.rglob("*") if _image(deep)]
+    if elsewhere:
+        names = _some([str(each.relative_to(folder)) for each in elsewhere])
+        _log.warning(f"{folder}: no <class>/<image>, so left out: {names}")
+    return found
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if not each.name.startswith("."))
+
+
+def _image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*sorted(names)[:5], *(["..."] if len(names) > 5 else [])])
 
 
 def _position(file: Path) -> float:

@@ -141,13 +141,13 @@ class ImageData(L.LightningDataModule):
 
         Raises:
             DataError: as `setup`, or there are not enough images for a step of this trainer, or for
-                each rank to evaluate one.
+                each rank to evaluate one; or it is to see a fraction of the batches that is none.
         """
         self.trainer = trainer
         self.setup()
         self.train_dataloader()
-        self._for_each_rank("validation")
-        self._for_each_rank("test")
+        self.val_dataloader()
+        self.test_dataloader()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._rank_and_world()
@@ -170,13 +170,13 @@ class ImageData(L.LightningDataModule):
         device = torch.device("cpu")
         if trainer is not None and self.num_workers == 0:  # workers know no accelerator
             device = trainer.strategy.root_device
-        return self._loader(_Images(split, augmentations, device), batches)
+        return self._some(self._loader(_Images(split, augmentations, device), batches), "train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation("validation")
+        return self._some(self._evaluation("validation"), "val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._evaluation("test")
+        return self._some(self._evaluation("test"), "test")
 
     def _for_each_rank(self, name: SplitName) -> None:
         """Lightning leaves out the evaluation of a rank without an image, and others would wait.
@@ -197,6 +197,24 @@ class ImageData(L.LightningDataModule):
         rank, world = self._rank_and_world()
         batches = EvaluationBatches(len(split), self.eval_batch_size, rank=rank, world=world)
         return self._loader(_Images(split), batches)
+
+    def _some(self, loader: DataLoader[Batch], stage: str) -> DataLoader[Batch]:
+        """The loader itself.
+
+        Raises:
+            DataError: the trainer wants a fraction of its batches that is less than one of them.
+        """
+        if (trainer := self.trainer) is None:
+            return loader
+        key = f"limit_{stage}_batches"
+        limit, n = getattr(trainer, key), len(loader)
+        if isinstance(limit, float) and 0 < limit * n < 1:
+            key = "overfit_batches" if trainer.overfit_batches and stage != "test" else key
+            raise DataError(
+                f"trainer.{key}={limit}: of {n} batch{'es' * (n > 1)} this is less than one: "
+                "expected a number of batches, or a larger fraction"
+            )
+        return loader
 
     def _loader(self, images: _Images, batches: Iterable[Chunk]) -> DataLoader[Batch]:
         return DataLoader(
