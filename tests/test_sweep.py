@@ -404,6 +404,21 @@ def test_mean_and_standard_error_over_seeds(tmp_path):
     assert (some.cell("test/fd"), some.cell("test/x")) == ("7.0 ± 2.0 (2)", "5 (1)")
 
 
+@pytest.mark.parametrize("ends", [(0, 0, 0), (1, 0, 0), (0, 1, 0)])
+def test_a_job_that_is_asked_for_twice_counts_once(tmp_path, ends):
+    """seed=0,0,1: no second job of seed 0 makes the error smaller."""
+    keep(tmp_path, ["seed=0,0,1"], 3)
+    for number, (seed, end) in enumerate(zip((0, 0, 1), ends, strict=True)):
+        job = Job(number, tmp_path, tmp_path / str(number), ("model=vae", f"seed={seed}"))
+        job.folder.mkdir()
+        if not end:
+            (job.folder / "results.json").write_text(json.dumps({"test/bpd": 2.0 + seed}))
+        job.record(end)
+    (group,) = groups(records(tmp_path))
+    assert (group.jobs, group.finished, group.mean("test/bpd")) == (2, 2, 2.5)
+    assert group.stderr("test/bpd") == pytest.approx(0.5)
+
+
 def test_a_narrow_screen_cuts_no_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     names = [f"grid_vdm_score_{schedule}" for schedule in ("cosine", "linear")]

@@ -42,7 +42,7 @@ class Group:
 
     Args:
         choices: what they have in common where others differ, {key: value}.
-        jobs: how many there are, finished or not.
+        jobs: how many different ones there are, finished or not.
         values: {metric: its value in each finished job}.
     """
 
@@ -79,7 +79,8 @@ class Group:
 
 
 def groups(records: Sequence[Record]) -> list[Group]:
-    """In the order of their first jobs."""
+    """In the order of their first jobs. Of jobs with the same choices and seed one counts."""
+    records = _each_once(records)
     chosen = [_choices(each) for each in records]
     keys = list(dict.fromkeys(key for each in chosen for key in each if key != "seed"))
     axes = [key for key in keys if len({each.get(key) for each in chosen}) > 1]
@@ -137,7 +138,7 @@ def write(sweep: Path, records: Sequence[Record]) -> None:
     heads, body = _cells(made, shown)
     lines = [heads, ["---"] * len(heads), *body]
     said = [(each["number"], status(each)) for each in records]
-    bad = [f"- job {number}: {how}" for number, how in said if how != FINISHED]
+    bad = [f"- job {number}: {' '.join(how.split())}" for number, how in said if how != FINISHED]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     replace_text(sweep / "table.md", "\n".join([text, *([""] if bad else []), *bad]) + "\n")
     if shown and any(group.finished for group in made):
@@ -218,6 +219,16 @@ def _jobs(records: Sequence[Record]) -> str:
         said = {"number": each["number"], "status": status(each)}
         rows.writerow({**each["results"], **own, **said})
     return table.getvalue()
+
+
+def _each_once(records: Sequence[Record]) -> list[Record]:
+    """Of jobs that are the same one, the first that is finished, or the first."""
+    kept: dict[tuple[tuple[str, str], ...], Record] = {}
+    for each in records:
+        before = kept.setdefault(key := tuple(sorted(_choices(each).items())), each)
+        if status(before) != FINISHED and status(each) == FINISHED:
+            kept[key] = each
+    return list(kept.values())
 
 
 def _choices(record: Record) -> dict[str, str]:

@@ -209,7 +209,11 @@ class ImageData(L.LightningDataModule):
         key = f"limit_{stage}_batches"
         limit, n = getattr(trainer, key), len(loader)
         if isinstance(limit, float) and 0 < limit * n < 1:
-            key = "overfit_batches" if trainer.overfit_batches and stage != "test" else key
+            key = (
+                "overfit_batches"
+                if getattr(trainer, "overfit_batches", 0) and stage != "test"
+                else key
+            )
             raise DataError(
                 f"trainer.{key}={limit}: of {n} batch{'es' * (n > 1)} this is less than one: "
                 "expected a number of batches, or a larger fraction"
