@@ -178,7 +178,7 @@ def started_with(variable):
     return found
 
 
-def wait(until, seconds=5.0):
+def wait(until, seconds=60.0):
     deadline = time.monotonic() + seconds
     while not until():
         assert time.monotonic() < deadline, f"not so after {seconds} s"
