@@ -117,8 +117,8 @@ class BatchNoise(Draws):
         return torch.cat([u, 1 - u])[: self.size]
 
     def lot(self, share: float) -> tuple[Tensor, float]:
-        """So many of a batch, at least one, rounded up: as many at every step."""
-        m = min(self.size, max(1, math.ceil(share * self.size)))
+        """So many of a batch, rounded up, and so one at least: as many at every step."""
+        m = math.ceil(share * self.size)
         return torch.randperm(self.size, device=self.device)[:m], self.size / m
 
     def fold(self, *keys: int | str) -> BatchNoise:

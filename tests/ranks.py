@@ -74,6 +74,20 @@ class Ended:
     seconds: float
 
 
+def torchrun(rank, world, port):
+    """What torchrun tells a process of one node."""
+    return {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+
+
 def run(
     *arguments,
     world=1,
@@ -99,17 +113,7 @@ def run(
     up.unlink(missing_ok=True)
     ranks = []
     for rank in range(world):
-        torchrun = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": world,
-            "LOCAL_WORLD_SIZE": world,
-            "GROUP_RANK": 0,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "TORCHELASTIC_RUN_ID": "test",
-        }
-        given = {**(environment or {}), **(torchrun if world > 1 else {})}
+        given = {**(environment or {}), **(torchrun(rank, world, port) if world > 1 else {})}
         target = (arguments, given, fault, rank, str(logs[rank]), str(mark), prepare, module)
         ranks.append(context.Process(target=_rank, args=target))
     for process in ranks:

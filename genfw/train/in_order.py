@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -23,25 +22,13 @@ def in_order(loaders: Any) -> None:
         ValueError: one of them shuffles, leaves out its last batch, or gives ranks examples that
             others have.
     """
-    for loader in _each(loaders):
+    combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders)
+    for loader in combined.flattened:
         batches = getattr(loader, "batch_sampler", None)
         for sampler in {getattr(loader, "sampler", None), getattr(batches, "sampler", None)}:
             _keeps_its_order(sampler)
         if getattr(batches, "drop_last", False):
             _is_whole(batches)
-
-
-def _each(loaders: Any) -> Iterator[Any]:
-    """Those within what Lightning takes for loaders."""
-    if isinstance(loaders, CombinedLoader):
-        loaders = loaders.flattened
-    if isinstance(loaders, Mapping):
-        loaders = list(loaders.values())
-    if isinstance(loaders, list | tuple):
-        for each in loaders:
-            yield from _each(each)
-    else:
-        yield loaders
 
 
 def _keeps_its_order(sampler: Any) -> None:

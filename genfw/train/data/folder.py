@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from genfw.train.data.cache import Encoded, OnError, decoded, fingerprint
-from genfw.train.data.images import DataError, Source, Splits
+from genfw.train.data.images import DataError, Source, Splits, some
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -27,7 +27,7 @@ class Folder(Source, name="folder"):
     Classes are the folders' names in alphabetical order. A split without a folder is carved out of
     the images that have none, or out of train, by a rule that looks at the image's name alone:
     adding images moves no other one. Names that begin with a dot are nobody's images; others that
-    stand elsewhere are left out, and one of them is named.
+    stand elsewhere are left out, and some of them are named.
 
     Args:
         validation: share of the images that are carved out for validation.
@@ -83,10 +83,10 @@ class Folder(Source, name="folder"):
         """Image files of each split, in an order that depends on names alone."""
         given = {part: _images(path / part) for part in Splits._fields if (path / part).is_dir()}
         if given and (others := [p.name for p in _visible(path) if p.name not in given]):
-            _log.warning(f"data.path={path}: beside {', '.join(given)}, left out: {_some(others)}")
+            _log.warning(f"data.path={path}: beside {', '.join(given)}, left out: {some(others)}")
         pool = given.get("train") if given else _images(path)
         if not pool:
-            inside = _some([p.name for p in path.iterdir()]) or "nothing"
+            inside = some(sorted(p.name for p in path.iterdir())) or "nothing"
             raise DataError(
                 f"data.path={path}: expected <class>/<image> or train/<class>/<image>, with names "
                 f"that end in {' '.join(sorted(SUFFIXES))}; found {inside}"
@@ -144,7 +144,7 @@ def _images(folder: Path) -> list[Path]:
             elif file.is_dir():
                 elsewhere += [deep for deep in file.rglob("*") if _image(deep)]
     if elsewhere:
-        names = _some([str(each.relative_to(folder)) for each in elsewhere])
+        names = some(sorted(str(each.relative_to(folder)) for each in elsewhere))
         _log.warning(f"{folder}: no <class>/<image>, so left out: {names}")
     return found
 
@@ -155,10 +155,6 @@ def _visible(folder: Path) -> list[Path]:
 
 def _image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*sorted(names)[:5], *(["..."] if len(names) > 5 else [])])
 
 
 def _position(file: Path) -> float:

@@ -141,6 +141,11 @@ class Source(Registered, ABC, group="data"):
         return None
 
 
+def some(names: Sequence[str]) -> str:
+    """The first five, in a message."""
+    return ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
+
+
 def check(splits: Splits, shape: Sequence[int], bins: int, classes: int, name: str) -> None:
     """Compares data with what was said of them.
 

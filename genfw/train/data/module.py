@@ -18,7 +18,7 @@ from genfw.check import at_least
 from genfw.noise import mix
 from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches
 from genfw.train.data.augment import Augmentation, Binarize, Flip
-from genfw.train.data.images import Batch, DataError, Source, Split, Splits, check
+from genfw.train.data.images import Batch, DataError, Source, Split, Splits, check, some
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -117,10 +117,9 @@ class ImageData(L.LightningDataModule):
             DataError: `classes` is not their number.
         """
         if names is not None and len(names) != self.classes:
-            some = ", ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
             raise DataError(
-                f"{self.name}: data.classes={self.classes}, and there are {len(names)}: {some}. "
-                f"Give data.classes={len(names)}"
+                f"{self.name}: data.classes={self.classes}, and there are {len(names)}: "
+                f"{some(names)}. Give data.classes={len(names)}"
             )
 
     def split(self, name: SplitName) -> Split:
@@ -146,8 +145,8 @@ class ImageData(L.LightningDataModule):
         self.trainer = trainer
         self.setup()
         self.train_dataloader()
-        self.val_dataloader()
-        self.test_dataloader()
+        self._to_evaluate("validation")
+        self._to_evaluate("test")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         rank, world = self._rank_and_world()
@@ -170,55 +169,52 @@ class ImageData(L.LightningDataModule):
         device = torch.device("cpu")
         if trainer is not None and self.num_workers == 0:  # workers know no accelerator
             device = trainer.strategy.root_device
-        return self._some(self._loader(_Images(split, augmentations, device), batches), "train")
+        self._one_of("train", len(batches))
+        return self._loader(_Images(split, augmentations, device), batches)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._some(self._evaluation("validation"), "val")
+        return self._evaluation("validation")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        return self._some(self._evaluation("test"), "test")
+        return self._evaluation("test")
 
-    def _for_each_rank(self, name: SplitName) -> None:
-        """Lightning leaves out the evaluation of a rank without an image, and others would wait.
+    def _evaluation(self, name: SplitName) -> DataLoader[Batch]:
+        batches = self._to_evaluate(name)
+        return self._loader(_Images(self.split(name)), batches)
+
+    def _to_evaluate(self, name: SplitName) -> EvaluationBatches:
+        """The batches of this rank. Lightning leaves out the evaluation of a rank without an image,
+        and others would wait.
 
         Raises:
-            DataError: a split has fewer images than there are ranks.
+            DataError: a split has fewer images than there are ranks, or the trainer wants less than
+                one of its batches.
         """
-        count, (_, world) = len(getattr(self.raw, name)), self._rank_and_world()
+        count, (rank, world) = len(getattr(self.raw, name)), self._rank_and_world()
         if count < world:
             raise DataError(
                 f"{self.name}: {name} has {count} image{'s' * (count > 1)}, and here are {world} "
                 "ranks: give fewer trainer.devices"
             )
+        batches = EvaluationBatches(count, self.eval_batch_size, rank=rank, world=world)
+        self._one_of("val" if name == "validation" else name, len(batches))
+        return batches
 
-    def _evaluation(self, name: SplitName) -> DataLoader[Batch]:
-        self._for_each_rank(name)
-        split = self.split(name)
-        rank, world = self._rank_and_world()
-        batches = EvaluationBatches(len(split), self.eval_batch_size, rank=rank, world=world)
-        return self._loader(_Images(split), batches)
-
-    def _some(self, loader: DataLoader[Batch], stage: str) -> DataLoader[Batch]:
-        """The loader itself.
+    def _one_of(self, stage: str, n: int) -> None:
+        """Of n batches the trainer wants one at least.
 
         Raises:
-            DataError: the trainer wants a fraction of its batches that is less than one of them.
+            DataError: a fraction that is less.
         """
-        if (trainer := self.trainer) is None:
-            return loader
         key = f"limit_{stage}_batches"
-        limit, n = getattr(trainer, key), len(loader)
+        limit = getattr(self.trainer, key, None)
         if isinstance(limit, float) and 0 < limit * n < 1:
-            key = (
-                "overfit_batches"
-                if getattr(trainer, "overfit_batches", 0) and stage != "test"
-                else key
-            )
+            if stage != "test" and getattr(self.trainer, "overfit_batches", 0):
+                key = "overfit_batches"
             raise DataError(
                 f"trainer.{key}={limit}: of {n} batch{'es' * (n > 1)} this is less than one: "
                 "expected a number of batches, or a larger fraction"
             )
-        return loader
 
     def _loader(self, images: _Images, batches: Iterable[Chunk]) -> DataLoader[Batch]:
         return DataLoader(
