@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
@@ -159,14 +160,26 @@ class Weighs(Protocol):
     """A model whose importance weights are known."""
 
     def log_weight(
-        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+        self,
+        x: Image,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        k: int = 1,
+        beta: float | Tensor = 1.0,
     ) -> Tensor:
-        """log w = log p(x, z) - log q(z | x), all latents together, at k draws z from q, (b * k,)
-        nats, those of an example side by side: E[w] = p(x) exactly.
+        """log w = log p(x | z) + beta log p(z) / q(z | x), all latents together, at k draws z from
+        q, (b * k,) nats, those of an example side by side: with beta = 1 E[w] = p(x) exactly.
 
-        `noise` is for b * k rows. What q reads of x alone is computed once per example.
+        `noise` is for b * k rows. What q reads of x alone is computed once per example. Only
+        objectives with a warm-up ask for another beta than 1; a model may do without it.
         """
         ...
+
+
+def tempers(model: Weighs) -> bool:
+    """Whether its `log_weight` can be asked for another beta than 1."""
+    return "beta" in signature(model.log_weight).parameters
 
 
 @runtime_checkable
@@ -318,19 +331,26 @@ class MarkovianHierarchy(LatentModel):
         return bound(rungs, self.prior_of(rungs[-1].z))
 
     def log_weight(
-        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+        self,
+        x: Image,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        k: int = 1,
+        beta: float | Tensor = 1.0,
     ) -> Tensor:
-        """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at k draws from q, (b * k,), those of
-        an example side by side: E[w] = p(x) exactly.
+        """log w = log p(x | z_1) + beta [log p(z_1..z_T) - log q(z_1..z_T | x)] at k draws from q,
+        (b * k,), those of an example side by side: with beta = 1 E[w] = p(x) exactly.
 
         The top level enters by its log densities at the draw, never by a KL: with the KL, E[w] is
         not p(x). Without gradients no level is kept but the last, however many there are.
         """
         log_w, log_q, top = 0.0, 0.0, x
-        for rung in self.walk(x, y, noise=noise, k=k):
-            log_w = log_w + (rung.log_below - log_q)  # level by level, or large sums would cancel
+        for t, rung in enumerate(self.walk(x, y, noise=noise, k=k)):
+            ratio = rung.log_below - log_q  # level by level, or large sums would cancel
+            log_w = log_w + (beta * ratio if t > 0 else ratio)
             log_q, top = rung.q.log_prob(rung.z), rung.z
-        return log_w + (self.prior_of(top).log_prob(top) - log_q)
+        return log_w + beta * (self.prior_of(top).log_prob(top) - log_q)
 
     def ancestral_sample(
         self, n: int, y: Labels | None = None, *, noise: Draws | None = None

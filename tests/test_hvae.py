@@ -141,9 +141,10 @@ def test_the_terms_written_out(double):
         log_ratio = log_ratio + (q.log_prob(z) - p.log_prob(z)).flatten(1).sum(1)
     torch.testing.assert_close(elbo.prior, kl[0])
     torch.testing.assert_close(elbo.levels, (kl[2], kl[1]))
-    torch.testing.assert_close(
-        model.log_weight(IMAGES, noise=noise), elbo.reconstruction - log_ratio
-    )
+    for beta in (1.0, 0.3):
+        torch.testing.assert_close(
+            model.log_weight(IMAGES, noise=noise, beta=beta), elbo.reconstruction - beta * log_ratio
+        )
 
 
 def test_the_bound_of_a_posterior_of_its_own_kind_is_the_log_weight_at_its_draw(double):

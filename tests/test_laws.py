@@ -721,6 +721,18 @@ def doubled(self, x, y=None, *, noise=None, k=1):
     return super(type(self), self).log_weight(x, y, noise=noise, k=k) + 0.7
 
 
+def beta_of_all(self, x, y=None, *, noise=None, k=1, beta=1.0):
+    return beta * super(type(self), self).log_weight(x, y, noise=noise, k=k)
+
+
+def beta_squared(self, x, y=None, *, noise=None, k=1, beta=1.0):
+    return super(type(self), self).log_weight(x, y, noise=noise, k=k, beta=beta**2)
+
+
+def beta_off(self, x, y=None, *, noise=None, k=1, beta=0.5):
+    return super(type(self), self).log_weight(x, y, noise=noise, k=k, beta=2 * beta)
+
+
 def halved(self, x, y=None, *, noise=None):
     elbo = super(type(self), self).elbo(x, y, noise=noise)
     return genfw.ELBO(elbo.reconstruction, elbo.levels, elbo.prior / 2)
@@ -769,6 +781,9 @@ def test_a_lost_label_is_found(make, method, replacement, said):
         (vae, "elbo", averaged, "depends on its batch"),
         (vae, "elbo", halved, "the mean bound"),
         (vae, "log_weight", doubled, "sums to"),
+        (mhvae, "log_weight", beta_of_all, "with beta=0 the mean log w is 0.0000"),
+        (mhvae, "log_weight", beta_squared, "no straight line in beta"),
+        (mhvae, "log_weight", beta_off, "beta=1 is another log w"),
         (vae, "sample", global_noise, "a sample depends on its batch"),
         (mhvae, "sample", black, "not drawn as often"),
         (vae, "sample", timid, "not drawn as often"),

@@ -14,6 +14,8 @@ from genfw.testing import objective as laws
 
 FEW = {"iwae": {"k": 4}, "miwae": {"m": 2, "k": 3}, "ciwae": {"k": 4}, "dreg": {"k": 4}}
 
+TEMPERED = {"stl": {}} | FEW
+
 each_law = pytest.mark.parametrize("law", OBJECTIVE_LAWS, ids=lambda law: law.__name__)
 
 
@@ -21,6 +23,12 @@ each_law = pytest.mark.parametrize("law", OBJECTIVE_LAWS, ids=lambda law: law.__
 @pytest.mark.parametrize("name", Objective.registry)
 def test_objectives(law, name):
     law(Objective.registry[name], **FEW.get(name, {}))
+
+
+@each_law
+@pytest.mark.parametrize(("name", "few"), TEMPERED.items(), ids=TEMPERED)
+def test_objectives_amid_their_warmup(law, name, few):
+    law(Objective.registry[name], warmup=2 * laws.STEP, **few)
 
 
 @each_law
@@ -143,6 +151,20 @@ class Saves(Ramp):
         self.register_buffer("weight", torch.zeros(()))
 
 
+class DregAsEver(Dreg):
+    """Half way through its warm-up."""
+
+    def __init__(self):
+        super().__init__(4, warmup=2 * laws.STEP)
+
+    def forward(self, model, x, y=None, *, noise=None):
+        with torch.enable_grad():
+            beta = self.beta()
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k, beta)
+            share = log_w.detach().softmax(1)
+            return _moved(-log_mean_exp(log_w), -(share * log_p + share**2 * path).sum(1))
+
+
 L, DRAWS = laws, {"bound": True, "check": Iwae.check}
 WRONG = {
     "unchecked": (
@@ -245,6 +267,11 @@ WRONG = {
     ),
     "shares of the path not squared": (
         of_rungs(lambda share, log_p, path: (share * (log_p + path)).sum(1)),
+        L.the_gradient_is_that_of_the_value,
+        "which differences give",
+    ),
+    "shares of the path squared amid a warm-up": (
+        DregAsEver,
         L.the_gradient_is_that_of_the_value,
         "which differences give",
     ),

@@ -314,3 +314,7 @@ def test_weighted_objectives_are_refused_at_composition():
                 match=f"schedule=learned .* objective={objective} .* use objective=elbo",
             ):
                 compose(["model=vdm", "schedule=learned", f"objective={objective}"])
+        weighed = ["model=vdm", "model.steps=3", "schedule=learned", "objective=iwae"]
+        compose(weighed)
+        with pytest.raises(ConfigError, match=r"objective=iwae with warmup=9 .* use objective="):
+            compose([*weighed, "objective.warmup=9"])

@@ -148,6 +148,86 @@ def test_one_draw_is_the_bound_in_the_mean(levels, double):
         assert abs(found.mean() - exact.mean()) < 4 * error
 
 
+def warming(objective, step=5):
+    """In the middle of training."""
+    objective.advance(step)
+    return objective
+
+
+@DEPTHS
+def test_a_warmup_by_hand(levels, double):
+    """log p(x | z_1) + beta log p(z)/q(z | x), every density taken from the rungs; then the
+    bound to the last bit."""
+    chain, x = LinearGaussianChain(levels, bias=0.3, stretch=1.2), torch.randn(8, 2)
+    rungs = chain.climb(x, noise=noise().each(0, 6), k=6)
+    decoded = rungs[0].log_below
+    cost = sum(rung.q.log_prob(rung.z) - rung.log_below for rung in rungs) + decoded
+    cost = cost - chain.prior(48).log_prob(rungs[-1].z)
+    log_w = (decoded - 0.25 * cost).view(8, 6)
+    expected = {
+        Iwae: log_mean(log_w),
+        Dreg: log_mean(log_w),
+        Miwae: (log_mean(log_w[:, :3]) + log_mean(log_w[:, 3:])) / 2,
+        Ciwae: 0.2 * log_w.mean(1) + 0.8 * log_mean(log_w),
+        Stl: chain.log_weight(x, noise=noise().each(0, 1), beta=0.25),
+    }
+    assert not torch.allclose(log_w, weights(chain, x, 6))
+    for cls, value in expected.items():
+        few = {Miwae: {"m": 2, "k": 3}, Ciwae: {"k": 6, "weight": 0.2}, Stl: {}}.get(cls, {"k": 6})
+        objective = warming(cls(**few, warmup=20))
+        torch.testing.assert_close(objective(chain, x, noise=noise()), -value)
+        for step in (20, 21, 10**6):
+            objective.advance(step)
+            plain = cls(**few)(chain, x, noise=noise())
+            assert torch.equal(objective(chain, x, noise=noise()), plain)
+
+
+def test_before_its_warmup_one_draw_is_the_reconstruction(double):
+    chain, x = LinearGaussianChain(2, bias=0.3, stretch=1.2), torch.randn(8, 2)
+    first, _ = chain.climb(x, noise=noise().each(0, 1))
+    for objective in (Iwae(1, warmup=9), Miwae(1, 1, warmup=9), Stl(warmup=9), Dreg(1, warmup=9)):
+        found = warming(objective, 0)(chain, x, noise=noise())
+        torch.testing.assert_close(found, -first.log_below)
+
+
+def test_a_warmup_is_told_the_step_and_says_what_it_is():
+    vae, x = tiny_vae(), torch.randint(2, (4, 1, 2, 2))
+    for cls in (Iwae, Miwae, Ciwae, Stl, Dreg):
+        objective = cls(warmup=7)
+        assert cls().bound and not objective.bound
+        assert not objective.state_dict()
+        with pytest.raises(ValueError, match="with warmup=7 depends on the training step"):
+            objective(vae, x)
+        cls()(vae, x)
+        for wrong in (-1, True):
+            with pytest.raises(ValueError, match="warmup: expected an integer of at least 0"):
+                cls(warmup=wrong)
+
+
+class OnePlain(LatentModel):
+    """Weights, of the bound alone."""
+
+    def elbo(self, x, y=None, *, noise=None):
+        raise NotImplementedError
+
+    def sample(self, n, y=None, *, noise=None):
+        raise NotImplementedError
+
+    def log_weight(self, x, y=None, *, noise=None, k=1):
+        return torch.zeros(len(x) * k)
+
+
+def test_weights_of_the_bound_alone_serve_it_and_no_warmup():
+    x = torch.randint(2, (4, 4))
+    for cls in (Iwae, Miwae, Ciwae):
+        assert torch.equal(cls(3)(OnePlain(), x), torch.zeros(4))
+        objective = warming(cls(3, warmup=9))
+        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
+            objective.check(OnePlain())
+        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
+            objective(OnePlain(), x)
+
+
 def test_more_draws_in_one_bound_are_better_than_more_bounds(double):
     chain, x = LinearGaussianChain(2, bias=0.5, stretch=1.3), torch.randn(1, 2).expand(4000, 2)
     deep, wide = Miwae(2, 16)(chain, x), Miwae(16, 2)(chain, x)
@@ -196,7 +276,16 @@ class LearnedChain(LinearGaussianChain):
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-@pytest.mark.parametrize(("path", "plain"), [(Stl(), Iwae(1)), (Dreg(5), Iwae(5))], ids=name)
+@pytest.mark.parametrize(
+    ("path", "plain"),
+    [
+        (Stl(), Iwae(1)),
+        (Dreg(5), Iwae(5)),
+        (warming(Stl(warmup=20)), warming(Iwae(1, warmup=20))),
+        (warming(Dreg(5, warmup=20)), warming(Iwae(5, warmup=20))),
+    ],
+    ids=name,
+)
 def test_gradients_by_the_path_are_unbiased(levels, path, plain, double):
     """Against the plain reparameterized estimator, every parameter, within 4.5 standard errors."""
     n = 40_000
@@ -279,7 +368,14 @@ def test_the_path_through_networks(objective, double):
 # ---- what they may not do ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", [Iwae(3), Miwae(2, 3), Ciwae(3), Stl(), Dreg(3)], ids=name)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(Iwae(3), Miwae(2, 3), Ciwae(3), Stl(), Dreg(3)),
+        *(Iwae(3, warmup=99), Miwae(2, 3, warmup=99), Stl(warmup=99), Dreg(3, warmup=99)),
+    ],
+    ids=name,
+)
 def test_trained_by_many_draws_and_reported_by_the_bound(objective, tmp_path):
     images = tiny.Images()
     module = LatentModule(

@@ -120,17 +120,23 @@ class HVAE(LatentModel, name="hvae"):
         return p_x.log_prob(x), [(step.q, step.p) for step in reversed(steps)]
 
     def log_weight(
-        self, x: Image, y: Labels | None = None, *, noise: Draws | None = None, k: int = 1
+        self,
+        x: Image,
+        y: Labels | None = None,
+        *,
+        noise: Draws | None = None,
+        k: int = 1,
+        beta: float | Tensor = 1.0,
     ) -> Tensor:
-        """log w = log p(x, z_1..z_T) - log q(z_1..z_T | x) at k draws from q, (b * k,), those of
-        an example side by side: E[w] = p(x) exactly.
+        """log w = log p(x | z) + beta [log p(z_1..z_T) - log q(z_1..z_T | x)] at k draws from q,
+        (b * k,), those of an example side by side: with beta = 1 E[w] = p(x) exactly.
 
         `noise` is for b * k rows. The way up is walked once per example.
         """
         rows = x.repeat_interleave(k, 0)
         p_x, steps = self._descend(x, y, draws(noise, rows), k)
         ratios = (step.p.log_prob(step.z) - step.q.log_prob(step.z) for step in steps)
-        return sum(ratios, start=p_x.log_prob(rows))
+        return sum((beta * ratio for ratio in ratios), start=p_x.log_prob(rows))
 
     def sample(
         self,

@@ -33,18 +33,57 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from genfw.check import at_least_one, share
+from genfw.check import at_least, at_least_one, share
 from genfw.distributions import Normal, per_example
-from genfw.model import LatentModel, MarkovianHierarchy, Weighs
+from genfw.model import LatentModel, MarkovianHierarchy, Weighs, tempers
 from genfw.noise import Draws, draws
-from genfw.objective.objective import Objective
+from genfw.objective.objective import Objective, told_the_step
+from genfw.objective.rate import LinearWarmup
 from genfw.types import Image, Labels, Nats
 
 
-class OfWeights(Objective, ABC):
-    """The negative of a bound made of log weights of several draws, differentiated as it stands."""
+class Tempered(Objective, ABC):
+    r"""One of log weights, in which log p(z) / q(z | x) may come to count little by little.
 
-    bound = True
+    .. math:: \log w = \log p(x \mid z_1) + \beta \log \frac{p(z_1..z_T)}{q(z_1..z_T \mid x)}
+
+    Args:
+        warmup: optimizer steps over which beta rises in a straight line from 0 to 1; then it is the
+            bound, and before it is none. 0: beta is 1 from the start.
+
+    References:
+        Ladder Variational Autoencoders, Sønderby et al., 2016, https://arxiv.org/abs/1602.02282.
+    """
+
+    def __init__(self, warmup: int = 0):
+        super().__init__()
+        self.warmup = at_least(0, "warmup", warmup)
+        self.bound = warmup == 0
+        self.rising = LinearWarmup(warmup) if warmup else None
+
+    @property
+    def title(self) -> str:
+        return f"{super().title} with warmup={self.warmup}" if self.warmup else super().title
+
+    def advance(self, step: int) -> None:
+        super().advance(step)
+        if self.rising is not None:
+            self.rising.advance(step)
+
+    def beta(self) -> float | Tensor:
+        """Of this step.
+
+        Raises:
+            ValueError: there is a warm-up, and `advance` has told no step.
+        """
+        if self.rising is None:
+            return 1.0
+        told_the_step(self)
+        return self.rising.weight
+
+
+class OfWeights(Tempered):
+    """The negative of a bound made of log weights of several draws, differentiated as it stands."""
 
     @property
     @abstractmethod
@@ -61,8 +100,9 @@ class OfWeights(Objective, ABC):
     def forward(
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
-        k, weights = self.draws, _weighing(self, model).log_weight
-        log_w = weights(x, y, noise=draws(noise, x).each(0, k), k=k)
+        k, weights, beta = self.draws, _weighing(self, model).log_weight, self.beta()
+        tempered = {"beta": beta} if self.warmup else {}  # a model may know the bound alone
+        log_w = weights(x, y, noise=draws(noise, x).each(0, k), k=k, **tempered)
         return -self.made_of(log_w.unflatten(0, (-1, k)))
 
 
@@ -71,10 +111,11 @@ class Iwae(OfWeights, name="iwae"):
 
     Args:
         k: draws per example.
+        warmup: see `Tempered`.
     """
 
-    def __init__(self, k: int = 50):
-        super().__init__()
+    def __init__(self, k: int = 50, warmup: int = 0):
+        super().__init__(warmup)
         self.k = at_least_one("k", k)
 
     @property
@@ -96,10 +137,11 @@ class Miwae(OfWeights, name="miwae"):
     Args:
         m: bounds that are averaged.
         k: draws of each.
+        warmup: see `Tempered`.
     """
 
-    def __init__(self, m: int = 8, k: int = 8):
-        super().__init__()
+    def __init__(self, m: int = 8, k: int = 8, warmup: int = 0):
+        super().__init__(warmup)
         self.m, self.k = at_least_one("m", m), at_least_one("k", k)
 
     @property
@@ -120,10 +162,11 @@ class Ciwae(OfWeights, name="ciwae"):
     Args:
         k: draws per example.
         weight: of the bound, 0..1 (beta in the paper).
+        warmup: see `Tempered`.
     """
 
-    def __init__(self, k: int = 50, weight: float = 0.5):
-        super().__init__()
+    def __init__(self, k: int = 50, weight: float = 0.5, warmup: int = 0):
+        super().__init__(warmup)
         self.k = at_least_one("k", k)
         self.weight = share("weight", weight)
 
@@ -138,11 +181,15 @@ class Ciwae(OfWeights, name="ciwae"):
         return f"{self.weight:g} mean log w + {1 - self.weight:g} log 1/{self.k} sum w"
 
 
-class Stl(Objective, name="stl"):
+class Stl(Tempered, name="stl"):
     """The negative bound of one draw, its encoder gradient by the path alone: no variance where the
-    encoder is the true posterior. The decoder's gradient is the plain one."""
+    encoder is the true posterior. The decoder's gradient is the plain one.
 
-    bound = surrogate = True
+    Args:
+        warmup: see `Tempered`.
+    """
+
+    surrogate = True
 
     def check(self, model: LatentModel) -> None:
         _chain(self, model)
@@ -151,11 +198,12 @@ class Stl(Objective, name="stl"):
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
         with torch.inference_mode(False), torch.enable_grad():
-            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, 1)
+            beta = self.beta()
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, 1, beta)
             return _moved(-log_w, -(log_p + path)).squeeze(1)
 
 
-class Dreg(Objective, name="dreg"):
+class Dreg(Tempered, name="dreg"):
     r"""The negative importance-weighted bound of k draws, its encoder gradient doubly
     reparameterized.
 
@@ -163,16 +211,18 @@ class Dreg(Objective, name="dreg"):
         \quad \tilde w_i = w_i / \sum_j w_j
 
     Unbiased for the encoder's gradient of `Iwae`, and its signal does not drown as k grows. The
-    decoder's gradient is `Iwae`'s own.
+    decoder's gradient is `Iwae`'s own. In a warm-up the score counts beta times, so that of the
+    same derivation (1 - beta) w~_i + beta w~_i^2 stands for w~_i^2.
 
     Args:
         k: draws per example; 1 is sticking the landing.
+        warmup: see `Tempered`.
     """
 
-    bound = surrogate = True
+    surrogate = True
 
-    def __init__(self, k: int = 50):
-        super().__init__()
+    def __init__(self, k: int = 50, warmup: int = 0):
+        super().__init__(warmup)
         self.k = at_least_one("k", k)
 
     def check(self, model: LatentModel) -> None:
@@ -182,9 +232,11 @@ class Dreg(Objective, name="dreg"):
         self, model: LatentModel, x: Image, y: Labels | None = None, *, noise: Draws | None = None
     ) -> Nats:
         with torch.inference_mode(False), torch.enable_grad():
-            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k)
+            beta = self.beta()
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k, beta)
             share = log_w.detach().softmax(1)
-            return _moved(-log_mean_exp(log_w), -(share * log_p + share.square() * path).sum(1))
+            by_path = (1 - beta) * share + beta * share.square()
+            return _moved(-log_mean_exp(log_w), -(share * log_p + by_path * path).sum(1))
 
     def extra_repr(self) -> str:
         return f"log 1/{self.k} sum w, encoder by sum of (w / sum w)^2 dlog w/dz dz"
@@ -196,11 +248,16 @@ def log_mean_exp(log_w: Tensor) -> Tensor:
 
 
 def _apart(
-    model: MarkovianHierarchy, x: Image, y: Labels | None, noise: Draws | None, k: int
+    model: MarkovianHierarchy,
+    x: Image,
+    y: Labels | None,
+    noise: Draws | None,
+    k: int,
+    beta: float | Tensor = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log w of k draws in three readings, (b, k) each: its value; what has the gradient of log
-    p(x, z) with all draws held fixed; what has the gradient of log w by the path alone,
-    d log w / dz * dz / dphi.
+    """log w = log p(x | z_1) + beta log p(z) / q(z | x) of k draws in three readings, (b, k) each:
+    its value; what has the gradient of its p alone with all draws held fixed; what has the
+    gradient of log w by the path alone, d log w / dz * dz / dphi.
 
     Every density is taken at a copy of its draw that knows no past, so that the slope in each copy
     is the partial one; the chain rule then goes down the levels by hand.
@@ -215,8 +272,9 @@ def _apart(
         x, y = x.clone(), None if y is None else y.clone()
     rungs = model.climb(x, y, noise=draws(noise, x).each(0, k), k=k, draw=copied)
     z = [rung.z for rung in rungs]
-    log_p = model.prior_of(z[-1]).log_prob(z[-1]) + sum(rung.log_below for rung in rungs)
-    log_w = log_p - sum(rung.q.log_prob(rung.z) for rung in rungs)
+    first, *others = (rung.log_below for rung in rungs)
+    log_p = first + beta * sum(others, start=model.prior_of(z[-1]).log_prob(z[-1]))
+    log_w = log_p - beta * sum(rung.q.log_prob(rung.z) for rung in rungs)
     path = torch.zeros_like(log_w)
     slopes = torch.autograd.grad(log_w.sum(), z, retain_graph=True)
     moved = torch.zeros_like(z[-1])  # how z_{t+1} passes the slope on to z_t
@@ -239,6 +297,7 @@ def _moved(value: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _weighing(objective: Objective, model: LatentModel) -> Weighs:
+    Objective.check(objective, model)
     if not isinstance(model, Weighs):
         raise TypeError(
             f"{objective.title} needs importance weights and {type(model).__name__} has "
@@ -246,10 +305,16 @@ def _weighing(objective: Objective, model: LatentModel) -> Weighs:
         )
     if isinstance(model, MarkovianHierarchy):
         at_least_one("levels", model.levels)  # in continuous time there is no number of them
+    if isinstance(objective, Tempered) and objective.warmup and not tempers(model):
+        raise TypeError(
+            f"{objective.title} asks for weights of which log p(z)/q(z|x) counts beta times, and "
+            f"{type(model).__name__}.log_weight takes no beta: give it one, or take warmup=0"
+        )
     return model
 
 
 def _chain(objective: Objective, model: LatentModel) -> MarkovianHierarchy:
+    Objective.check(objective, model)
     if not isinstance(model, MarkovianHierarchy):
         raise TypeError(
             f"{objective.title} follows a chain of latents from x up, which "

@@ -71,6 +71,19 @@ class Elbo(Objective, name="elbo"):
         return -model.elbo(x, y, noise=noise).total
 
 
+def told_the_step(objective: Objective) -> None:
+    """Refuses to guess.
+
+    Raises:
+        ValueError: `advance` has told no step.
+    """
+    if objective.step is None:
+        raise ValueError(
+            f"{objective.title} depends on the training step and was not told it: "
+            "call objective.advance(step) before each optimizer step"
+        )
+
+
 def fixed_schedule(objective: Objective, model: LatentModel) -> None:
     """Refuses to train a learned schedule by what is not the bound.
 

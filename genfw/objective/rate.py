@@ -20,7 +20,7 @@ from genfw.distributions import Distribution, Normal, per_example
 from genfw.likelihood import Likelihood
 from genfw.model import Diverges, LatentModel, MarkovianHierarchy, bound
 from genfw.noise import Draws, Noise
-from genfw.objective.objective import Objective, fixed_schedule
+from genfw.objective.objective import Objective, fixed_schedule, told_the_step
 from genfw.types import Image, Labels, Nats
 
 
@@ -85,11 +85,7 @@ class Warmup(Objective):
             ValueError: `advance` has told no step, or a schedule that learns.
         """
         fixed_schedule(self, model)
-        if self.step is None:
-            raise ValueError(
-                f"{self.title} depends on the training step and was not told it: "
-                "call objective.advance(step) before each optimizer step"
-            )
+        told_the_step(self)
         return _weighted(model, x, y, noise, self.weight)
 
 

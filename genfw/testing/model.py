@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from genfw.model import LatentModel, MarkovianHierarchy, Weighs
+from genfw.model import LatentModel, MarkovianHierarchy, Weighs, tempers
 from genfw.models.vdm import VDM
 from genfw.noise import Noise
 
@@ -147,6 +147,31 @@ def bound_is_the_mean_log_weight(make: Make, shape: Any, bins: Bins, **arguments
         assert not wrong, f"E log w is {log_w:.4f} +- {error:.4f}, the mean bound {bound:.4f}"
 
 
+def beta_weighs_what_the_latents_cost(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
+    """Of models with importance weights that take a beta: at the same draws log w is a straight
+    line in it, of 1 the one asked for without, of 0 in the mean what the bound calls
+    reconstruction."""
+    x, model = _images(shape, bins), chain(built(make, shape, bins, arguments).eval())
+    if not isinstance(model, Weighs) or not tempers(model):
+        return
+    draws = [Noise(seed, torch.arange(len(x))).each(0, MANY) for seed in (8, 9)]
+    with torch.no_grad():
+        plain = model.log_weight(x, noise=draws[0], k=MANY)
+        none, half, all_ = (
+            model.log_weight(x, noise=draws[0], k=MANY, beta=beta) for beta in (0.0, 0.5, 1.0)
+        )
+        rows = x.repeat_interleave(MANY, 0)
+        decoded = model.elbo(rows, noise=draws[1]).reconstruction.double()
+    assert torch.equal(all_, plain), "beta=1 is another log w than that asked for without beta"
+    straight = torch.allclose(half, (none + plain) / 2, rtol=1e-4, atol=1e-4)
+    assert straight, "log w is no straight line in beta"
+    both = torch.stack([none.double(), decoded]).view(2, len(x), MANY)
+    (found, known), error = both.mean((1, 2)), float(both.var(2).sum() / MANY) ** 0.5 / len(x)
+    wrong = abs(float(found - known)) > 5 * error + 1e-4
+    said = f"log w is {found:.4f} +- {error:.4f}, the mean reconstruction {known:.4f}"
+    assert not wrong, f"with beta=0 the mean {said}"
+
+
 def samples_come_down_the_chain(make: Make, shape: Any, bins: Bins, **arguments: Any) -> None:
     """Of chains: an image is drawn as often as prior and conditionals say,
     p(x) = E_p(z_1)[p(x | z_1)]."""
@@ -218,5 +243,6 @@ MODEL_LAWS = (
     no_more_than_one_in_all,
     weights_average_to_one_in_all,
     bound_is_the_mean_log_weight,
+    beta_weighs_what_the_latents_cost,
     samples_come_down_the_chain,
 )
