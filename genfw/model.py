@@ -178,8 +178,10 @@ class Weighs(Protocol):
 
 
 def tempers(model: Weighs) -> bool:
-    """Whether its `log_weight` can be asked for another beta than 1."""
-    return "beta" in signature(model.log_weight).parameters
+    """Whether its `log_weight` can be asked for another beta than 1, by name or among what it
+    passes on."""
+    taken = signature(model.log_weight).parameters
+    return "beta" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values())
 
 
 @runtime_checkable

@@ -1,5 +1,6 @@
 """The classifier of noisy images: its net, what it is trained on, how it is judged, and opened."""
 
+import csv
 import math
 import os
 import shutil
@@ -236,6 +237,22 @@ TINY = (
     *("classifier.channels=[8,8]", "levels=1", "scheduler=none", "optimizer.lr=0.005"),
     *("trainer.max_steps=4", "trainer.val_check_interval=2"),
 )
+
+
+def test_the_loss_is_that_of_the_whole_step(tmp_path, monkeypatch):
+    step, losses = ClassifierModule.training_step, []
+
+    def watched(self, batch, batch_idx):
+        losses.append(float(loss := step(self, batch, batch_idx)))
+        return loss
+
+    monkeypatch.setattr(ClassifierModule, "training_step", watched)
+    more = ("trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1")
+    assert command(classify, (*TINY, *more, f"hydra.run.dir={tmp_path}/run")) == 0
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        found = [row["train/objective"] for row in csv.DictReader(file)]
+    logged = [float(each) for each in found if each]
+    assert logged == pytest.approx([sum(losses[i : i + 2]) / 2 for i in range(0, 8, 2)])
 
 
 def test_one_that_was_stopped_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):

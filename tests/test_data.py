@@ -40,6 +40,7 @@ from genfw.train.data import (
 from genfw.train.data import folder as folders
 from genfw.train.data.cache import decode
 from genfw.train.data.hub import _reachable
+from genfw.train.errors import ConfigError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CONF = Path(__file__).resolve().parents[1] / "conf" / "data"
@@ -750,6 +751,25 @@ def test_a_fraction_of_the_batches_is_one_batch_at_least(few, tmp_path):
     data.check(trainer(0.1))
     with pytest.raises(DataError, match=rf"^trainer.{few}=0.09: of 10 batches this is less than"):
         data.check(trainer(0.09))
+
+
+def test_an_epoch_ends_with_a_whole_step_and_no_later_than_its_validation(tmp_path):
+    splits = Splits(random_split(40), random_split(40), random_split(40))
+    data = ImageData(Given(*splits), (1, 4, 4), 256, 3, batch_size=4, eval_batch_size=4)
+
+    def trainer(**options):
+        return L.Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path, **options)
+
+    for limit in (4, 0.4, 1.0, 99):
+        data.check(trainer(limit_train_batches=limit, accumulate_grad_batches=2))
+    for limit in (3, 0.3):
+        with pytest.raises(ConfigError, match=f"limit_train_batches={limit}: .* 3 micro-batches"):
+            data.check(trainer(limit_train_batches=limit, accumulate_grad_batches=2))
+    for good in ({"val_check_interval": 10}, {"val_check_interval": 1.0}):
+        data.check(trainer(check_val_every_n_epoch=2, **good))
+    data.check(trainer(check_val_every_n_epoch=None, val_check_interval=11))
+    with pytest.raises(ConfigError, match=r"n_epoch=2 .* 10 batches.* val_check_interval=1\.0"):
+        data.check(trainer(check_val_every_n_epoch=2, val_check_interval=11))
 
 
 # ---------------------------------------------------------------------------------------- order

@@ -11,7 +11,16 @@ import torch
 from oracles import GaussianDenoiser
 
 import genfw
-from genfw import VDM, GaussianLikelihood, Learned, LogLinear, NoiseSchedule, Objective, marginal
+from genfw import (
+    VDM,
+    Elbo,
+    GaussianLikelihood,
+    Learned,
+    LogLinear,
+    NoiseSchedule,
+    Objective,
+    marginal,
+)
 from genfw.schedule.learned import Monotone
 from genfw.train import resolvers
 from genfw.train.bits import between
@@ -304,6 +313,13 @@ def test_weighted_objectives_are_refused_in_the_library(schedule):
             objective(model, x)  # nothing is learned here
 
 
+class Own(Elbo):
+    """A bound, whatever its `warmup` is."""
+
+    def __init__(self, warmup):
+        super().__init__()
+
+
 def test_weighted_objectives_are_refused_at_composition():
     resolvers.register()
     with session():
@@ -318,3 +334,5 @@ def test_weighted_objectives_are_refused_at_composition():
         compose(weighed)
         with pytest.raises(ConfigError, match=r"objective=iwae with warmup=9 .* use objective="):
             compose([*weighed, "objective.warmup=9"])
+        theirs = ["trusted=[test_learned_schedule]", "objective._target_=test_learned_schedule.Own"]
+        compose(["model=vdm", "schedule=learned", *theirs, "+objective.warmup=9"])

@@ -217,6 +217,24 @@ class OnePlain(LatentModel):
         return torch.zeros(len(x) * k)
 
 
+class PassesOn(OnePlain):
+    def log_weight(self, x, y=None, **more):
+        return torch.full((len(x) * more["k"],), float(more.get("beta", 1.0)))
+
+
+def test_weights_that_pass_a_beta_on_serve_a_warmup():
+    x = torch.randint(2, (4, 4))
+    assert torch.equal(warming(Iwae(3, warmup=20))(PassesOn(), x), torch.full((4,), -0.25))
+
+
+class NoBound(Iwae):
+    bound = False
+
+
+def test_what_a_subclass_says_of_itself_stands():
+    assert Iwae.bound and not NoBound.bound and not NoBound(3).bound
+
+
 def test_weights_of_the_bound_alone_serve_it_and_no_warmup():
     x = torch.randint(2, (4, 4))
     for cls in (Iwae, Miwae, Ciwae):

@@ -17,8 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from ranks import MODELS, SMALL, Fault, differences, state
 
+from genfw import evaluate
 from genfw.__main__ import main
-from genfw.train import slurm
+from genfw.train import runs, slurm
 from genfw.train.checkpoint import read
 from genfw.train.resume import MAY_CHANGE
 
@@ -196,6 +197,46 @@ def test_two_ranks_go_on_where_one_was(tmp_path):
     mine, theirs = (state(each)["state_dict"] for each in (whole, moved))
     for name in mine:
         assert torch.allclose(mine[name], theirs[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_limit_counts_batches_of_a_rank_and_keeps_them(tmp_path):
+    run = tmp_path / "run"
+    given = (*command("vae", 1), "trainer.limit_train_batches=4", f"hydra.run.dir={run}")
+    ended = ranks.run(*given, fault=Fault("train", 3, signal.SIGTERM))
+    assert ended.codes == [143], ended.said
+    here = (f"resume={run}", "trainer.devices=2", "trainer.strategy=ddp")
+    wrong = ranks.run(*here, "trainer.accumulate_grad_batches=1", world=2)
+    assert wrong.codes == [2, 2]
+    assert "limit_train_batches=4 counts micro-batches of a rank" in wrong.said
+
+
+def test_weights_in_float64_are_never_rounded(tmp_path):
+    """In a run that goes on, and in one that is read again."""
+    wide = (*command("vae", 1), "trainer.precision=64-true", "trainer.max_steps=4")
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    for folder, fault in ((whole, None), (moved, Fault("train", 3, signal.SIGTERM))):
+        ended = ranks.run(*wide, f"hydra.run.dir={folder}", fault=fault)
+        assert ended.codes == [143 if fault else 0], ended.said
+    assert main([f"resume={moved}"]) == 0
+    weights = state(whole)["state_dict"]
+    assert {each.dtype for name, each in weights.items() if name.startswith("model.")} == {
+        torch.float64
+    }
+    assert not differences(state(whole), state(moved))
+    assert runs.command(evaluate.evaluate, (f"run={moved}", "verify=true")) == 0
+
+
+def test_a_run_of_epochs_says_that_it_is_finished(tmp_path, capsys):
+    given = (*SMALL, *MODELS["vae"], "trainer.max_steps=-1", f"hydra.run.dir={tmp_path}/run")
+    assert main([*given, "trainer.max_epochs=1"]) == 0
+    results = tmp_path / "run" / "results.json"
+    before = results.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main([f"resume={tmp_path}/run"]) == 0
+    assert "give a larger trainer.max_epochs to go on" in capsys.readouterr().out
+    assert results.stat().st_mtime_ns == before
+    assert main([f"resume={tmp_path}/run", "trainer.max_epochs=2"]) == 0
+    assert read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] == 24
 
 
 @pytest.mark.parametrize(

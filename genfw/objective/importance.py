@@ -55,10 +55,13 @@ class Tempered(Objective, ABC):
         Ladder Variational Autoencoders, Sønderby et al., 2016, https://arxiv.org/abs/1602.02282.
     """
 
+    bound = True
+
     def __init__(self, warmup: int = 0):
         super().__init__()
         self.warmup = at_least(0, "warmup", warmup)
-        self.bound = warmup == 0
+        if warmup:
+            self.bound = False
         self.rising = LinearWarmup(warmup) if warmup else None
 
     @property

@@ -32,7 +32,14 @@ from genfw.train.checkpoint import read
 from genfw.train.config import build
 from genfw.train.data.images import Batch
 from genfw.train.errors import ConfigError, GenfwError, one_line
-from genfw.train.module import logs, noise_of_step, on_schedule, optimizers
+from genfw.train.module import (
+    MeanOfStep,
+    in_precision,
+    logs,
+    noise_of_step,
+    on_schedule,
+    optimizers,
+)
 from genfw.train.runs import other
 
 
@@ -75,6 +82,7 @@ class ClassifierModule(L.LightningModule):
         self.likelihood = BinsLikelihood(bins)  # which places integers as every other does
         self.levels, self.seed = levels, seed
         self.means = Means(2 + levels)
+        self._of_step = MeanOfStep()
 
     def forward(self, z: Tensor, log_snr: Tensor) -> Tensor:
         return self.classifier(z, log_snr)
@@ -86,7 +94,7 @@ class ClassifierModule(L.LightningModule):
         z = marginal(data, t, self.schedule).sample(noise.fold("z"))
         loss = F.cross_entropy(self.classifier(z, self._log_snr(t)), batch.label)
         if logs(self.trainer):
-            self.log("train/objective", loss.detach(), prog_bar=True)
+            self.log("train/objective", self._of_step(loss, self.trainer, batch_idx), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -173,7 +181,7 @@ class Means(Metric):
 def assemble(config: DictConfig) -> ClassifierModule:
     """The module of a composed configuration, with new weights."""
     torch.manual_seed(config.seed)
-    return ClassifierModule(
+    module = ClassifierModule(
         build(config.classifier),
         build(config.schedule),
         build(config.times),
@@ -183,6 +191,7 @@ def assemble(config: DictConfig) -> ClassifierModule:
         levels=config.levels,
         seed=config.seed,
     )
+    return in_precision(module, config)
 
 
 def fitting(config: DictConfig, place: str, key: str = "guidance.classifier") -> ClassifierModule:

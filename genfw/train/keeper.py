@@ -75,7 +75,8 @@ class Keeper(Checkpoint):
         """Whether this run can go on from `begin`; nothing is written.
 
         Raises:
-            ConfigError: its steps took another number of images, or its weights are not these.
+            ConfigError: its steps took another number of images, or its epochs would; or its
+                weights are not these.
         """
         if self.begin is None:
             return
@@ -88,6 +89,13 @@ class Keeper(Checkpoint):
                 f"a step of this run takes {then[0]} ranks x {then[1]} micro-batches, and here are "
                 f"{now[0]} x {now[1]}: give trainer.devices and trainer.accumulate_grad_batches "
                 "the same product"
+            )
+        limit = trainer.limit_train_batches
+        if then != now and (isinstance(limit, int) or limit < 1):
+            raise ConfigError(
+                f"trainer.limit_train_batches={limit} counts micro-batches of a rank, so that "
+                f"{now[0]} x {now[1]} would see other epochs than {then[0]} ranks x {then[1]} "
+                "micro-batches did: go on with those"
             )
         theirs, mine = _shapes(checkpoint["state_dict"]), _shapes(module.state_dict())
         for name in [*mine, *theirs]:

@@ -13,10 +13,11 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as L
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -30,6 +31,8 @@ from genfw.objective import Elbo, Objective
 from genfw.train.data.images import Batch, as_batch
 from genfw.train.in_order import in_order
 from genfw.train.metrics import NLL
+
+Module = TypeVar("Module", bound=L.LightningModule)
 
 
 class LatentModule(L.LightningModule):
@@ -94,7 +97,7 @@ class LatentModule(L.LightningModule):
         self.dims = 0
         known = (*self.estimator.diagnostics, *self.validation_estimator.diagnostics)
         self.nll = NLL(diagnostics=known)
-        self._nats: list[Tensor] = []
+        self._of_step = MeanOfStep()
 
     @property
     def evaluated(self) -> LatentModel:
@@ -146,10 +149,8 @@ class LatentModule(L.LightningModule):
                 f"got {(*nats.shape,)}"
             )
         loss = nats.mean()
-        if logs(self.trainer):  # the mean over the micro-batches of the step, on all ranks
-            first = batch_idx % self.trainer.accumulate_grad_batches == 0
-            self._nats = [*([] if first else self._nats), loss.detach()]
-            value = self.trainer.strategy.reduce(torch.stack(self._nats).mean())
+        if logs(self.trainer):
+            value = self._of_step(loss, self.trainer, batch_idx)
             self.log("train/objective", value, prog_bar=True)
             bits = isinstance(self.objective, Elbo) and not self.model.of_density
             if bits:  # other objectives are weighted
@@ -206,6 +207,18 @@ class LatentModule(L.LightningModule):
         self.reached = checkpoint.get("global_step")
         if self.average is None and any(k.startswith("average.") for k in checkpoint["state_dict"]):
             self.average = copy.deepcopy(self.model).requires_grad_(False).eval()
+
+
+class MeanOfStep:
+    """The mean of a loss over the micro-batches of a step, on all ranks."""
+
+    def __init__(self):
+        self.losses: list[Tensor] = []
+
+    def __call__(self, loss: Tensor, trainer: L.Trainer, batch_idx: int) -> Tensor:
+        first = batch_idx % trainer.accumulate_grad_batches == 0
+        self.losses = [*([] if first else self.losses), loss.detach()]
+        return trainer.strategy.reduce(torch.stack(self.losses).mean())
 
 
 def noise_of_step(trainer: L.Trainer, seed: int, batch: Batch, batch_idx: int) -> BatchNoise:
@@ -306,6 +319,13 @@ def arithmetic(model: LatentModel) -> dict[str, Any]:
     """What `model` computes in here and now."""
     tf32 = "tf32" in _cudnn_precision() or torch.get_float32_matmul_precision() != "highest"
     return {"dtype": str(model.dtype).removeprefix("torch."), "tf32": tf32}
+
+
+def in_precision(module: Module, config: DictConfig) -> Module:
+    """In float64 where its run trains so. Lightning would widen it after it has read a checkpoint,
+    whose weights float32 would have rounded."""
+    wide = str(OmegaConf.select(config, "trainer.precision")) in ("64", "64-true")
+    return module.double() if wide else module
 
 
 def logs(trainer: L.Trainer) -> bool:

@@ -24,7 +24,7 @@ from genfw.train.checkpoint import AtomicIO, read
 from genfw.train.classifier import fitting, knows_the_noise, same_data
 from genfw.train.config import build, locate, trusted_by
 from genfw.train.errors import ConfigError, GenfwError, one_line
-from genfw.train.module import LatentModule
+from genfw.train.module import LatentModule, in_precision
 from genfw.train.rules.guidance import weaker_hears_no_label
 from genfw.train.runs import other, unguided
 
@@ -50,7 +50,7 @@ def assemble(config: DictConfig) -> tuple[LatentModule, L.LightningDataModule]:
         seed=config.seed,
         label_dropout=config.get("label_dropout", 0.0),
     )
-    return module, data
+    return in_precision(module, config), data
 
 
 def implemented(config: DictConfig) -> None:

@@ -9,8 +9,9 @@ that length would have there (`genfw.train.module.on_schedule`).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -103,7 +104,10 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
             raise ConfigError(
                 f"trainer.{key}={asked}: this run has reached {reached} already: give at least that"
             )
-    if not done or step < trainer.max_steps or trainer.max_steps < 0:
+    epochs = trainer.get("max_epochs")
+    by_steps = 0 <= trainer.max_steps <= step
+    by_epochs = epochs is not None and 0 <= epochs <= _epochs(kept)
+    if not done or not (by_steps or by_epochs):
         return False
     if wrong := not_finite(json.loads(results.read_text())):
         again = command_line("genfw.evaluate", f"run={folder}", "checkpoint=last")
@@ -112,5 +116,18 @@ def _finished(folder: Path, config: DictConfig, begin: Path) -> bool:
             f"{folder} has ended, at step {step}, without a number: {wrong}; a new run with a "
             f"smaller optimizer.lr may have one{other}"
         )
-    print(f"{folder} is finished, at step {step}: give a larger trainer.max_steps to go on")
+    longer = " and ".join(
+        f"trainer.{key}"
+        for key, ended in (("max_steps", by_steps), ("max_epochs", by_epochs))
+        if ended
+    )
+    print(f"{folder} is finished, at step {step}: give a larger {longer} to go on")
     return True
+
+
+def _epochs(checkpoint: Mapping[str, Any]) -> int:
+    """Those that it has seen to their end. Lightning counts one when its last step has gone by, and
+    the counters kept are of before."""
+    fit = checkpoint["loops"]["fit_loop"]
+    ended = fit["epoch_loop.batch_progress"]["is_last_batch"]
+    return fit["epoch_progress"]["current"]["completed"] + ended

@@ -19,6 +19,7 @@ from genfw.noise import mix
 from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches
 from genfw.train.data.augment import Augmentation, Binarize, Flip
 from genfw.train.data.images import Batch, DataError, Source, Split, Splits, check, some
+from genfw.train.errors import ConfigError
 
 SplitName = Literal["train", "validation", "test"]
 
@@ -141,10 +142,11 @@ class ImageData(L.LightningDataModule):
         Raises:
             DataError: as `setup`, or there are not enough images for a step of this trainer, or for
                 each rank to evaluate one; or it is to see a fraction of the batches that is none.
+            ConfigError: an epoch would end within a step, or before a validation in it.
         """
         self.trainer = trainer
         self.setup()
-        self.train_dataloader()
+        _epochs_end_well(trainer, len(self.train_dataloader()))
         self._to_evaluate("validation")
         self._to_evaluate("test")
 
@@ -229,6 +231,31 @@ class ImageData(L.LightningDataModule):
     def _rank_and_world(self) -> tuple[int, int]:
         return (
             (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+
+
+def _epochs_end_well(trainer: L.Trainer, batches: int) -> None:
+    """Of so many micro-batches of a rank.
+
+    Raises:
+        ConfigError: the trainer's limit leaves a step half done; or validations are counted within
+            an epoch, which is shorter.
+    """
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    seen = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    if seen % accumulate:
+        raise ConfigError(
+            f"trainer.limit_train_batches={limit}: an epoch of {seen} micro-batches would end "
+            f"within a step, which takes {accumulate}: expected a multiple of "
+            "trainer.accumulate_grad_batches"
+        )
+    every = getattr(trainer, "check_val_every_n_epoch", None)
+    interval = getattr(trainer, "val_check_interval", None)
+    if every is not None and isinstance(interval, int) and interval > seen:
+        raise ConfigError(
+            f"trainer.check_val_every_n_epoch={every} counts val_check_interval within an epoch, "
+            f"which has {seen} batches, and it is {interval}: set trainer.val_check_interval=1.0 "
+            "to validate at its end"
         )
 
 

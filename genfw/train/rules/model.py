@@ -47,7 +47,8 @@ def learned_schedule_follows_the_bound(config: DictConfig) -> None:
     """Refuses a learned schedule under an objective of genfw's that is no bound; of others their
     own `bound` decides."""
     objective = option(config, "objective")
-    warmup = OmegaConf.select(config, "objective.warmup")
+    ours = str(target_of(config, "objective")).startswith("genfw.")
+    warmup = OmegaConf.select(config, "objective.warmup") if ours else None
     weighted = ["beta", "warmup", "cyclic", "simple", "min_snr", "p2", "sigmoid", "edm"]
     if target_of(config, "schedule") == "genfw.Learned" and (objective in weighted or warmup):
         objective = f"{objective} with warmup={warmup}" if warmup else objective
