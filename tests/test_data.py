@@ -768,7 +768,7 @@ def test_an_epoch_ends_with_a_whole_step_and_no_later_than_its_validation(tmp_pa
     for good in ({"val_check_interval": 10}, {"val_check_interval": 1.0}):
         data.check(trainer(check_val_every_n_epoch=2, **good))
     data.check(trainer(check_val_every_n_epoch=None, val_check_interval=11))
-    with pytest.raises(ConfigError, match=r"n_epoch=2 .* 10 batches.* val_check_interval=1\.0"):
+    with pytest.raises(ConfigError, match=r"n_epoch=2 .* 10 batches.*val_check_interval=1\.0"):
         data.check(trainer(check_val_every_n_epoch=2, val_check_interval=11))
 
 
