@@ -765,6 +765,9 @@ def test_an_epoch_ends_with_a_whole_step_and_no_later_than_its_validation(tmp_pa
     for limit in (3, 0.3):
         with pytest.raises(ConfigError, match=f"limit_train_batches={limit}: .* 3 micro-batches"):
             data.check(trainer(limit_train_batches=limit, accumulate_grad_batches=2))
+    with pytest.raises(ConfigError, match=r"trainer.overfit_batches=3: .* multiple of"):
+        data.check(trainer(overfit_batches=3, accumulate_grad_batches=2))
+    data.check(trainer(fast_dev_run=True, accumulate_grad_batches=2))
     for good in ({"val_check_interval": 10}, {"val_check_interval": 1.0}):
         data.check(trainer(check_val_every_n_epoch=2, **good))
     data.check(trainer(check_val_every_n_epoch=None, val_check_interval=11))

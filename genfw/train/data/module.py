@@ -243,9 +243,10 @@ def _epochs_end_well(trainer: L.Trainer, batches: int) -> None:
     """
     limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
     seen = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
-    if seen % accumulate:
+    if seen % accumulate and not getattr(trainer, "fast_dev_run", False):
+        key = "overfit" if getattr(trainer, "overfit_batches", 0) else "limit_train"
         raise ConfigError(
-            f"trainer.limit_train_batches={limit}: an epoch of {seen} micro-batches would end "
+            f"trainer.{key}_batches={limit}: an epoch of {seen} micro-batches would end "
             f"within a step, which takes {accumulate}: expected a multiple of "
             "trainer.accumulate_grad_batches"
         )
