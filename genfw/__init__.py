@@ -109,6 +109,7 @@ if TYPE_CHECKING:
     from genfw.objective.importance import Miwae as Miwae
     from genfw.objective.importance import OfWeights as OfWeights
     from genfw.objective.importance import Stl as Stl
+    from genfw.objective.importance import Tempered as Tempered
     from genfw.objective.objective import Elbo as Elbo
     from genfw.objective.objective import Objective as Objective
     from genfw.objective.rate import L2 as L2
@@ -223,7 +224,15 @@ _HOMES = {
         "SigmoidWeighted",
         "Simple",
     ),
-    "genfw.objective.importance": ("Ciwae", "Dreg", "Iwae", "Miwae", "OfWeights", "Stl"),
+    "genfw.objective.importance": (
+        "Ciwae",
+        "Dreg",
+        "Iwae",
+        "Miwae",
+        "OfWeights",
+        "Stl",
+        "Tempered",
+    ),
     "genfw.objective.objective": ("Elbo", "Objective"),
     "genfw.objective.rate": (
         "Beta",

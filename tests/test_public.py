@@ -3,8 +3,10 @@
 import ast
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import genfw
 from genfw import nets, types
@@ -35,3 +37,15 @@ def test_what_a_class_is_made_of_is_public_too(name):
     taken = schema.parameters(cls).values() if cls.__init__ is not object.__init__ else ()
     named = re.findall(r"\b[A-Z]\w+", " ".join(str(each.annotation) for each in taken))
     assert set(named) <= {*PUBLIC, *vars(types), *nets.__all__, *FOREIGN}
+
+
+def test_what_a_class_takes_does_not_change_once_torch_has_compiled(monkeypatch):
+    """Its compiler puts a function of its own in the place of nn.Module's constructor."""
+    init = torch.nn.Module.__init__
+
+    def tagging(self, *args: Any, **kwargs: Any):
+        init(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", tagging)
+    assert not schema.parameters(genfw.X0)
+    assert "width" in schema.parameters(nets.MLP)

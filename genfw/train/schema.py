@@ -192,9 +192,10 @@ def parameters(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     """A signature's parameters.
 
     A module without a constructor of its own inherits `nn.Module`'s (*args, **kwargs): nothing.
+    Whose it is, its class says: torch's compiler puts a function of its own there.
     """
-    init = getattr(made, "__init__", None)
-    if getattr(init, "__module__", None) == "torch.nn.modules.module":
+    owner = next((each for each in getattr(made, "__mro__", ()) if "__init__" in vars(each)), None)
+    if getattr(owner, "__module__", None) == "torch.nn.modules.module":
         return {}
     return inspect.signature(made).parameters
 
