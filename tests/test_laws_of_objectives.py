@@ -68,13 +68,13 @@ def of_bound(change, **more):
     return made(lambda self, model, x, y, noise: change(model.elbo(x, y, noise=noise)), **more)
 
 
-def of_rungs(gradient, k=4, **more):
-    """A bound of k draws whose gradient is that of something of (log w, log p, path), (b, k)
-    each."""
+def of_rungs(gradient, k=4, beta=1.0, **more):
+    """A bound of k draws, or what a warm-up makes of it, whose gradient is that of something of
+    (log w, log p, path), (b, k) each."""
 
     def value(self, model, x, y, noise):
         with torch.enable_grad():
-            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, k)
+            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, k, beta)
             return _moved(-log_mean_exp(log_w), -gradient(log_w.detach().softmax(1), log_p, path))
 
     return made(value, check=Dreg.check, **{"surrogate": True} | more)
@@ -149,20 +149,6 @@ class Saves(Ramp):
     def __init__(self):
         super().__init__()
         self.register_buffer("weight", torch.zeros(()))
-
-
-class DregAsEver(Dreg):
-    """Half way through its warm-up."""
-
-    def __init__(self):
-        super().__init__(4, warmup=2 * laws.STEP)
-
-    def forward(self, model, x, y=None, *, noise=None):
-        with torch.enable_grad():
-            beta = self.beta()
-            log_w, log_p, path = _apart(_chain(self, model), x, y, noise, self.k, beta)
-            share = log_w.detach().softmax(1)
-            return _moved(-log_mean_exp(log_w), -(share * log_p + share**2 * path).sum(1))
 
 
 L, DRAWS = laws, {"bound": True, "check": Iwae.check}
@@ -271,7 +257,7 @@ WRONG = {
         "which differences give",
     ),
     "shares of the path squared amid a warm-up": (
-        DregAsEver,
+        of_rungs(lambda share, log_p, path: (share * log_p + share**2 * path).sum(1), beta=0.5),
         L.the_gradient_is_that_of_the_value,
         "which differences give",
     ),

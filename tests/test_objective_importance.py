@@ -204,46 +204,12 @@ def test_a_warmup_is_told_the_step_and_says_what_it_is():
                 cls(warmup=wrong)
 
 
-class OnePlain(LatentModel):
-    """Weights, of the bound alone."""
-
-    def elbo(self, x, y=None, *, noise=None):
-        raise NotImplementedError
-
-    def sample(self, n, y=None, *, noise=None):
-        raise NotImplementedError
-
-    def log_weight(self, x, y=None, *, noise=None, k=1):
-        return torch.zeros(len(x) * k)
-
-
-class PassesOn(OnePlain):
-    def log_weight(self, x, y=None, **more):
-        return torch.full((len(x) * more["k"],), float(more.get("beta", 1.0)))
-
-
-def test_weights_that_pass_a_beta_on_serve_a_warmup():
-    x = torch.randint(2, (4, 4))
-    assert torch.equal(warming(Iwae(3, warmup=20))(PassesOn(), x), torch.full((4,), -0.25))
-
-
 class NoBound(Iwae):
     bound = False
 
 
 def test_what_a_subclass_says_of_itself_stands():
     assert Iwae.bound and not NoBound.bound and not NoBound(3).bound
-
-
-def test_weights_of_the_bound_alone_serve_it_and_no_warmup():
-    x = torch.randint(2, (4, 4))
-    for cls in (Iwae, Miwae, Ciwae):
-        assert torch.equal(cls(3)(OnePlain(), x), torch.zeros(4))
-        objective = warming(cls(3, warmup=9))
-        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
-            objective.check(OnePlain())
-        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
-            objective(OnePlain(), x)
 
 
 def test_more_draws_in_one_bound_are_better_than_more_bounds(double):
@@ -474,6 +440,34 @@ def test_models_that_cannot_follow_are_refused():
     for objective in (Stl(), Dreg(3)):
         with pytest.raises(TypeError, match=r"chain of latents from x up, which Unweighted is not"):
             objective(Unweighted(), x)
+
+
+class OnePlain(Unweighted):
+    """Weights, of the bound alone."""
+
+    def log_weight(self, x, y=None, *, noise=None, k=1):
+        return torch.zeros(len(x) * k)
+
+
+class PassesOn(OnePlain):
+    def log_weight(self, x, y=None, **more):
+        return torch.full((len(x) * more["k"],), float(more.get("beta", 1.0)))
+
+
+def test_weights_that_pass_a_beta_on_serve_a_warmup():
+    x = torch.randint(2, (4, 4))
+    assert torch.equal(warming(Iwae(3, warmup=20))(PassesOn(), x), torch.full((4,), -0.25))
+
+
+def test_weights_of_the_bound_alone_serve_it_and_no_warmup():
+    x = torch.randint(2, (4, 4))
+    for cls in (Iwae, Miwae, Ciwae):
+        assert torch.equal(cls(3)(OnePlain(), x), torch.zeros(4))
+        objective = warming(cls(3, warmup=9))
+        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
+            objective.check(OnePlain())
+        with pytest.raises(TypeError, match=r"OnePlain.log_weight takes no beta: .* warmup=0"):
+            objective(OnePlain(), x)
 
 
 def test_bad_arguments_are_refused():

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import lightning.pytorch as L
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
@@ -29,6 +30,14 @@ class Chunk(NamedTuple):
     epoch: int
     rows: Tensor
     """int64 (b,)"""
+
+
+def limit(trainer: L.Trainer | None, stage: str) -> tuple[str, int | float | None]:
+    """What it was given as, and how many batches of this stage (train, val, test), or which share
+    of them, a trainer is to see."""
+    overfit = stage != "test" and getattr(trainer, "overfit_batches", 0)
+    key = f"limit_{stage}_batches"
+    return f"trainer.{'overfit_batches' if overfit else key}", getattr(trainer, key, None)
 
 
 class TrainingBatches(Sampler[Chunk]):

@@ -23,6 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from genfw.check import at_least_one
+from genfw.train.batches import limit
 from genfw.train.checkpoint import AtomicIO, read, same
 from genfw.train.errors import ConfigError, Stopped, resume_line
 from genfw.train.files import probe
@@ -90,10 +91,10 @@ class Keeper(Checkpoint):
                 f"{now[0]} x {now[1]}: give trainer.devices and trainer.accumulate_grad_batches "
                 "the same product"
             )
-        limit = trainer.limit_train_batches
-        if then != now and (isinstance(limit, int) or limit < 1):
+        key, most = limit(trainer, "train")
+        if then != now and (isinstance(most, int) or most != 1.0):
             raise ConfigError(
-                f"trainer.limit_train_batches={limit} counts micro-batches of a rank, so that "
+                f"{key}={most} counts micro-batches of a rank, so that "
                 f"{now[0]} x {now[1]} would see other epochs than {then[0]} ranks x {then[1]} "
                 "micro-batches did: go on with those"
             )

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from genfw.check import at_least
 from genfw.noise import mix
-from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches
+from genfw.train.batches import Chunk, EvaluationBatches, TrainingBatches, limit
 from genfw.train.data.augment import Augmentation, Binarize, Flip
 from genfw.train.data.images import Batch, DataError, Source, Split, Splits, check, some
 from genfw.train.errors import ConfigError
@@ -208,13 +208,10 @@ class ImageData(L.LightningDataModule):
         Raises:
             DataError: a fraction that is less.
         """
-        key = f"limit_{stage}_batches"
-        limit = getattr(self.trainer, key, None)
-        if isinstance(limit, float) and 0 < limit * n < 1:
-            if stage != "test" and getattr(self.trainer, "overfit_batches", 0):
-                key = "overfit_batches"
+        key, most = limit(self.trainer, stage)
+        if isinstance(most, float) and 0 < most * n < 1:
             raise DataError(
-                f"trainer.{key}={limit}: of {n} batch{'es' * (n > 1)} this is less than one: "
+                f"{key}={most}: of {n} batch{'es' * (n > 1)} this is less than one: "
                 "expected a number of batches, or a larger fraction"
             )
 
@@ -241,12 +238,11 @@ def _epochs_end_well(trainer: L.Trainer, batches: int) -> None:
         ConfigError: the trainer's limit leaves a step half done; or validations are counted within
             an epoch, which is shorter.
     """
-    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    seen = min(limit, batches) if isinstance(limit, int) else int(limit * batches)
+    (key, most), accumulate = limit(trainer, "train"), trainer.accumulate_grad_batches
+    seen = min(most, batches) if isinstance(most, int) else int((most or 0) * batches)
     if seen % accumulate and not getattr(trainer, "fast_dev_run", False):
-        key = "overfit" if getattr(trainer, "overfit_batches", 0) else "limit_train"
         raise ConfigError(
-            f"trainer.{key}_batches={limit}: an epoch of {seen} micro-batches would end "
+            f"{key}={most}: an epoch of {seen} micro-batches would end "
             f"within a step, which takes {accumulate}: expected a multiple of "
             "trainer.accumulate_grad_batches"
         )
